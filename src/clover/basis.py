@@ -1,0 +1,221 @@
+"""A block in its own latent space: the ordered directions of its heads, what each is worth, and the cut weights.
+
+Weights alone or calibrated, with or without RoPE, grouped queries or not: all differ only in the Grams that go in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from clover.budget import Costs
+from clover.calibrate import Moments
+from clover.decompose import Bases, decompose, weight_gram
+from clover.families import Block
+from clover.heads import Heads
+from clover.plan import BlockPlan, Group, Spectrum
+from clover.rotary import eliminate, fit_gains, transforms, white_gram
+
+CALIBRATION_RIDGE = 1e-6
+"""Added to calibrated Grams, relative to their mean eigenvalue: keeps the change of basis invertible at full rank."""
+REFIT_RIDGE = 1e-3
+"""Pull of the refitted output projection towards the cut one, relative to the mean energy of a kept direction."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Ordered directions of every head of one block. float64; ``s`` unrotated Q-K columns, ``p`` rotary pairs."""
+
+    block: Block
+    heads: Heads
+    moments: Moments | None
+    pair_gram: Float[Tensor, "kv n r r"]
+    pair_order: Int[Tensor, "kv p"]
+    pair_cost: Float[Tensor, "kv p"]
+    plain: Bases
+    value: Bases
+
+    @property
+    def name(self) -> str:
+        return self.block.name
+
+    def costs(self) -> Costs:
+        """What cutting each direction costs, for the planner."""
+        heads, rotary = self.heads, self.heads.rotary
+        scale = self.block.get(self.block.family.scale)
+        half_square = 0.5 * scale**2 if self.moments else 1.0  # nats, or the published units
+        q, k = _energies(heads)
+        pair_norm = ((q[..., :rotary].unflatten(-1, (2, -1)).sum((1, -2))) * k[:, :rotary].unflatten(-1, (2, -1)).sum(-2)).sqrt()
+        q_plain = (self.plain.t_a.unsqueeze(1) @ _extended(heads.q, heads.q_bias)[:, :, rotary:]).square().sum((1, -1))
+        k_plain = (self.plain.t_b @ heads.k[:, rotary:]).square().sum(-1)
+        v = (self.value.t_a @ heads.v).square().sum(-1)
+        o = (self.value.t_b.unsqueeze(1) @ heads.o.mT).square().sum((1, -1))
+        return Costs(
+            name=self.name, part=self.block.part, queries=self.block.queries,
+            pair_cost=half_square * self.pair_cost, pair_norm=pair_norm.gather(1, self.pair_order),
+            plain_cost=half_square * self.plain.values**2, plain_norm=(q_plain * k_plain).sqrt(),
+            value_cost=self.value.values**2, value_norm=(v * o).sqrt(),
+            output_bias=heads.o_bias is not None or heads.v_bias is not None or self.moments is not None,
+            fixed_qk=self.block.normed,
+        )  # fmt: skip
+
+    def spectrum(self) -> Spectrum:
+        """Singular values beside the norms of the original directions, for people."""
+        q, k = _energies(self.heads)
+        v, o = self.heads.v.square().sum(-1), self.heads.o.square().sum((1, -2))
+        return Spectrum(
+            self.name, self.block.part,
+            qk=_rows(torch.cat([self.pair_cost.sqrt(), self.plain.values], -1)), vo=_rows(self.value.values),
+            qk_norms=_rows((q.sum(1) * k).sqrt()), vo_norms=_rows((v * o).sqrt()),
+        )  # fmt: skip
+
+    def cut(self, plan: BlockPlan) -> dict[str, Tensor]:
+        """The weights and biases of the block at the ranks of ``plan``: the state of its ``CloverAttention``, float64.
+
+        At full rank the block's function is unchanged. With moments, the output projection is refitted over all heads by
+        least squares to the uncut block's output, and its bias takes up the mean of what was cut.
+        """
+        heads = self.heads
+        parts: dict[str, list[Tensor]] = {"q": [], "q_bias": [], "k": [], "k_bias": [], "v": [], "o": []}
+        for group in plan.groups:
+            for head in group.heads:
+                t_q, t_k = self._qk_transforms(head, group)
+                parts["q"].append((t_q @ heads.q[head]).flatten(0, 1))
+                parts["k"].append(t_k @ heads.k[head])
+                if heads.q_bias is not None:
+                    parts["q_bias"].append((t_q @ heads.q_bias[head].unsqueeze(-1)).flatten())
+                if heads.k_bias is not None:
+                    parts["k_bias"].append(t_k @ heads.k_bias[head])
+                parts["v"].append(self.value.t_a[head, : group.value] @ heads.v[head])
+        output, bias = self._output(plan)
+        state = {"q_proj.weight": torch.cat(parts["q"]), "k_proj.weight": torch.cat(parts["k"]),
+                 "v_proj.weight": torch.cat(parts["v"]), "o_proj.weight": output, "o_proj.bias": bias}  # fmt: skip
+        if heads.q_bias is not None:
+            state["q_proj.bias"] = torch.cat(parts["q_bias"])
+        if heads.k_bias is not None:
+            state["k_proj.bias"] = torch.cat(parts["k_bias"])
+        if heads.rotary:
+            state["frequencies"] = self._frequencies(plan)
+        return state
+
+    def _kept_pairs(self, head: int, group: Group) -> Tensor:
+        return self.pair_order[head, : group.pairs].sort().values
+
+    def _qk_transforms(self, head: int, group: Group) -> tuple[Tensor, Tensor]:
+        """``(n, qk, d)`` for the queries and ``(qk, d)`` for the key of one KV head: rotary pairs first, then the rest."""
+        n, width, rotary = self.heads.q.shape[1], self.heads.q.shape[2], self.heads.rotary
+        if self.block.normed:
+            eye = torch.eye(width, dtype=torch.float64, device=self.heads.q.device)
+            return eye.expand(n, -1, -1), eye
+        kept = self._kept_pairs(head, group)
+        gains = fit_gains(self.pair_gram[head], kept)
+        t_q, t_k = transforms(gains, kept, rotary, width)
+        plain_q, plain_k = (t[head, : group.plain] for t in (self.plain.t_a, self.plain.t_b))
+        pad = (rotary, 0)
+        plain_q, plain_k = torch.nn.functional.pad(plain_q, pad), torch.nn.functional.pad(plain_k, pad)
+        return torch.cat([t_q, plain_q.expand(n, -1, -1)], 1), torch.cat([t_k, plain_k])
+
+    def _frequencies(self, plan: BlockPlan) -> Tensor:
+        """For each flat column of the queries, then of the keys, the column of the cos and sin table that turns it."""
+        half, rotary = self.heads.rotary // 2, self.heads.rotary
+        columns = {}
+        for group in plan.groups:
+            for head in group.heads:
+                kept = self._kept_pairs(head, group)
+                turned = torch.stack([kept, kept + half], 0 if self.block.normed else -1).flatten()
+                columns[head] = torch.cat([turned, turned.new_full((group.plain,), rotary)])
+        order = [h for g in plan.groups for h in g.heads]
+        queries = [columns[h] for h in order for _ in range(plan.queries)]
+        return torch.cat(queries + [columns[h] for h in order]).int()
+
+    def _output(self, plan: BlockPlan) -> tuple[Tensor, Tensor | None]:
+        """Output projection ``(M, columns)`` in the order of the flat values, and its bias."""
+        heads, n = self.heads, plan.queries
+        kept = [(h, i, g.value) for g in plan.groups for h in g.heads for i in range(n)]
+        cut = torch.cat([heads.o[h, i] @ self.value.t_b[h, :r].mT for h, i, r in kept], -1)
+        size = heads.v.shape[1]
+        # The flat values as a linear map of the original head outputs, (columns, kv * n * e).
+        down = torch.zeros(cut.shape[1], heads.q.shape[0] * n * size, dtype=cut.dtype, device=cut.device)
+        row = 0
+        for h, i, r in kept:
+            at = (h * n + i) * size
+            down[row : row + r, at : at + size] = self.value.t_a[h, :r]
+            row += r
+        whole = heads.o.permute(2, 0, 1, 3).flatten(1)
+        bias = torch.zeros(len(cut), dtype=cut.dtype, device=cut.device) if heads.o_bias is None else heads.o_bias
+        if self.moments is not None:
+            reached = down @ self.moments.output
+            gram = reached @ down.mT
+            energy = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+            gram = gram + REFIT_RIDGE * energy * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            missing = (whole - cut @ down) @ reached.mT
+            cut = cut + torch.linalg.solve(gram, missing.mT).mT
+            bias = bias + (whole - cut @ down) @ self.moments.mean
+        if heads.v_bias is not None:
+            bias = bias + cut @ (down @ heads.v_bias.unsqueeze(1).expand(-1, n, -1).flatten())
+        return cut, bias if plan.output_bias else None
+
+
+@torch.no_grad()
+def find_basis(block: Block, moments: Moments | None = None) -> Basis:
+    """Decompose one block.
+
+    Args:
+        moments: activation statistics; without them the metric is the paper's, weights only.
+
+    Raises:
+        CloverError: weights that are not finite, or shapes that contradict the config.
+    """
+    heads = block.heads()
+    heads.check_finite(block.name)
+    heads = heads.double()
+    moments = None if moments is None else replace(
+        moments, **{k: v.to(heads.q.device) for k, v in vars(moments).items() if isinstance(v, Tensor)}
+    )  # fmt: skip
+    kv, n, _, _ = heads.q.shape
+    rotary, e = heads.rotary, heads.v.shape[1]
+    if moments is None:
+        query, key, pair = _weight_grams(heads)
+        value = weight_gram(heads.v)
+    else:
+        query, key, pair = _ridged(moments.query), _ridged(moments.key), moments.pair
+        per_head = moments.output.unflatten(0, (kv, n, e)).unflatten(-1, (kv, n, e))
+        value = _ridged(torch.einsum("gnagnb->gab", per_head))
+    output = torch.einsum("gnme,gnmf->gef", heads.o, heads.o)
+    if block.normed:  # nothing may be mixed or reordered in front of a norm; pairs keep their order
+        order = torch.arange(heads.pairs, device=heads.q.device).expand(kv, -1)
+        cost = torch.ones(kv, heads.pairs, dtype=torch.float64, device=heads.q.device)
+        pair = torch.eye(rotary, dtype=torch.float64, device=heads.q.device).expand(kv, n, -1, -1)
+    else:
+        order, cost = eliminate(pair)
+    return Basis(block, heads, moments, pair, order, cost, decompose(query, key), decompose(value, output))
+
+
+def _weight_grams(heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """Q-K Grams under white input: of queries, of keys, of rotary features."""
+    rotary = heads.rotary
+    q = _extended(heads.q, heads.q_bias)
+    query = torch.einsum("gnax,gnbx->gab", q[:, :, rotary:], q[:, :, rotary:])
+    return query, weight_gram(heads.k[:, rotary:]), white_gram(heads.q[:, :, :rotary], heads.k[:, :rotary])
+
+
+def _extended(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``[W | b]``: the bias as the weight of an input that is always 1."""
+    return weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], -1)
+
+
+def _energies(heads: Heads) -> tuple[Tensor, Tensor]:
+    """Squared row norms of the query ``(kv, n, d)`` and key ``(kv, d)`` projections."""
+    return _extended(heads.q, heads.q_bias).square().sum(-1), heads.k.square().sum(-1)
+
+
+def _ridged(gram: Tensor) -> Tensor:
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1) if gram.shape[-1] else gram.new_zeros(gram.shape[:-2])
+    return gram + CALIBRATION_RIDGE * mean[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+
+def _rows(values: Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in values.sort(-1, descending=True).values.tolist())

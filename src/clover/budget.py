@@ -1,0 +1,297 @@
+"""From costs to ranks: who keeps what.
+
+Ranks are free per head at first; then the heads of a block are gathered into a few groups of equal sizes, since a group
+is what is stored and run, and so what is paid for. A direction that a group's size gives to a head is kept, not padded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from clover.errors import CloverError
+from clover.plan import BlockPlan, Group, Plan
+
+Granularity = Literal["head", "layer", "model"]
+Kind = Literal["pair", "plain", "value"]
+Head = tuple[int, int]
+"""Number of the block, number of the KV head in it."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What cutting costs in one block: a row per KV head, directions best first.
+
+    ``*_cost[h, i]`` is the price of cutting direction ``i`` of head ``h`` once all after it are cut: nats of the attention
+    distribution for Q-K, squared error of the block's output for V-O. ``*_norm`` is the paper's product of row norms
+    after the change of basis.
+    """
+
+    name: str
+    part: str
+    queries: int
+    pair_cost: Float[Tensor, "kv p"]
+    pair_norm: Float[Tensor, "kv p"]
+    plain_cost: Float[Tensor, "kv s"]
+    plain_norm: Float[Tensor, "kv s"]
+    value_cost: Float[Tensor, "kv e"]
+    value_norm: Float[Tensor, "kv e"]
+    output_bias: bool
+    fixed_qk: bool = False
+    """Q-K can't be cut exactly (a norm stands between projection and logit) and stays whole."""
+
+    @property
+    def kv_heads(self) -> int:
+        return self.value_cost.shape[0]
+
+    def count(self, kind: Kind) -> int:
+        """Directions of a kind in each head."""
+        return getattr(self, f"{kind}_cost").shape[1]
+
+    @property
+    def qk(self) -> int:
+        """Columns of a query or key."""
+        return 2 * self.count("pair") + self.count("plain")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Cut this share of the head directions, 0 <= share < 1, the cheapest first."""
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise CloverError(f"the share to remove is {self.share}; it must be at least 0 and less than 1")
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Cut every direction whose norm product is at most this (the paper's rule)."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.value < math.inf:
+            raise CloverError(f"the threshold is {self.value}; it must be a finite number that is not negative")
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Keep in each head the fewest directions that hold this share of its energy, 0 < share <= 1."""
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise CloverError(f"the energy to keep is {self.share}; it must be more than 0 and at most 1")
+
+
+Rule = Share | Threshold | Energy
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on what a plan may choose.
+
+    Attributes:
+        groups: head groups a block may have; more follow the spectra closer, fewer run faster.
+        multiple: columns kept are a multiple of this, where the head size allows.
+        minimum: least columns of a head that stays, in Q-K and in V-O.
+        drop_heads: whether a head may go whole (when its V-O rank comes to 0).
+    """
+
+    groups: int = 4
+    multiple: int = 1
+    minimum: int = 1
+    drop_heads: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("groups", "multiple", "minimum"):
+            if getattr(self, name) < 1:
+                raise CloverError(f"limit {name} is {getattr(self, name)}; it must be at least 1")
+
+
+def make_plan(
+    costs: Sequence[Costs], qk: Rule, vo: Rule, *, granularity: Granularity = "head", limits: Limits | None = None
+) -> Plan:
+    """Choose the ranks of every head.
+
+    Args:
+        costs: one entry a block.
+        qk: rule for the Q-K directions; one budget over all blocks that can be cut.
+        vo: rule for the V-O directions.
+        granularity: ``head`` lets every head have its own ranks (gathered into ``limits.groups`` groups a block),
+            ``layer`` gives all heads of a block the same, ``model`` all heads of the model.
+
+    Raises:
+        CloverError: a rule removes everything from a block, or the granularity is unknown or does not fit the model.
+    """
+    limits = limits or Limits()
+    parties = _parties(costs, qk, vo, granularity, limits)
+    ranks = _ranks(costs, parties, qk, vo, limits)
+    return Plan(tuple(_block_plan(c, [ranks[b, h] for h in range(c.kv_heads)]) for b, c in enumerate(costs)))
+
+
+@dataclass(frozen=True)
+class _Size:
+    """Directions that one head keeps."""
+
+    pairs: int
+    plain: int
+    value: int
+
+
+def _block_plan(costs: Costs, sizes: list[_Size]) -> BlockPlan:
+    groups = {size: tuple(h for h, s in enumerate(sizes) if s == size) for size in sizes if size.value}
+    if not groups:
+        raise CloverError(f"{costs.name} would lose every direction; lower the ratio or the threshold")
+    ordered = sorted(groups.items(), key=lambda item: item[1])
+    return BlockPlan(
+        costs.name, costs.part, costs.queries, costs.kv_heads, costs.qk, costs.count("value"),
+        tuple(Group(heads, size.pairs, size.plain, size.value) for size, heads in ordered), costs.output_bias,
+    )  # fmt: skip
+
+
+# --- parties: sets of heads that get equal ranks ---
+
+
+def _parties(
+    costs: Sequence[Costs], qk: Rule, vo: Rule, granularity: Granularity, limits: Limits
+) -> list[tuple[Head, ...]]:
+    layers = [tuple((b, h) for h in range(c.kv_heads)) for b, c in enumerate(costs)]
+    if granularity == "layer":
+        return layers
+    if granularity == "model":
+        shapes = {(c.count("pair"), c.count("plain"), c.count("value"), c.fixed_qk) for c in costs}
+        if len(shapes) > 1:
+            raise CloverError("granularity 'model' needs the same head size in all blocks; use 'layer' or 'head'")
+        return [tuple(head for layer in layers for head in layer)]
+    if granularity != "head":
+        raise CloverError(f"granularity is {granularity!r}; it must be head, layer or model")
+    ranks = _ranks(costs, [(head,) for layer in layers for head in layer], qk, vo, limits)
+    return [party for layer in layers for party in _cluster({head: ranks[head] for head in layer}, limits.groups)]
+
+
+def _cluster(sizes: dict[Head, _Size], count: int) -> list[tuple[Head, ...]]:
+    """At most ``count`` parties of heads of near sizes (Ward's criterion), beside one of heads that go whole."""
+    gone = tuple(head for head, size in sizes.items() if not size.value)
+    sets = [(head,) for head in sizes if head not in gone]
+    points = {h: torch.tensor([2 * s.pairs + s.plain, s.value], dtype=torch.float64) for h, s in sizes.items()}
+
+    def distance(a: tuple[Head, ...], b: tuple[Head, ...]) -> float:
+        gap = torch.stack([points[h] for h in a]).mean(0) - torch.stack([points[h] for h in b]).mean(0)
+        return len(a) * len(b) / (len(a) + len(b)) * float(gap.square().sum())
+
+    while len(sets) > 1:
+        near, a, b = min((distance(a, b), a, b) for i, a in enumerate(sets) for b in sets[i + 1 :])
+        if len(sets) <= count and near > 0:
+            break
+        sets = [s for s in sets if s not in (a, b)] + [a + b]
+    return [*sets, gone] if gone else sets
+
+
+# --- ranks of the parties ---
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """Directions of one kind that a party keeps or loses together, in steps."""
+
+    party: tuple[Head, ...]
+    columns: int
+    """Columns of a direction: 2 for a rotary pair, else 1."""
+    bounds: tuple[int, ...]
+    """Directions kept after 0, 1, 2, ... steps."""
+    prices: tuple[float, ...]
+    """Mean cost of each step, a head and a column; never increasing."""
+    least: int
+    """Steps that must be kept."""
+
+    def size(self, step: int) -> int:
+        """Columns that one step adds, over the party."""
+        return (self.bounds[step + 1] - self.bounds[step]) * self.columns * len(self.party)
+
+
+def _ranks(
+    costs: Sequence[Costs], parties: Sequence[tuple[Head, ...]], qk: Rule, vo: Rule, limits: Limits
+) -> dict[Head, _Size]:
+    value = _choose(costs, [_curve(costs, p, "value", limits) for p in parties], ["value"] * len(parties), vo)
+    alive = {head for p, kept in zip(parties, value, strict=True) if kept for head in p}
+    kinds: list[Kind] = ["pair"] * len(parties) + ["plain"] * len(parties)
+    curves = [_curve(costs, p, kind, limits, gone=p[0] not in alive) for p, kind in zip([*parties] * 2, kinds, strict=True)]
+    both = _choose(costs, curves, kinds, qk)
+    pairs, plain = both[: len(parties)], both[len(parties) :]
+    return {
+        head: _Size(p, s, e) for party, p, s, e in zip(parties, pairs, plain, value, strict=True) for head in party
+    }
+
+
+def _curve(costs: Sequence[Costs], party: tuple[Head, ...], kind: Kind, limits: Limits, gone: bool = False) -> _Curve:
+    first = costs[party[0][0]]
+    columns, count, rotary = 2 if kind == "pair" else 1, 0 if gone else first.count(kind), first.count("pair") > 0
+    # Beside rotary pairs the plain columns come in twos, so that pairs stay aligned in the flat layout.
+    grain = 2 if rotary and kind == "plain" else 1
+    step = math.lcm(grain, max(1, limits.multiple // columns))
+    start = max(step, math.ceil(limits.minimum / columns / grain) * grain)
+    bounds = [0, *range(start, count, step), count] if count else [0]
+    mean = torch.stack([getattr(costs[b], f"{kind}_cost")[h] for b, h in party]).mean(0).tolist()
+    prices = [sum(mean[i:j]) / ((j - i) * columns) for i, j in pairwise(bounds)]
+    for i in range(1, len(prices)):
+        prices[i] = min(prices[i], prices[i - 1])
+    must = not limits.drop_heads if kind == "value" else kind == "pair" or not rotary
+    least = len(prices) if kind != "value" and first.fixed_qk else min(int(must), len(prices))
+    return _Curve(party, columns, tuple(bounds), tuple(prices), least)
+
+
+def _choose(costs: Sequence[Costs], curves: Sequence[_Curve], kinds: Sequence[Kind], rule: Rule) -> list[int]:
+    """Directions of each curve that the rule keeps."""
+    if isinstance(rule, Share):
+        whole = sum(c.count("value") * c.kv_heads if "value" in kinds else c.qk * c.kv_heads * (not c.fixed_qk) for c in costs)
+        fixed = sum(sum(map(c.size, range(c.least))) for c in curves if costs[c.party[0][0]].fixed_qk and "value" not in kinds)
+        return _spend(curves, fixed + (1 - rule.share) * whole, keep_one="value" in kinds)
+    wanted = [
+        max(_rank(costs[b], h, kind, rule) for b, h in curve.party) if len(curve.bounds) > 1 else 0
+        for curve, kind in zip(curves, kinds, strict=True)
+    ]
+    return [
+        next(bound for bound in c.bounds[c.least :] if bound >= min(want, c.bounds[-1]))
+        for c, want in zip(curves, wanted, strict=True)
+    ]
+
+
+def _rank(costs: Costs, head: int, kind: Kind, rule: Threshold | Energy) -> int:
+    """Directions of one head that a rule keeps."""
+    if isinstance(rule, Threshold):
+        return int((getattr(costs, f"{kind}_norm")[head] > rule.value).sum())
+    energy = getattr(costs, f"{kind}_cost")[head].cumsum(0)
+    if not len(energy):
+        return 0
+    return int((energy < rule.share * energy[-1]).sum()) + 1 if rule.share < 1 else len(energy)
+
+
+def _spend(curves: Sequence[_Curve], budget: float, keep_one: bool) -> list[int]:
+    """Buy the dearest steps first until the budget of columns is spent."""
+    steps = [c.least for c in curves]
+    if keep_one:  # every block keeps a head, or nothing of it would be left
+        best: dict[int, int] = {}
+        for i, c in enumerate(curves):
+            for b in {b for b, _ in c.party}:
+                if b not in best or c.prices[0] > curves[best[b]].prices[0]:
+                    best[b] = i
+        for i in best.values():
+            steps[i] = max(steps[i], 1)
+    left = math.floor(budget + 1e-6) - sum(c.size(s) for c, n in zip(curves, steps, strict=True) for s in range(n))
+    offers = [(-price, i, s) for i, c in enumerate(curves) for s, price in enumerate(c.prices) if s >= steps[i]]
+    for _, i, s in sorted(offers):
+        if s == steps[i] and curves[i].size(s) <= left:
+            steps[i] += 1
+            left -= curves[i].size(s)
+    return [c.bounds[n] for c, n in zip(curves, steps, strict=True)]

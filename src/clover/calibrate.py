@@ -1,0 +1,223 @@
+"""Second moments of what flows through the heads, gathered by hooks over a few batches.
+
+What is kept of a block is small, ``O(D^2)``: moments of queries, attention-weighted covariances of keys (under RoPE: of the
+pairs' contributions to the logits) and the second moment of the head outputs. The model is left as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from clover.errors import CloverError
+from clover.families import Block
+from clover.heads import Heads
+from clover.progress import track
+from clover.rotary import features
+
+SOFTMAX_WEIGHT = 0.5
+"""Share of the softmax in a key's weight; the rest is uniform over the visible keys, which catches keys that a cut could
+make jump up and that a purely local estimate can't see."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Statistics of one block, float64. ``s`` unrotated columns, ``r`` rotated ones, ``z`` columns of all heads together."""
+
+    query: Float[Tensor, "kv s s"]
+    """``E[q q^T]``, summed over the query heads of a KV head."""
+    key: Float[Tensor, "kv s s"]
+    """Mean over queries of the covariance of the keys under the query's attention."""
+    pair: Float[Tensor, "kv n r r"]
+    """Mean over queries of the covariance of the rotary features under the query's attention."""
+    output: Float[Tensor, "z z"]
+    """Covariance of the head outputs in front of the output projection."""
+    mean: Float[Tensor, " z"]
+    tokens: int
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module, blocks: Sequence[Block], batches: Iterable[Any], *, queries: int = 32, seed: int = 0
+) -> list[Moments]:
+    """Run ``batches`` through the model and gather the moments of ``blocks``.
+
+    Args:
+        batches: what the model's forward takes: mappings of its arguments, or tensors for its first argument. A 2-d
+            ``attention_mask`` of 0 and 1 keeps padding out of the statistics.
+        queries: queries sampled from each sequence for the Q-K statistics (heads' outputs use all tokens).
+        seed: of that sample.
+
+    Raises:
+        CloverError: no batches, a block that none of them reached, or activations that are not finite.
+    """
+    device = next(model.parameters()).device
+    watchers = [_Watcher(block, queries, torch.Generator().manual_seed(seed + i)) for i, block in enumerate(blocks)]
+    training = model.training
+    model.eval()
+    hooks = [hook for watcher in watchers for hook in watcher.attach()]
+    try:
+        seen = 0
+        for batch in track(batches, "calibrate"):
+            batch = _to(batch, device)
+            padding = [m for name, m in batch.items() if name.endswith("attention_mask")] if isinstance(batch, Mapping) else []
+            for watcher in watchers:
+                watcher.masks = [m.bool() for m in padding if m.dim() == 2]
+            model(**batch) if isinstance(batch, Mapping) else model(batch)
+            seen += 1
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+    if not seen:
+        raise CloverError("the calibration data is empty; give at least one batch")
+    return [watcher.moments() for watcher in watchers]
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Mapping):
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return batch.to(device)
+
+
+class _Watcher:
+    """Sums of one block. Products are made in float32, sums kept in float64 where the device has it."""
+
+    def __init__(self, block: Block, queries: int, generator: torch.Generator) -> None:
+        self.block, self.queries, self.generator = block, queries, generator
+        self.heads: Heads = block.heads()
+        self.masks: list[Tensor] = []
+        self.sums: dict[str, Tensor] = {}
+        self.rows = self.tokens = 0
+
+    def attach(self) -> list[Any]:
+        hooks = [self.block.projection("o").register_forward_pre_hook(self._output)]
+        if not self.block.normed:
+            hooks.append(self.block.core.register_forward_pre_hook(self._attention, with_kwargs=True))
+        return hooks
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value if value.device.type == "mps" else value.double()
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def _valid(self, x: Tensor) -> Tensor:
+        """Which tokens of ``x`` are not padding, shape ``(batch, tokens)``."""
+        for mask in self.masks:
+            if mask.shape == x.shape[:2]:
+                return mask
+        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+
+    def _output(self, _: nn.Module, args: tuple) -> None:
+        z = args[0].flatten(2)
+        z = z[self._valid(z)].float()
+        self._add("output", z.T @ z)
+        self._add("mean", z.sum(0))
+        self.tokens += len(z)
+
+    def _attention(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        call = self.block.arguments(args, kwargs)
+        x = call["hidden_states"]
+        source = x if call.get("key_value_states") is None else call["key_value_states"]
+        mask, alibi = call.get("attention_mask"), call.get("alibi")
+        if alibi is not None:
+            alibi = alibi.unflatten(0, (x.shape[0], -1))
+        table = call.get("position_embeddings")
+        for b, valid in enumerate(self._valid(x)):
+            rows = self._sample(valid)
+            if not len(rows):
+                continue
+            q = _apply(self.heads.q, self.heads.q_bias, x[b, rows])
+            k = _apply(self.heads.k, self.heads.k_bias, source[b])
+            if self.heads.rotary:
+                cos, sin = (t[min(b, len(t) - 1)].float() for t in table)
+                q, k = _rotate(q, cos[rows], sin[rows]), _rotate(k, cos, sin)
+            bias = _bias(mask, alibi, b, rows, k.shape[-2], causal=self.block.part == "decoder").to(q.device)
+            self._observe(q, k, bias.expand(self.heads.q.shape[0], self.heads.q.shape[1], -1, -1) if bias.shape[0] == 1
+                          else bias.unflatten(0, self.heads.q.shape[:2]))  # fmt: skip
+            self.rows += len(rows)
+
+    def _sample(self, valid: Tensor) -> Tensor:
+        rows = valid.nonzero()[:, 0]
+        pick = torch.randperm(len(rows), generator=self.generator)[: self.queries].sort().values
+        return rows[pick.to(rows.device)]
+
+    def _observe(self, q: Tensor, k: Tensor, bias: Tensor) -> None:
+        """Add one sequence: ``q`` (kv, n, m, d), ``k`` (kv, t, d), ``bias`` (kv, n, m, t)."""
+        scale, rotary = self.block.get(self.block.family.scale), self.heads.rotary
+        weights = _weights(q @ k.unsqueeze(1).mT * scale + bias, bias)
+        if rotary:
+            self._add("pair", _feature_covariance(q[..., :rotary], k[..., :rotary], weights))
+        if k.shape[-1] > rotary:
+            q, k = q[..., rotary:], k[..., rotary:]
+            self._add("query", torch.einsum("gnmd,gnme->gde", q, q))
+            means = weights @ k.unsqueeze(1)
+            spread = torch.einsum("gt,gtd,gte->gde", weights.sum((1, 2)), k, k)
+            self._add("key", (spread - torch.einsum("gnmd,gnme->gde", means, means)) / q.shape[1])
+
+    def moments(self) -> Moments:
+        name = self.block.name
+        if not self.tokens:
+            raise CloverError(f"no calibration batch reached {name}; give batches that run that part of the model")
+        kv, n, d, _ = self.heads.q.shape
+        rotary = self.heads.rotary
+        shapes = {"query": (kv, d - rotary, d - rotary), "key": (kv, d - rotary, d - rotary), "pair": (kv, n, rotary, rotary)}
+        found = {k: self.sums[k] / self.rows if k in self.sums else torch.zeros(s, dtype=torch.float64) for k, s in shapes.items()}
+        mean = self.sums["mean"] / self.tokens
+        output = self.sums["output"] / self.tokens - mean.outer(mean)
+        for key, value in {**found, "output": output}.items():
+            if not value.isfinite().all():
+                raise CloverError(f"{name}: the calibration moment of {key} is not finite; check the data, or run the model in float32")
+        return Moments(**{k: v.double() for k, v in found.items()}, output=output.double(), mean=mean.double(), tokens=self.tokens)
+
+
+def _apply(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """Project tokens ``(t, D)`` by heads ``(..., d, D)`` to ``(..., t, d)`` in float32."""
+    y = x.float() @ weight.float().mT
+    return y if bias is None else y + bias.float().unsqueeze(-2)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE as transformers applies it: halves of the leading columns are real and imaginary parts."""
+    width = cos.shape[-1]
+    turned, rest = x[..., :width], x[..., width:]
+    re, im = turned.chunk(2, -1)
+    return torch.cat([turned * cos + torch.cat([-im, re], -1) * sin, rest], -1)
+
+
+def _bias(mask: Tensor | None, alibi: Tensor | None, b: int, rows: Tensor, keys: int, causal: bool) -> Tensor:
+    """What is added to the logits of sequence ``b``: ``(heads or 1, rows, keys)`` float32, ``-inf`` where a key is hidden."""
+    if mask is None:
+        hidden = torch.arange(keys, device=rows.device) > rows[:, None] if causal else rows.new_zeros(len(rows), keys).bool()
+        bias = torch.zeros(1, len(rows), keys, device=rows.device).masked_fill(hidden, -torch.inf)
+    else:
+        piece = mask[min(b, len(mask) - 1)]
+        piece = piece[:, rows if piece.shape[1] > 1 else rows * 0, :keys]
+        if piece.dtype == torch.bool:
+            bias = torch.zeros_like(piece, dtype=torch.float32).masked_fill(~piece, -torch.inf)
+        else:
+            bias = piece.float().masked_fill(piece < torch.finfo(piece.dtype).min / 4, -torch.inf)
+    return bias if alibi is None else bias + alibi[b].float()
+
+
+def _weights(logits: Tensor, bias: Tensor) -> Tensor:
+    """Weight of each key for each query: half its attention, half uniform over the keys it can see."""
+    visible = (bias > -torch.inf).float()
+    uniform = visible / visible.sum(-1, keepdim=True).clamp_min(1)
+    return SOFTMAX_WEIGHT * logits.softmax(-1).nan_to_num(0.0) + (1 - SOFTMAX_WEIGHT) * uniform
+
+
+def _feature_covariance(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
+    """Sum over queries of the covariance of the rotary features, ``(kv, n, r, r)``; a KV head at a time to bound memory."""
+    total = []
+    for head in range(len(k)):
+        f = features(q[head], k[head].unsqueeze(0))
+        w = weights[head].unsqueeze(-1)
+        means = (w * f).sum(-2)
+        rooted = (w.sqrt() * f).flatten(1, 2)
+        total.append(rooted.mT @ rooted - means.mT @ means)
+    return torch.stack(total)

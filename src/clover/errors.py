@@ -1,0 +1,11 @@
+"""The errors that a user can cause. Each message names the value, the cause and the remedy."""
+
+from __future__ import annotations
+
+
+class CloverError(ValueError):
+    """A request, a model or a file that cannot be worked with; the command line prints it and exits with 2."""
+
+
+class UnsupportedModelError(CloverError):
+    """No attention block of the model belongs to a known family."""

@@ -1,0 +1,110 @@
+"""The plan: which ranks every head keeps. Immutable, JSON-serialisable, made before anything in the model changes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from clover.errors import CloverError
+
+
+@dataclass(frozen=True)
+class Group:
+    """KV heads of one block that are stored and run together at equal sizes."""
+
+    heads: tuple[int, ...]
+    pairs: int
+    """Rotary pairs kept; each is two columns of the query and of the key."""
+    plain: int
+    """Unrotated Q-K directions kept."""
+    value: int
+    """V-O directions kept."""
+
+    @property
+    def qk(self) -> int:
+        """Columns of a query or a key."""
+        return 2 * self.pairs + self.plain
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What one attention block keeps. KV heads in no group are gone whole, with their queries and values."""
+
+    name: str
+    part: str
+    queries: int
+    """Query heads per KV head."""
+    kv_heads: int
+    qk: int
+    """Original head size of queries and keys."""
+    vo: int
+    """Original head size of values."""
+    groups: tuple[Group, ...]
+    output_bias: bool
+    """Whether the output projection has a bias (it takes up the value bias and the mean of what was cut)."""
+
+    @property
+    def qk_kept(self) -> int:
+        """Q-K directions kept, over the KV heads."""
+        return sum(len(g.heads) * g.qk for g in self.groups)
+
+    @property
+    def vo_kept(self) -> int:
+        """V-O directions kept, over the KV heads."""
+        return sum(len(g.heads) * g.value for g in self.groups)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The ranks of a whole model. JSON: ``Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan``."""
+
+    blocks: tuple[BlockPlan, ...]
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Plan:
+        """Read back what ``to_dict`` wrote.
+
+        Raises:
+            CloverError: a field is missing, unknown or contradicts another.
+        """
+        try:
+            plan = cls(tuple(_block_from_dict(b) for b in data["blocks"]))
+        except (KeyError, TypeError) as error:
+            raise CloverError(f"the clover plan in config.json is damaged ({error}); restore the file") from error
+        for block in plan.blocks:
+            heads = sorted(h for g in block.groups for h in g.heads)
+            inside = all(0 < g.qk <= block.qk and 0 < g.value <= block.vo for g in block.groups)
+            if not inside or len(set(heads)) != len(heads) or not set(heads) <= set(range(block.kv_heads)):
+                raise CloverError(f"the clover plan of {block.name} is impossible: {block.groups}; restore config.json")
+        return plan
+
+    @property
+    def qk_removed(self) -> float:
+        """Share of the Q-K head directions that are gone, 0 to 1."""
+        return 1 - sum(b.qk_kept for b in self.blocks) / sum(b.kv_heads * b.qk for b in self.blocks)
+
+    @property
+    def vo_removed(self) -> float:
+        """Share of the V-O head directions that are gone, 0 to 1."""
+        return 1 - sum(b.vo_kept for b in self.blocks) / sum(b.kv_heads * b.vo for b in self.blocks)
+
+
+def _block_from_dict(data: dict) -> BlockPlan:
+    groups = tuple(Group(**(g | {"heads": tuple(g["heads"])})) for g in data["groups"])
+    return BlockPlan(**(data | {"groups": groups}))
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """One block's directions for people to look at: a row per KV head, each sorted from large to small."""
+
+    name: str
+    part: str
+    qk: tuple[tuple[float, ...], ...]
+    """Singular values of ``W_q^T W_k`` in the metric in use (under RoPE: the energy of each pair)."""
+    vo: tuple[tuple[float, ...], ...]
+    qk_norms: tuple[tuple[float, ...], ...]
+    """``||w_q|| ||w_k||`` of each original head dimension: vanilla pruning's view (Figure 2 of the paper)."""
+    vo_norms: tuple[tuple[float, ...], ...]

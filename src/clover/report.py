@@ -1,0 +1,417 @@
+"""Show what pruning did: figures of the spectra, the table of before and after, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from clover.errors import CloverError
+from clover.plan import BlockPlan, Plan, Spectrum
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.typing import LineStyleType as Style
+
+Rows = Sequence[Sequence[float]]
+
+FORMATS = ("png", "svg", "pdf")
+SINGULAR, NORMS = "#2563eb", "#d97706"
+DASHES = (0, (4, 1.6))
+FLOOR = 1e-6  # of the largest value: what lies below is numerical noise, and would squeeze the rest of a log axis
+
+
+class Row(NamedTuple):
+    """One line of the table of before and after, as text that is ready to print."""
+
+    what: str
+    before: str
+    after: str
+    change: str
+
+
+def table(summary: Mapping, measurements: Mapping[str, Mapping] | None = None) -> list[Row]:
+    """What a model was before and is after, one row a quantity.
+
+    Args:
+        summary: of a pruned model; rows whose keys are missing are left out, so that ``{}`` is no rows.
+        measurements: ``{"perplexity": {"before": 25.9, "after": 28.1}}``; either number may be missing or None. With
+            ``"unit": "%"`` the values are percentages and their change is told in points.
+    """
+    rows = []
+    for key, what in (("qk_removed", "Q-K directions"), ("vo_removed", "V-O directions")):
+        if key in summary:
+            rows.append(Row(what, "100 %", f"{1 - summary[key]:.1%}".replace("%", " %"), _change(1, 1 - summary[key])))
+    for key, what in (
+        ("attention_parameters", "attention parameters"),
+        ("parameters", "parameters"),
+        ("kv_bytes_per_token", "KV cache, bytes per token"),
+    ):
+        if f"{key}_before" in summary:
+            rows.append(_row(what, summary[f"{key}_before"], summary[f"{key}_after"]))
+    for what, values in (measurements or {}).items():
+        rows.append(_row(what, values.get("before"), values.get("after"), values.get("unit", "")))
+    return rows
+
+
+def plot_spectra(spectra: Sequence[Spectrum], path: str | os.PathLike[str]) -> None:
+    """Draw every block's singular values beside its vanilla norms, on a log scale.
+
+    Q-K panels fill the left half and V-O panels the right, one panel a block in the order given. Solid lines are the
+    singular values, dashed lines the norm products of the original head dimensions; a thin line is one KV head, the
+    bold one the median over heads. Values under a millionth of the largest are off the scale.
+
+    Args:
+        spectra: at least one block.
+        path: the suffix, ``.png``, ``.svg`` or ``.pdf``, says the format. An old file there is replaced.
+
+    Raises:
+        CloverError: no spectra, another suffix, a path that cannot be written, or matplotlib is not installed.
+    """
+    path = Path(path)
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
+        raise CloverError(f"cannot plot to {str(path)!r}: its suffix must be one of .{', .'.join(FORMATS)}")
+    if not spectra:
+        raise CloverError("there are no spectra to plot: the model has no attention block in the chosen part")
+    _replace(path, _render(spectra, kind, dpi=150))
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    spectra: Sequence[Spectrum],
+    plan: Plan | None,
+    summary: Mapping,
+    measurements: Mapping[str, Mapping] | None = None,
+) -> None:
+    """Write one HTML file that needs nothing else: numbers, ranks kept, spectra and the plan.
+
+    Args:
+        path: the file; it appears whole or not at all, and an old one is replaced.
+        title: heading of the page, plain text.
+        spectra: of the original model; an empty sequence leaves the figure out.
+        plan: what was kept; None leaves the heat maps out.
+        summary: see ``table``; ``{}`` where nothing was pruned.
+        measurements: see ``table``.
+
+    Raises:
+        CloverError: the path cannot be written, or there are spectra and matplotlib is not installed.
+    """
+    body = [
+        f"<header><h1>{escape(title)}</h1>{_headline(spectra, plan, summary)}</header>",
+        _table_section(table(summary, measurements)),
+        _ranks_section(plan) if plan else "",
+        _spectra_section(spectra) if spectra else "",
+        _plan_section(plan) if plan else "",
+    ]
+    page = _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(filter(None, body)))
+    _replace(Path(path), page.encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers and names
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _row(what: str, before: float | None, after: float | None, unit: str = "") -> Row:
+    return Row(what, _number(before, unit), _number(after, unit), _change(before, after, unit))
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    if value is None:
+        return "n/a"
+    text = f"{value:,}" if isinstance(value, int) else f"{value:,.2f}" if abs(value) >= 1 else f"{value:.4g}"
+    return f"{text} {unit}".rstrip()
+
+
+def _change(before: float | None, after: float | None, unit: str = "") -> str:
+    if before is None or after is None:
+        return "n/a"
+    if before == after:
+        return "unchanged"
+    if unit == "%":
+        return f"{after - before:+.2f} points"
+    return f"{after / before - 1:+.1%}".replace("%", " %") if before else "n/a"
+
+
+def _labels(blocks: Sequence[Spectrum] | Sequence[BlockPlan]) -> list[tuple[str, str]]:
+    """A short (stack, number) for each block: ("encoder", "3") for ``model.encoder.layers.3.self_attn``.
+
+    Blocks whose names differ in their numbers only are one stack. It is called by its part, with the words of its name
+    that not all stacks share where two stacks are of the same part.
+    """
+    keys = [(b.part, re.sub(r"\d+", "*", b.name)) for b in blocks]
+    stacks = list(dict.fromkeys(keys))
+    parts = [part for part, _ in stacks]
+    shared = set.intersection(*(set(pattern.split(".")) for _, pattern in stacks)) if stacks else set()
+    called = {
+        (part, pattern): part
+        if parts.count(part) == 1
+        else " ".join([part, *(w for w in pattern.split(".") if w not in shared)])
+        for part, pattern in stacks
+    }
+    return [(called[k], ".".join(re.findall(r"\d+", b.name)) or b.name) for k, b in zip(keys, blocks, strict=True)]
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write under a temporary name in the same folder, then rename: readers see the old file or the new one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        raise CloverError(
+            f"cannot write {str(path)!r}: {error.strerror}; choose a path in an existing folder that you may write to"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _render(spectra: Sequence[Spectrum], kind: str, *, dpi: int, transparent: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    _figure(spectra).savefig(buffer, format=kind, dpi=dpi, transparent=transparent)
+    return buffer.getvalue()
+
+
+def _figure(spectra: Sequence[Spectrum]) -> Figure:
+    try:  # the object interface: nothing of pyplot's global state is touched, and no display is asked for
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+    except ImportError as error:
+        raise CloverError('figures need matplotlib, which is missing: pip install "clover-attention[report]"') from error
+    across = min(len(spectra), 3 if len(spectra) <= 24 else 4)
+    down = math.ceil(len(spectra) / across)
+    height = 1.4 * down + 1.2
+    figure = Figure(figsize=(12, height))
+    labels = _labels(spectra)
+    alone = len({stack for stack, _ in labels}) == 1
+    titles = [f"{'layer' if alone else stack} {number}" for stack, number in labels]
+    panels = [(s.qk, s.qk_norms) for s in spectra], [(s.vo, s.vo_norms) for s in spectra]
+    for half, name, columns in zip(figure.subfigures(1, 2, wspace=0), ("Q-K", "V-O"), panels, strict=True):
+        axes = half.subplots(down, across, sharex=True, sharey=True, squeeze=False).flatten()
+        half.subplots_adjust(left=0.1, right=0.98, bottom=0.5 / height, top=1 - 0.8 / height, wspace=0.1, hspace=0.24)
+        half.suptitle(name, x=0.1, y=1 - 0.42 / height, ha="left", va="center", fontsize=12, fontweight="bold")
+        half.supxlabel("direction, from large to small", x=0.54, y=0.08 / height, va="bottom", fontsize=8.5)
+        _draw_panels(axes, columns, titles, across)
+    key = [
+        Line2D([], [], color=SINGULAR, lw=1.8, label="singular values (CLOVER)"),
+        Line2D([], [], color=NORMS, lw=1.8, ls=DASHES, label="vanilla norms"),
+        Line2D([], [], color="#555555", lw=0.6, label="thin: one KV head, bold: their median"),
+    ]
+    figure.legend(handles=key, loc="upper center", ncols=3, frameon=False, fontsize=9, borderaxespad=0.1)
+    return figure
+
+
+def _draw_panels(axes: Sequence[Axes], columns: Sequence[tuple[Rows, Rows]], titles: Sequence[str], across: int) -> None:
+    """One half of the figure. The axes are shared, so that scale, limits and ticks are set once, on the first."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    kinds = [[v for rows in kind for row in rows for v in row if 0 < v < math.inf] for kind in zip(*columns, strict=True)]
+    kinds = [values for values in kinds if values]
+    if kinds:
+        low = min(max(min(values), FLOOR * max(values)) for values in kinds)
+        axes[0].set_yscale("log")
+        axes[0].set_ylim(low / 1.6, 1.6 * max(map(max, kinds)))
+        axes[0].yaxis.set_major_locator(LogLocator(numticks=5))
+        axes[0].yaxis.set_minor_locator(NullLocator())
+    axes[0].set_xlim(0, 1 + max((len(row) for pair in columns for rows in pair for row in rows), default=1))
+    for ax, (values, norms), title in zip(axes, columns, titles, strict=False):
+        ax.set_title(title if values else f"{title}: left as it is", loc="left", fontsize=8, pad=2.5)
+        ax.tick_params(labelsize=7.5, length=2.5, color="#999999")
+        ax.grid(color="#888888", alpha=0.2, lw=0.5)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color("#999999")
+        size = max((len(row) for row in (*values, *norms)), default=1)
+        _draw_rows(ax, norms, size, NORMS, DASHES)
+        _draw_rows(ax, values, size, SINGULAR, "solid")
+    for ax in axes[len(columns) :]:
+        ax.set_axis_off()
+    for ax in axes[len(columns) - across : len(columns)]:  # the last row may be short: label what is lowest
+        ax.tick_params(labelbottom=True)
+
+
+def _draw_rows(ax: Axes, rows: Rows, size: int, colour: str, style: Style) -> None:
+    """A thin line a row and their bold median. A row shorter than ``size``, of rotary pairs say, is stretched to it."""
+    from matplotlib.collections import LineCollection
+
+    def points(row: Sequence[float]) -> list[tuple[float, float]]:
+        return [(i * size / len(row), value) for i, value in enumerate(row, 1) if 0 < value < math.inf]
+
+    median = [statistics.median(column) for column in zip(*rows)]  # noqa: B905 - the heads of one block have one size
+    for lines, width, alpha in ((rows if len(rows) > 1 else (), 0.5, 0.45), ((median,), 1.5, 1.0)):
+        segments = [line for line in map(points, lines) if line]
+        # the limits are set: letting each collection update those of all shared axes takes quadratic time
+        ax.add_collection(
+            LineCollection(segments, colors=colour, linewidths=width, linestyles=style, alpha=alpha), autolim=False
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _headline(spectra: Sequence[Spectrum], plan: Plan | None, summary: Mapping) -> str:
+    if "qk_removed" not in summary:
+        return f'<p class="lead">Spectra of {len(spectra)} attention blocks. Nothing was removed.</p>'
+    qk, vo = (f"<strong>{summary[k]:.1%}</strong>".replace("%", "&nbsp;%") for k in ("qk_removed", "vo_removed"))
+    text = f"Removed {qk} of the Q-K and {vo} of the V-O head directions"
+    gone = sum(rank is None for block in plan.blocks for rank in _ranks(block, "vo")) if plan else 0
+    if gone:
+        text += f"; <strong>{gone}</strong> {'head is' if gone == 1 else 'heads are'} gone whole"
+    return f'<p class="lead">{text}.</p>'
+
+
+def _table_section(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    lines = "".join(
+        f'<tr><th scope="row">{escape(what[:1].upper() + what[1:])}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in (before, after, change.replace("-", "\N{MINUS SIGN}")))
+        + "</tr>\n"
+        for what, before, after, change in rows
+    )
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("", "Before", "After", "Change"))
+    return f'<section><h2>Before and after</h2><table class="sizes"><tr>{head}</tr>\n{lines}</table></section>'
+
+
+def _ranks(block: BlockPlan, side: str) -> list[int | None]:
+    """The directions that each KV head keeps, None for a head that is gone whole."""
+    kept = {head: group.qk if side == "qk" else group.value for group in block.groups for head in group.heads}
+    return [kept.get(head) for head in range(block.kv_heads)]
+
+
+def _ranks_section(plan: Plan) -> str:
+    stacks: dict[str, list[tuple[str, BlockPlan]]] = {}
+    for (stack, number), block in zip(_labels(plan.blocks), plan.blocks, strict=True):
+        stacks.setdefault(stack, []).append((number, block))
+    maps = []
+    for stack, blocks in stacks.items():
+        heading = f"<h3>{escape(stack)}</h3>" if len(stacks) > 1 else ""
+        maps.append(f'{heading}<div class="maps">{_heat_map(blocks, "qk")}{_heat_map(blocks, "vo")}</div>')
+    return (
+        "<section><h2>Directions kept, by layer and head</h2>"
+        '<p class="note">Rows are layers, columns are key-value heads. <span class="key scale"></span> none to all of '
+        'the head&rsquo;s directions; <span class="key gone"></span> the head is gone whole.</p>'
+        f"{''.join(maps)}</section>"
+    )
+
+
+def _heat_map(blocks: Sequence[tuple[str, BlockPlan]], side: str) -> str:
+    columns = max(block.kv_heads for _, block in blocks)
+    head = "".join(f'<th scope="col">{i}</th>' for i in range(columns))
+    lines = [f'<tr><th scope="col">layer</th>{head}<th scope="col" class="mean">kept</th></tr>']
+    for number, block in blocks:
+        ranks, size = _ranks(block, side), block.qk if side == "qk" else block.vo
+        cells = "".join(_cell(rank, size) for rank in ranks) + "<td></td>" * (columns - len(ranks))
+        share = sum(rank or 0 for rank in ranks) / (size * len(ranks))
+        lines.append(
+            f'<tr title="{escape(block.name)}"><th scope="row">{escape(number)}</th>{cells}'
+            f'<td class="mean">{share:.0%}</td></tr>'
+        )
+    caption = f"{'Q-K' if side == 'qk' else 'V-O'} directions kept"
+    width = " dense" if columns > 16 else ""
+    return f'<div class="map{width}"><table><caption>{caption}</caption>\n' + "\n".join(lines) + "</table></div>"
+
+
+def _cell(rank: int | None, size: int) -> str:
+    if rank is None:
+        return '<td class="gone" title="head gone whole">&times;</td>'
+    share = rank / size
+    text = ' class="full"' if share > 0.55 else ""
+    return f'<td{text} style="background:rgb(37 99 235/{share:.2f})" title="{rank} of {size}">{rank}</td>'
+
+
+def _spectra_section(spectra: Sequence[Spectrum]) -> str:
+    image = base64.b64encode(_render(spectra, "png", dpi=160, transparent=True)).decode()
+    alt = (
+        f"Small multiples on a log scale, one panel for each of {len(spectra)} attention blocks, Q-K left and V-O "
+        "right: singular values as solid lines, norms of the original dimensions as dashed lines, from large to small."
+    )
+    return (
+        "<section><h2>Spectra</h2>"
+        '<p class="note">The faster a solid line falls, the more directions can go at little cost. The dashed lines '
+        "are the norms that pruning without a change of basis would have to go by.</p>"
+        f'<figure><img src="data:image/png;base64,{image}" alt="{escape(alt)}"></figure></section>'
+    )
+
+
+def _plan_section(plan: Plan) -> str:
+    text = json.dumps(plan.to_dict(), indent=1)
+    return f"<section><h2>Plan</h2><details><summary>As JSON</summary><pre>{escape(text)}</pre></details></section>"
+
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #fcfcfb; --text: #1d2126; --soft: #656d78; --line: #dfe2e6; --hatch: #c3c8cf; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #15181c; --text: #e4e7eb; --soft: #9aa3af; --line: #30363d; --hatch: #4a525c; }
+  figure img { filter: invert(0.92) hue-rotate(180deg); }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 3rem 1.5rem 4rem; max-width: 74rem; background: var(--page); color: var(--text);
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { margin: 0; font-size: 1.9rem; line-height: 1.2; letter-spacing: -0.015em; overflow-wrap: anywhere; }
+h2 { margin: 3rem 0 0.6rem; font-size: 1.2rem; }
+h3 { margin: 1.4rem 0 0.3rem; font-size: 1rem; }
+h3::first-letter { text-transform: uppercase; }
+.lead { margin: 0.7rem 0 0; max-width: 46rem; font-size: 1.15rem; }
+.note { margin: 0 0 1rem; max-width: 46rem; color: var(--soft); font-size: 0.92rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.sizes th, .sizes td { padding: 0.42rem 0 0.42rem 2.5rem; border-bottom: 1px solid var(--line); text-align: right;
+  white-space: nowrap; }
+.sizes th:first-child { padding-left: 0; text-align: left; font-weight: 400; }
+.sizes tr:first-child th { color: var(--soft); font-size: 0.85rem; font-weight: 500; }
+.sizes td:nth-child(3) { font-weight: 600; }
+.maps { display: flex; flex-wrap: wrap; gap: 1.2rem 2.5rem; }
+.map { flex: 1 1 24rem; overflow-x: auto; }
+.map.dense { flex-basis: 100%; }
+.map table { width: 100%; table-layout: fixed; border-collapse: separate; border-spacing: 1px; font-size: 0.75rem;
+  line-height: 1.5; }
+.map.dense table { font-size: 0.64rem; }
+.map caption { padding-bottom: 0.2rem; text-align: left; font-size: 0.9rem; font-weight: 600; }
+.map th { color: var(--soft); font-weight: 400; }
+.map th:first-child { width: 3rem; text-align: left; }
+.map td { padding: 0; text-align: center; border-radius: 2px; }
+.map .mean { width: 3.2rem; color: var(--soft); text-align: right; }
+.full { color: #fff; }
+.gone { color: var(--soft); background: repeating-linear-gradient(135deg, var(--hatch) 0 2px, transparent 2px 6px); }
+.key { display: inline-block; height: 0.85em; vertical-align: -0.08em; border: 1px solid var(--line); border-radius: 2px; }
+.key.scale { width: 5em; background: linear-gradient(90deg, rgb(37 99 235/0), rgb(37 99 235)); }
+.key.gone { width: 1.6em; }
+figure { margin: 0; }
+img { display: block; width: 100%; height: auto; }
+summary { cursor: pointer; color: var(--soft); }
+pre { max-height: 32rem; overflow: auto; padding: 1rem; border: 1px solid var(--line); border-radius: 6px;
+  font: 0.8rem/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+@media print { body { padding: 0; max-width: none; } .map td { print-color-adjust: exact; } }
+"""
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""

@@ -1,0 +1,122 @@
+"""Q-K under rotary positions (RoPE): which pairs to keep, and the complex gains that make up for the rest.
+
+A logit is a sum over pairs of ``Re(z_q conj(z_k) e^{i(m-n)phi})``, one complex number for each pair, and the only linear
+maps that commute with every rotation are complex gains, one for each pair. So frequencies can't be mixed, but a pair can
+be dropped and the gains of the others refitted, to change the attention distribution least. "Least" is measured by the
+Gram of the pairs' contributions, centred under each query's attention: half its quadratic form is a KL divergence.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+RIDGE = 1e-3
+"""Pull of the refitted gains towards 1, relative to the mean energy of a feature."""
+
+
+def features(
+    q: Float[Tensor, "*batch m r"], k: Float[Tensor, "*batch t r"]
+) -> Float[Tensor, "*batch m t r"]:
+    """What each pair adds to each logit: real parts, then imaginary parts.
+
+    Args:
+        q, k: rotated (or not yet rotated: the same) queries and keys, real parts in the first half of the columns.
+    """
+    q_re, q_im = q.unsqueeze(-2).chunk(2, -1)
+    k_re, k_im = k.unsqueeze(-3).chunk(2, -1)
+    return torch.cat([q_re * k_re + q_im * k_im, q_im * k_re - q_re * k_im], -1)
+
+
+def white_gram(
+    q: Float[Tensor, "kv n r D"], k: Float[Tensor, "kv r C"]
+) -> Float[Tensor, "kv n r r"]:
+    """The Gram of ``features`` where no data is at hand: white input, query and key independent, any distance."""
+    half = k.shape[1] // 2
+    energy = [t.double().square().sum(-1) for t in (q, k)]
+    q_energy, k_energy = (e[..., :half] + e[..., half:] for e in energy)
+    return torch.diag_embed(((q_energy * k_energy.unsqueeze(1)) / 2).repeat(1, 1, 2))
+
+
+def eliminate(gram: Float[Tensor, "kv n r r"]) -> tuple[Int[Tensor, "kv p"], Float[Tensor, "kv p"]]:
+    """Order pairs by backward elimination with gains refitted at each step.
+
+    Pairs are chosen for all query heads of a KV head at once (its keys are shared), gains for each query head.
+    Each step removes the pair of least added cost, in closed form (as Optimal Brain Surgeon does).
+
+    Returns:
+        Pairs from the last removed (best) to the first, and what each removal added to the quadratic form, made
+        non-increasing. float64.
+    """
+    kv, n, width, _ = gram.shape
+    pairs = width // 2
+    if not pairs:
+        return torch.zeros(kv, 0, dtype=torch.long, device=gram.device), gram.new_zeros(kv, 0)
+    inverse = torch.linalg.inv(_ridged(gram))
+    gains = torch.cat([gram.new_ones(kv, n, pairs), gram.new_zeros(kv, n, pairs)], -1).double()
+    order, cost = [], []
+    gone = torch.zeros(kv, pairs, dtype=torch.bool, device=gram.device)
+    rows = torch.arange(kv, device=gram.device)
+    both = torch.stack([torch.arange(pairs), torch.arange(pairs) + pairs], -1).to(gram.device)  # columns of each pair
+    for _ in range(pairs):
+        core = inverse[:, :, both.unsqueeze(-1), both.unsqueeze(-2)]  # kv n p 2 2
+        price = torch.einsum("gnpi,gnpij,gnpj->gp", gains[..., both], torch.linalg.pinv(core, hermitian=True), gains[..., both])
+        worst = price.masked_fill(gone, torch.inf).argmin(-1)
+        order.append(worst)
+        cost.append(price[rows, worst].clamp_min(0))
+        gone[rows, worst] = True
+        columns = both[worst]  # kv 2
+        wide = inverse.gather(-1, columns[:, None, None].expand(kv, n, width, 2))
+        small = wide.gather(-2, columns[:, None, :, None].expand(kv, n, 2, 2))
+        step = wide @ torch.linalg.pinv(small, hermitian=True)
+        gains = gains - (step @ gains.gather(-1, columns[:, None].expand(kv, n, 2)).unsqueeze(-1)).squeeze(-1)
+        inverse = inverse - step @ wide.mT
+        # What is removed stays removed, whatever rounding says.
+        gains = gains.scatter(-1, columns[:, None].expand(kv, n, 2), 0.0)
+        inverse = inverse.scatter(-2, columns[:, None, :, None].expand(kv, n, 2, width), 0.0)
+        inverse = inverse.scatter(-1, columns[:, None, None, :].expand(kv, n, width, 2), 0.0)
+        diagonal = columns[:, None].expand(kv, n, 2)
+        inverse = inverse + torch.diag_embed(torch.zeros_like(gains).scatter(-1, diagonal, 1.0))
+    removed = torch.stack(cost, -1).cummax(-1).values
+    return torch.stack(order, -1).flip(-1), removed.flip(-1)
+
+
+def fit_gains(gram: Float[Tensor, "n r r"], kept: Int[Tensor, " p"]) -> Float[Tensor, "n p 2"]:
+    """Real and imaginary gain of each kept pair: least squares for the sum of all pairs' real parts, ridge towards 1."""
+    n, width, _ = gram.shape
+    pairs = width // 2
+    if len(kept) == pairs:
+        return torch.tensor([1.0, 0.0], dtype=torch.float64, device=gram.device).expand(n, pairs, 2)
+    columns = torch.cat([kept, kept + pairs])
+    a = _ridged(gram)
+    gone = torch.ones(pairs, dtype=torch.bool, device=gram.device).index_fill(0, kept, False).nonzero()[:, 0]
+    missing = a[:, columns][:, :, gone].sum(-1)
+    gains = torch.linalg.solve(a[:, columns][:, :, columns], missing)
+    gains[:, : len(kept)] += 1
+    return torch.stack(gains.chunk(2, -1), -1)
+
+
+def transforms(
+    gains: Float[Tensor, "n p 2"], kept: Int[Tensor, " p"], rotary: int, width: int
+) -> tuple[Float[Tensor, "n 2*p d"], Float[Tensor, "2*p d"]]:
+    """Rows that take a query and a key of ``width`` columns, the first ``rotary`` of them rotated, to the kept pairs, (real, imaginary) side by side.
+
+    A gain ``(alpha, beta)`` weighs the pair's real and imaginary contribution: it multiplies ``z_q`` by ``alpha - i beta``.
+    """
+    n, p, _ = gains.shape
+    t_q = gains.new_zeros(n, p, 2, width)
+    t_k = gains.new_zeros(p, 2, width)
+    at = torch.arange(p, device=gains.device)
+    half = kept + rotary // 2
+    alpha, beta = gains.unbind(-1)
+    t_q[:, at, 0, kept], t_q[:, at, 0, half] = alpha, beta
+    t_q[:, at, 1, half], t_q[:, at, 1, kept] = alpha, -beta
+    t_k[at, 0, kept], t_k[at, 1, half] = 1.0, 1.0
+    return t_q.flatten(1, 2), t_k.flatten(0, 1)
+
+
+def _ridged(gram: Tensor) -> Tensor:
+    gram = gram.double()
+    energy = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
+    return gram + RIDGE * energy[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)

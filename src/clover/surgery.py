@@ -1,0 +1,70 @@
+"""Put rewritten attention into a model: everything is checked and computed first, then installed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from clover.attention import CloverAttention
+from clover.basis import Basis
+from clover.errors import CloverError
+from clover.families import Block
+from clover.plan import BlockPlan, Plan
+
+
+@torch.no_grad()
+def operate(model: nn.Module, bases: Sequence[Basis], plan: Plan) -> None:
+    """Replace the blocks of ``bases`` by their cuts, in place. Nothing is installed unless all can be.
+
+    Raises:
+        CloverError: the plan names other blocks, or a cut is not finite in the model's dtype.
+    """
+    if [b.name for b in bases] != [p.name for p in plan.blocks]:
+        raise CloverError("the plan was made for other blocks than those to cut; make it from the same model and part")
+    ready = [(basis.block, _filled(basis, block_plan)) for basis, block_plan in zip(bases, plan.blocks, strict=True)]
+    for block, (attention, output) in ready:
+        install(model, block, attention, output)
+
+
+def _filled(basis: Basis, plan: BlockPlan) -> tuple[CloverAttention, nn.Linear | None]:
+    attention, output = skeleton(basis.block, plan)
+    state = basis.cut(plan)
+    owner = {"o_proj": output if output is not None else attention.o_proj}
+    for name, value in state.items():
+        module, _, leaf = name.rpartition(".")
+        target = owner.get(module) or (attention.get_submodule(module) if module else attention)
+        parameter = getattr(target, leaf)
+        if parameter is None:
+            continue
+        parameter.copy_(value)
+        if not parameter.isfinite().all():
+            raise CloverError(f"{basis.name}: {name} overflows {parameter.dtype}; load the model in float32 or bfloat16")
+    return attention, output
+
+
+def skeleton(block: Block, plan: BlockPlan) -> tuple[CloverAttention, nn.Linear | None]:
+    """The module for a block, weights not yet set, and the output projection where it lives outside of it."""
+    weight: Tensor = block.projection("o").weight
+    kind = type(block.core)
+    # Whatever looks for the original class (output recorders, device maps) still finds it.
+    attention = type(f"Clover{kind.__name__}", (CloverAttention, kind), {})(block, plan, weight.dtype, weight.device)
+    attention.train(block.core.training)
+    if not block.family.core:
+        return attention, None
+    output = nn.Linear(
+        plan.queries * plan.vo_kept, block.heads().o.shape[-2], bias=plan.output_bias, dtype=weight.dtype, device=weight.device
+    )
+    return attention, output
+
+
+def install(model: nn.Module, block: Block, attention: CloverAttention, output: nn.Linear | None) -> None:
+    """Swap the module in; hooks of the one it replaces move over."""
+    attention._forward_hooks.update(block.core._forward_hooks)
+    attention._forward_pre_hooks.update(block.core._forward_pre_hooks)
+    attention._forward_hooks_with_kwargs.update(block.core._forward_hooks_with_kwargs)
+    attention._forward_pre_hooks_with_kwargs.update(block.core._forward_pre_hooks_with_kwargs)
+    if output is not None:
+        model.set_submodule(f"{block.name}.{block.family.o}", output)
+    model.set_submodule(block.core_name, attention)

@@ -1,0 +1,76 @@
+"""What every test shares: no network, one seed, and the real weights and data where they are at hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers; subprocesses inherit it
+
+import hypothesis
+import pytest
+import torch
+
+MODELS = Path(os.environ.get("CLOVER_MODELS", Path.home() / ".cache/clover-models"))
+DATA = Path(os.environ.get("CLOVER_DATA", Path(__file__).resolve().parents[2] / "shared/data"))
+REAL = {"smollm2", "whisper", "minilm", "wikitext2", "speech", "commonsense"}
+
+# Equal runs give equal results, and a busy machine is no failure.
+hypothesis.settings.register_profile("clover", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("clover")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as ``real`` what asks for real weights or data, before ``-m`` selects."""
+    for item in items:
+        if REAL.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("real")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, a transformers folder."""
+    return _folder(MODELS / "smollm2", "CLOVER_MODELS")
+
+
+@pytest.fixture(scope="session")
+def whisper() -> Path:
+    """Whisper base, a transformers folder."""
+    return _folder(MODELS / "whisper-base", "CLOVER_MODELS")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2, a transformers folder."""
+    return _folder(MODELS / "minilm", "CLOVER_MODELS")
+
+
+@pytest.fixture(scope="session")
+def wikitext2() -> Path:
+    """WikiText-2, raw: ``{train,validation,test}.txt.gz``."""
+    return _folder(DATA / "wikitext2", "CLOVER_DATA")
+
+
+@pytest.fixture(scope="session")
+def speech() -> Path:
+    """LJSpeech utterances: ``manifest.tsv`` (file, text, split) and the files that it names."""
+    return _folder(DATA / "speech", "CLOVER_DATA")
+
+
+@pytest.fixture(scope="session")
+def commonsense() -> Path:
+    """Multiple-choice sets: ``NAME.{train,test}.jsonl.gz``."""
+    return _folder(DATA / "commonsense", "CLOVER_DATA")
+
+
+def _folder(path: Path, variable: str) -> Path:
+    """``path``, or skip the test that needs it."""
+    if not path.is_dir():
+        pytest.skip(f"{path} is missing; set {variable} to the folder that holds {path.name!r}")
+    return path
