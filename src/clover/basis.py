@@ -59,7 +59,7 @@ class Basis:
             plain_cost=half_square * self.plain.values**2, plain_norm=(q_plain * k_plain).sqrt(),
             value_cost=self.value.values**2, value_norm=(v * o).sqrt(),
             output_bias=heads.o_bias is not None or heads.v_bias is not None or self.moments is not None,
-            fixed_qk=self.block.normed,
+            parameters=heads.parameters(), fixed_qk=self.block.normed,
         )  # fmt: skip
 
     def spectrum(self) -> Spectrum:

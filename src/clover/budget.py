@@ -44,6 +44,7 @@ class Costs:
     value_cost: Float[Tensor, "kv e"]
     value_norm: Float[Tensor, "kv e"]
     output_bias: bool
+    parameters: int
     fixed_qk: bool = False
     """Q-K can't be cut exactly (a norm stands between projection and logit) and stays whole."""
 
@@ -156,7 +157,7 @@ def _block_plan(costs: Costs, sizes: list[_Size]) -> BlockPlan:
     ordered = sorted(groups.items(), key=lambda item: item[1])
     return BlockPlan(
         costs.name, costs.part, costs.queries, costs.kv_heads, costs.qk, costs.count("value"),
-        tuple(Group(heads, size.pairs, size.plain, size.value) for size, heads in ordered), costs.output_bias,
+        tuple(Group(heads, size.pairs, size.plain, size.value) for size, heads in ordered), costs.output_bias, costs.parameters,
     )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ import importlib
 import inspect
 import io
 import json
-import math
 import re
 import zlib
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
 
 from clover.errors import CloverError
@@ -29,7 +29,6 @@ Kind = Literal["text", "manifest", "questions", "images"]
 KINDS: dict[str, Kind] = {".txt": "text", ".tsv": "manifest", ".jsonl": "questions"}
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 CHARACTERS = 16  # a generous guess at the characters of one token; decides how much of a long text is tokenised at all
-PROMPT = "a photo"  # what the text side of an image-text model is given to read
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,8 @@ class Utterance:
 class Question:
     """One multiple-choice question in the template of LLM-Adapters.
 
-    ``instruction`` is the whole prompt, ``stem`` the bare question or unfinished sentence in it, ``labels`` the
-    choices by name ("answer1", "true"), ``texts`` what they stand for (the labels again where nothing is spelled
-    out), ``answer`` the index of the right one.
+    ``instruction`` is all of it, ``stem`` the bare question or unfinished sentence, ``labels`` the choices by name
+    ("answer1", "true"), ``texts`` what they stand for (or the labels again), ``answer`` the index of the right one.
     """
 
     instruction: str
@@ -99,16 +97,14 @@ def read_manifest(path: str | Path, split: str | None = None) -> list[Utterance]
     """
     path = Path(path)
     table = csv.DictReader(io.StringIO(read_text(path)), delimiter="\t", quoting=csv.QUOTE_NONE)
-    columns = table.fieldnames or []
-    for column in ("file", "text", *(["split"] if split is not None else [])):
+    columns, rows = table.fieldnames or [], list(table)
+    for column in ("file", "text") if split is None else ("file", "text", "split"):
         if column not in columns:
             raise CloverError(f"{path} has no column '{column}', only {list(columns)}; name it in the first line")
-    rows = list(table)
     chosen = [row for row in rows if split is None or row["split"] == split]
-    if not rows:
-        raise CloverError(f"{path} has no rows; add a line for each audio file")
     if not chosen:
-        raise CloverError(f"{path} has no rows of split '{split}', only of {sorted({str(r['split']) for r in rows})}")
+        found = f"its splits are {sorted({str(row['split']) for row in rows})}" if rows and split else "it has no rows"
+        raise CloverError(f"{path} holds no utterance{f' of split {split!r}' if split else ''}; {found}")
     return [_utterance(path, row) for row in chosen]
 
 
@@ -138,7 +134,7 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
     except (RuntimeError, OSError) as error:
         raise CloverError(f"audio file {path} cannot be decoded ({error}); replace it") from error
     if not len(samples) or not np.isfinite(samples).all():
-        raise CloverError(f"audio file {path} {'holds NaN or infinity' if len(samples) else 'is empty'}; replace it")
+        raise CloverError(f"audio file {path} is empty or holds NaN or infinite samples; replace it")
     mono = samples.mean(axis=1)
     return mono if original == rate else extra("soxr").resample(mono, original, rate)
 
@@ -157,23 +153,20 @@ def read_questions(path: str | Path) -> list[Question]:
 
 def _records(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     """(where, record) of each line that is not blank."""
-    found = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            found.append((f"line {number} of {path}", _record(line, f"line {number} of {path}")))
-    if not found:
+    lines = [(f"line {i} of {path}", line) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    if not lines:
         raise CloverError(f"{path} holds no questions; give one JSON object a line")
-    return found
+    return [(where, _record(line, where)) for where, line in lines]
 
 
 def _record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise CloverError(f"{where} is no JSON ({error}); give one object a line") from error
-    if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("instruction", "answer")):
-        raise CloverError(f"{where} must be an object with strings 'instruction' and 'answer'; got {line[:80]!r}")
-    return record
+        if isinstance(record["instruction"], str) and isinstance(record["answer"], str):
+            return record
+    except (json.JSONDecodeError, KeyError, TypeError):
+        pass
+    raise CloverError(f"{where} must be a JSON object with strings 'instruction' and 'answer'; got {line[:80]!r}")
 
 
 def _question(record: dict[str, Any], where: str) -> Question:
@@ -205,19 +198,14 @@ def calibration_batches(
 ) -> list[dict[str, torch.Tensor]]:
     """Batches for ``model(**batch)``, on the model's device and in its dtype; nothing in them is padding.
 
-    =================  =================================================================================
-    what ``path`` is   what a batch holds
-    =================  =================================================================================
-    text, questions    ``input_ids`` (b, t): windows spread evenly over the text, each with the special
-                       tokens that the tokenizer adds
-    manifest           ``input_features`` (1, mel, frames) and, for a model with a decoder,
-                       ``decoder_input_ids`` (1, t): Whisper's English prompt and the reference text
-    folder of images   ``pixel_values`` (b, channels, height, width) and, for an image-text model,
-                       ``input_ids`` (1, t) of a short neutral prompt: too little to prune its text side
-    =================  =================================================================================
+    - Text or questions: ``input_ids`` (b, t), windows spread evenly, each with the tokenizer's special tokens.
+    - Manifest: ``input_features`` (1, mel, frames) and, for a model with a decoder, ``decoder_input_ids`` (1, t),
+      which are Whisper's English prompt and the reference text.
+    - Folder of images: ``pixel_values`` (b, channels, height, width) and, for an image-text model, ``input_ids``
+      (1, t) of a short neutral prompt, which is too little to prune its text side by.
 
     Args:
-        path: a ``.txt``, ``.jsonl`` (both with or without ``.gz``), a manifest ``.tsv`` or a folder.
+        path: a ``.txt``, ``.jsonl`` or manifest ``.tsv``, each with or without ``.gz``, or a folder.
         model: what the batches are for; its ``forward`` says which kind it reads.
         processor: tokenizer, image processor or audio processor; by default that of ``model.config.name_or_path``.
         split: rows of a manifest; by default those of 'calibration' if it has any, else all.
@@ -267,11 +255,10 @@ def load_processor(model_or_name: nn.Module | str | Path, kind: str) -> Any:
     Raises:
         CloverError: there is none.
     """
-    name = model_or_name.config.name_or_path if isinstance(model_or_name, nn.Module) else str(model_or_name)
+    config: Any = getattr(model_or_name, "config", None)
+    name = config.name_or_path if config else str(model_or_name)
     if not name:
         raise CloverError("the model does not say where it was loaded from; pass its tokenizer or processor")
-    import transformers
-
     # Without torchvision the default image backend is a stub that fails; the PIL one gives the same numbers.
     options = {"backend": "pil"} if kind == "AutoImageProcessor" else {}
     try:
@@ -296,8 +283,7 @@ def audio_features(files: Sequence[Path], extractor: Any) -> torch.Tensor:
     clips = [read_audio(file, rate) for file in files]
     for file, clip in zip(files, clips, strict=True):
         if len(clip) > extractor.n_samples:  # the extractor would cut it off in silence
-            longest = extractor.n_samples / rate
-            raise CloverError(f"{file} lasts {len(clip) / rate:.1f} s; the model hears {longest:g} s: cut it up")
+            raise CloverError(f"{file} is longer than the {extractor.n_samples / rate:g} s the model hears; cut it up")
     return extractor(clips, sampling_rate=rate, return_tensors="pt").input_features
 
 
@@ -317,14 +303,10 @@ def max_positions(model: nn.Module) -> int | None:
 
 def _check_kind(path: Path, kind: Kind, model: nn.Module) -> None:
     reads = inspect.signature(model.forward).parameters
-    if "input_features" in reads:
-        fits, wanted = kind == "manifest", "an audio manifest (.tsv)"
-    elif "pixel_values" in reads:
-        fits, wanted = kind == "images", "a folder of images"
-    else:
-        fits, wanted = kind in ("text", "questions"), "a text (.txt or .jsonl)"
-    if not fits:
-        raise CloverError(f"{path} holds {kind}, but {type(model).__name__} reads {wanted}")
+    special = {"input_features": "manifest", "pixel_values": "images"}
+    wanted = next((special[name] for name in special if name in reads), "text")
+    if wanted != ("text" if kind == "questions" else kind):
+        raise CloverError(f"{path} holds {kind}, but {type(model).__name__} reads {wanted}; give it that")
 
 
 def _place(batch: dict[str, torch.Tensor], like: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -341,14 +323,12 @@ def _text_batches(
     path: Path, model: nn.Module, tokenizer: Any, sequences: int, length: int, batch: int
 ) -> Iterable[dict[str, torch.Tensor]]:
     tokenizer = tokenizer or load_processor(model, "AutoTokenizer")
-    text = _joined(path) if file_kind(path) == "questions" else read_text(path)
+    text = read_text(path)
+    if file_kind(path) == "questions":
+        text = "\n\n".join(f"{r['instruction']}\n{r.get('output', r['answer'])}" for _, r in _records(path))
     length = min(length, max_positions(model) or length, tokenizer.model_max_length)
     chosen = torch.tensor(_windows(text, tokenizer, length, sequences, path))
     return ({"input_ids": rows} for rows in chosen.split(batch))
-
-
-def _joined(path: Path) -> str:
-    return "\n\n".join(f"{r['instruction']}\n{r.get('output', r['answer'])}" for _, r in _records(path))
 
 
 def _windows(text: str, tokenizer: Any, length: int, sequences: int, path: Path) -> list[list[int]]:
@@ -381,7 +361,7 @@ def _audio_batches(
         yield batch
 
 
-def _teacher(text: str, model: nn.Module, tokenizer: Any) -> list[int]:
+def _teacher(text: str, model: Any, tokenizer: Any) -> list[int]:
     """What the decoder has read when it has written ``text`` in English without timestamps."""
     prompt = ["<|en|>", "<|transcribe|>"] if is_multilingual(model) else []
     start = tokenizer.convert_tokens_to_ids(["<|startoftranscript|>", *prompt, "<|notimestamps|>"])
@@ -401,8 +381,8 @@ def _image_batches(
     images = getattr(images, "image_processor", images)
     prompt = _prompt(model, processor) if "input_ids" in inspect.signature(model.forward).parameters else {}
     chosen = _spread(files, most)
-    for i in track(range(math.ceil(len(chosen) / batch)), "reading images"):
-        pictures = [_read_image(file) for file in chosen[i * batch : (i + 1) * batch]]
+    for start in track(range(0, len(chosen), batch), "reading images"):
+        pictures = [_read_image(file) for file in chosen[start : start + batch]]
         yield {"pixel_values": images(images=pictures, return_tensors="pt")["pixel_values"], **prompt}
 
 
@@ -417,4 +397,4 @@ def _read_image(file: Path) -> Any:
 
 def _prompt(model: nn.Module, processor: Any) -> dict[str, torch.Tensor]:
     tokenizer = getattr(processor, "tokenizer", None) or load_processor(model, "AutoTokenizer")
-    return {"input_ids": tokenizer(PROMPT, return_tensors="pt").input_ids}
+    return {"input_ids": tokenizer("a photo", return_tensors="pt").input_ids}

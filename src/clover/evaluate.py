@@ -1,14 +1,40 @@
-"""Measure a model: perplexity, word error rate, multiple choice, sizes and speed."""
+"""Measure a model: perplexity, word error rate, multiple choice, sizes, speed and agreement with another."""
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
+from clover.data import (
+    Question,
+    Utterance,
+    audio_features,
+    extra,
+    file_kind,
+    is_multilingual,
+    load_processor,
+    max_positions,
+    read_manifest,
+    read_questions,
+    read_text,
+)
+from clover.errors import CloverError
 from clover.progress import track
+
+T = TypeVar("T")
+TASKS = {"perplexity": "text", "wer": "manifest", "choice": "questions"}
 
 
 @dataclass(frozen=True)
@@ -73,3 +99,376 @@ def _negative_log_likelihood(model: nn.Module, piece: torch.Tensor, chunk: int =
 
 def _dtype(model: nn.Module) -> str:
     return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+@torch.inference_mode()
+def word_error_rate(
+    model: Any, processor: Any, utterances: Sequence[Utterance], batch: int = 4, limit: int | None = None
+) -> Score:
+    """Word error rate, in percent, of English transcriptions by a Whisper-like model.
+
+    Decoding is greedy, in one window, without timestamps; a multilingual model is told that the language is English
+    and the task is to transcribe, and everything else (such as suppressed tokens) is as its generation config says.
+    Reference and transcription go through Whisper's English normaliser. It maps British to American spelling only if
+    the tokenizer brings the table for it (``normalizer.json``).
+
+    Args:
+        model: has ``generate``.
+        processor: its feature extractor and tokenizer.
+        utterances: audio files and what is said in them.
+        batch: utterances at once.
+        limit: use only the first so many utterances.
+
+    Raises:
+        CloverError: nothing to transcribe, a bad audio file, or the ``eval`` extra is not installed.
+    """
+    jiwer = extra("jiwer")
+    chosen = list(utterances[:limit])
+    spelling = getattr(processor.tokenizer, "english_spelling_normalizer", None) or {}
+    normalise = EnglishTextNormalizer(spelling)
+    references = [normalise(u.text) for u in chosen]
+    if empty := [str(u.file) for u, text in zip(chosen, references, strict=True) if not text]:
+        raise CloverError(f"no words are left of the reference of {empty[0]} after normalisation; correct its text")
+    if not chosen:
+        raise CloverError("there are no utterances to transcribe; give at least one")
+    multilingual = is_multilingual(model)
+    language = {"language": "en", "task": "transcribe"} if multilingual else {}
+    transcripts: list[str] = []
+    for start in track(range(0, len(chosen), batch), "transcribing"):
+        files = [u.file for u in chosen[start : start + batch]]
+        features = audio_features(files, processor.feature_extractor).to(model.device, model.dtype)
+        written = model.generate(features, num_beams=1, do_sample=False, return_timestamps=False, **language)
+        transcripts += processor.tokenizer.batch_decode(written, skip_special_tokens=True)
+    counts = jiwer.process_words(references, [normalise(text) for text in transcripts])
+    protocol = {
+        "utterances": len(chosen),
+        "words": sum(len(words) for words in counts.references),
+        "substitutions": counts.substitutions,
+        "deletions": counts.deletions,
+        "insertions": counts.insertions,
+        "unit": "percent",
+        "beams": 1,
+        "language": "en" if multilingual else "not set: the model knows only one",
+        "normaliser": "Whisper's EnglishTextNormalizer of transformers, numbers as digits, "
+        + ("spelling table of the tokenizer" if spelling else "no spelling table"),
+        "batch": batch,
+        "dtype": _dtype(model),
+    }
+    return Score("wer", 100 * counts.wer, protocol)
+
+
+@torch.inference_mode()
+def multiple_choice(
+    model: nn.Module,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    limit: int | None = None,
+    *,
+    candidates: Literal["texts", "labels"] = "texts",
+) -> Score:
+    """Share of questions, 0 to 1, whose right answer has the largest log-likelihood per token.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        questions: what to ask.
+        limit: use only the first so many questions.
+        candidates: "texts" scores what the choices say after the bare question, for models that were not tuned on
+            the template: ``Question: STEM\\nAnswer:`` and then a choice; an unfinished sentence and then a choice;
+            or, where the sentence has a blank, what follows the blank once a choice fills it. "labels" scores
+            ``the correct answer is answer1`` after the whole instruction, for models that were.
+
+    Raises:
+        CloverError: there are no questions, or one is too long for the model.
+    """
+    chosen = list(questions[:limit])
+    if not chosen:
+        raise CloverError("there are no questions to answer; give at least one")
+    right = 0
+    for question in track(chosen, "answering"):
+        scores = _likelihoods(model, tokenizer, _continuations(question, candidates))
+        right += int(scores.argmax()) == question.answer
+    protocol = {
+        "questions": len(chosen),
+        "candidates": candidates,
+        "score": "mean log-likelihood per token of the candidate",
+        "chance": sum(1 / len(q.labels) for q in chosen) / len(chosen),
+        "dtype": _dtype(model),
+    }
+    return Score("choice", right / len(chosen), protocol)
+
+
+def _continuations(question: Question, candidates: str) -> list[tuple[str, str]]:
+    """(prompt, scored text) of every choice."""
+    if candidates == "labels":
+        return [(f"{question.instruction}\n", f"the correct answer is {label}") for label in question.labels]
+    before, blank, after = question.stem.partition("_")
+    if "given sentence: " not in question.instruction:
+        return [(f"Question: {question.stem}\nAnswer:", f" {text}") for text in question.texts]
+    if blank and after.strip():
+        return [(f"{before}{text}", after) for text in question.texts]
+    return [(question.stem, f" {text}") for text in question.texts]
+
+
+def _likelihoods(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> torch.Tensor:
+    """Mean log-likelihood per token of each scored text after its prompt, shape ``(pairs,)``."""
+    wholes = [tokenizer(prompt + text).input_ids for prompt, text in pairs]
+    starts = [_shared(tokenizer(prompt).input_ids, ids) for (prompt, _), ids in zip(pairs, wholes, strict=True)]
+    longest, bound = max(map(len, wholes)), max_positions(model)
+    if bound and longest > bound:
+        raise CloverError(f"a question takes {longest} tokens, but the model has {bound} positions; leave it out")
+    # Padding on the right is out of sight of causal attention.
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in wholes], batch_first=True).to(model.device)
+    mask = torch.arange(longest) < torch.tensor([len(whole) for whole in wholes])[:, None]
+    hidden = model.base_model(ids, attention_mask=mask.long().to(ids.device), use_cache=False).last_hidden_state
+    head, scores = model.get_output_embeddings(), []
+    for i, (start, whole) in enumerate(zip(starts, wholes, strict=True)):
+        logits = head(hidden[i, start - 1 : len(whole) - 1]).float()
+        scores.append(-nn.functional.cross_entropy(logits, ids[i, start : len(whole)]))
+    return torch.stack(scores)
+
+
+def _shared(a: list[int], b: list[int]) -> int:
+    """Length of the common beginning, at least 1: tokens at the border may merge, and the first is never scored."""
+    return max(1, sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))))
+
+
+@torch.inference_mode()
+def sizes(model: nn.Module) -> dict[str, int | None]:
+    """Count what a model stores.
+
+    Returns:
+        ``parameters`` and ``bytes`` of all unique tensors (tied ones once), ``attention_parameters`` and
+        ``attention_bytes`` of those in modules whose class is called ...Attention, and ``kv_bytes_per_token``: measured
+        on a real cache, the self-attention keys and values of one token of one sequence; None without a cache.
+    """
+    attention = {
+        id(p): p for m in model.modules() if type(m).__name__.endswith("Attention") for p in m.parameters()
+    }.values()
+    everything = list(model.parameters())
+    return {
+        "parameters": sum(p.numel() for p in everything),
+        "bytes": sum(p.nbytes for p in everything),
+        "attention_parameters": sum(p.numel() for p in attention),
+        "attention_bytes": sum(p.nbytes for p in attention),
+        "kv_bytes_per_token": _cache_bytes(model),
+    }
+
+
+def _cache_bytes(model: Any, tokens: int = 4) -> int | None:
+    if not model.can_generate():
+        return None
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    if model.config.is_encoder_decoder:
+        silence = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, device=model.device)
+        encoded = BaseModelOutput(last_hidden_state=silence)
+        cache = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=True).past_key_values
+        cache = cache.self_attention_cache
+    else:
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // tokens
+
+
+def throughput(
+    model: nn.Module,
+    *,
+    context: int = 512,
+    new_tokens: int = 32,
+    batch: int = 1,
+    repeats: int = 5,
+    inputs: dict[str, torch.Tensor] | None = None,
+) -> dict[str, float]:
+    """Median speed of a model, after one run to warm up.
+
+    Args:
+        model: a causal language model, or anything else, of which the encoder is run then.
+        context: tokens read before the first is written.
+        new_tokens: tokens written one at a time with the cache.
+        batch: sequences at once.
+        repeats: timed runs.
+        inputs: what the forward pass gets; by default random tokens, or random speech or images of the model's size.
+
+    Returns:
+        ``prefill_tokens_per_second`` (logits of the last token only) and ``decode_tokens_per_second``, each over the
+        whole batch; or ``items_per_second`` of an encoder.
+
+    Raises:
+        CloverError: a count below 1, or more tokens than the model has positions for.
+    """
+    options: dict[str, Any] = {"context": context, "new_tokens": new_tokens, "batch": batch, "repeats": repeats}
+    return compare_throughput({"model": model}, **options, inputs=inputs)["model"]
+
+
+@torch.inference_mode()
+def compare_throughput(
+    models: Mapping[str, nn.Module],
+    *,
+    context: int = 512,
+    new_tokens: int = 32,
+    batch: int = 1,
+    repeats: int = 5,
+    inputs: dict[str, torch.Tensor] | None = None,
+) -> dict[str, dict[str, float]]:
+    """Speed of several models side by side: they take turns, so what slows the machine down slows all of them.
+
+    Args and errors are those of :func:`throughput`; the models must read the same inputs.
+
+    Returns:
+        For each name what :func:`throughput` returns, and under ``ratio NAME`` the medians of every model but the
+        first over those of the first.
+    """
+    names = list(models)
+    first = models[names[0]]
+    if min(context, new_tokens, batch, repeats) < 1:
+        raise CloverError(f"{context=}, {new_tokens=}, {batch=} and {repeats=} must be at least 1")
+    bound = max_positions(first)
+    if inputs is None and "input_ids" in _forward(first) and bound and context + new_tokens > bound:
+        raise CloverError(f"{context=} and {new_tokens=} exceed the {bound} positions of the model; lower them")
+    inputs = _random_inputs(first, batch, context) if inputs is None else inputs
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for turn in track(range(repeats + 1), "timing"):
+        for name in names if turn % 2 else reversed(names):
+            runs[name].append(_rates(models[name], inputs, new_tokens))
+    result = {name: {key: median(run[key] for run in kept[1:]) for key in kept[0]} for name, kept in runs.items()}
+    ratios = {f"ratio {n}": {k: v / result[names[0]][k] for k, v in result[n].items()} for n in names[1:]}
+    return result | ratios
+
+
+def _rates(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int) -> dict[str, float]:
+    """One run, in items per second."""
+    items = next(iter(inputs.values())).shape[0]
+    if not _writes_text(model):
+        encoder = _encoder(model)
+        return {"items_per_second": items / _clock(model, lambda: encoder(**inputs))[1]}
+    last = {"logits_to_keep": 1} if "logits_to_keep" in _forward(model) else {}
+    out, seconds = _clock(model, lambda: model(**inputs, **last, use_cache=True))
+    prefill = inputs["input_ids"].numel() / seconds
+    cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+
+    def write() -> None:
+        nonlocal token
+        for _ in range(new_tokens):
+            token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+
+    decode = items * new_tokens / _clock(model, write)[1]
+    return {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode}
+
+
+def _clock(model: Any, call: Callable[[], T]) -> tuple[T, float]:
+    synchronise = torch.get_device_module(model.device).synchronize
+    synchronise()
+    start = time.perf_counter()
+    result = call()
+    synchronise()
+    return result, time.perf_counter() - start
+
+
+def _random_inputs(model: Any, batch: int, context: int) -> dict[str, torch.Tensor]:
+    config, reads = model.config, _forward(model)
+    random = torch.Generator().manual_seed(0)
+    if "input_features" in reads:
+        shape = (batch, config.num_mel_bins, 2 * config.max_source_positions)
+        inputs = {"input_features": torch.randn(shape, generator=random)}
+    elif "pixel_values" in reads:
+        side = getattr(config, "vision_config", config)
+        shape = (batch, side.num_channels, side.image_size, side.image_size)
+        inputs = {"pixel_values": torch.randn(shape, generator=random)}
+    else:
+        return {"input_ids": torch.randint(config.vocab_size, (batch, context), generator=random).to(model.device)}
+    return {name: value.to(model.device, model.dtype) for name, value in inputs.items()}
+
+
+@torch.inference_mode()
+def embedding_cosine(dense: nn.Module, pruned: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> Score:
+    """Mean cosine between the embeddings that two models give to the same inputs; 1 is full agreement.
+
+    An embedding is the mean of the encoder's last hidden states, over the tokens that ``attention_mask`` shows.
+
+    Args:
+        dense: the model to agree with.
+        pruned: the other one.
+        batches: inputs of the encoder, such as :func:`clover.data.calibration_batches` gives.
+
+    Raises:
+        CloverError: there are no batches, or the model has no last hidden state.
+    """
+    cosines = [
+        nn.functional.cosine_similarity(_embed(dense, b), _embed(pruned, b)) for b in track(batches, "embedding")
+    ]
+    if not cosines:
+        raise CloverError("there is nothing to embed; give at least one batch")
+    items = torch.cat(cosines)
+    protocol = {"items": len(items), "lowest": items.min().item(), "pooling": "mean", "dtype": _dtype(pruned)}
+    return Score("cosine", items.mean().item(), protocol)
+
+
+def _embed(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    encoder = _encoder(model)
+    reads = _forward(encoder)
+    hidden = getattr(encoder(**{k: v for k, v in batch.items() if k in reads}), "last_hidden_state", None)
+    if hidden is None:
+        raise CloverError(f"{type(encoder).__name__} gives no last hidden state; compare its text or vision model")
+    mask = batch.get("attention_mask", torch.ones(hidden.shape[:2], device=hidden.device))[..., None].double()
+    return (hidden.double() * mask).sum(1) / mask.sum(1)
+
+
+def _encoder(model: Any) -> Any:
+    return model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+
+
+def _forward(model: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model.forward).parameters
+
+
+def _writes_text(model: Any) -> bool:
+    return model.can_generate() and not model.config.is_encoder_decoder
+
+
+def evaluate(
+    model_name_or_path: str | Path, data: str | Path, task: str, split: str | None = None, limit: int | None = None
+) -> Score:
+    """Measure a saved model, pruned or not, on a file; on the GPU if there is one, else in float32 on the CPU.
+
+    Args:
+        model_name_or_path: a folder or a hub name; its tokenizer or processor is read from the same place.
+        data: a text for "perplexity" (windows of 1024 tokens, or of all positions that the model has), a manifest for
+            "wer", questions for "choice".
+        task: "perplexity", "wer" (percent) or "choice" (share of right answers, 0 to 1).
+        split: rows of the manifest; by default all.
+        limit: use only the first so many tokens, utterances or questions.
+
+    Raises:
+        CloverError: an unknown task, a file or a model that does not go with it, or a limit too small.
+    """
+    if task not in TASKS:
+        raise CloverError(f"task is '{task}'; choose one of {', '.join(TASKS)}")
+    if (kind := file_kind(data)) != TASKS[task]:
+        raise CloverError(f"{data} holds {kind}, but {task} is measured on {TASKS[task]}; give such a file")
+    if split is not None and kind != "manifest":
+        raise CloverError(f"split is '{split}', but only a manifest has splits, and {data} is none; leave it out")
+    if limit is not None and limit < (least := 2 if kind == "text" else 1):
+        raise CloverError(f"limit is {limit}; it must be at least {least}")
+    content: Any = {"text": read_text, "questions": read_questions}.get(kind, lambda f: read_manifest(f, split))(data)
+    model = _load(model_name_or_path, task)
+    if task == "wer":
+        return word_error_rate(model, load_processor(model_name_or_path, "AutoProcessor"), content, limit=limit)
+    tokenizer = load_processor(model_name_or_path, "AutoTokenizer")
+    if task == "choice":
+        return multiple_choice(model, tokenizer, content, limit)
+    tokens = torch.tensor(tokenizer(content, verbose=False).input_ids, dtype=torch.long)
+    if len(tokens) < 2:
+        raise CloverError(f"{data} holds {len(tokens)} tokens; perplexity needs at least 2")
+    return perplexity(model, tokens, window=min(1024, max_positions(model) or 1024), limit=limit)
+
+
+def _load(name: str | Path, task: str) -> Any:
+    """A model that can do the task."""
+    from clover.checkpoint import load
+
+    gpu = torch.cuda.is_available()
+    model: Any = load(str(name), **({} if gpu else {"dtype": torch.float32}))  # half precision crawls on a CPU
+    speech = "input_features" in _forward(model)
+    if not (model.can_generate() and speech if task == "wer" else _writes_text(model)):
+        wanted = "a speech recognition model" if task == "wer" else "a causal language model"
+        raise CloverError(f"{task} needs {wanted}, but {name} is a {type(model).__name__}")
+    return model.to("cuda" if gpu else "cpu").eval()

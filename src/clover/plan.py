@@ -41,6 +41,8 @@ class BlockPlan:
     groups: tuple[Group, ...]
     output_bias: bool
     """Whether the output projection has a bias (it takes up the value bias and the mean of what was cut)."""
+    parameters: int
+    """Weights and biases of the original block."""
 
     @property
     def qk_kept(self) -> int:

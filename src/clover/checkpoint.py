@@ -1,0 +1,235 @@
+"""Save and load rewritten models: ordinary folders, safetensors, a config that describes itself.
+
+transformers is extended where it asks to be: a model type, registered with its Auto classes. A rewritten model is an
+instance of a subclass of its original class, whose constructor rebuilds the attention from the plan in the config; the
+quantisation slot of the config stays free. Without ``import clover`` transformers refuses the folder, and the config
+is so made that a class named outright (``LlamaForCausalLM.from_pretrained``) refuses it too, instead of guessing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from clover.errors import CloverError
+from clover.families import Block, blocks
+from clover.plan import Plan
+from clover.surgery import install, skeleton
+
+MODEL_TYPE = "clover (pip install clover-attention, then import clover before loading)"
+GUARD = "unknown before `import clover` (pip install clover-attention); then load with clover.load or an Auto class"
+"""Stands in the config's ``dtype``: the first thing that a loader which ignores the model type stumbles over."""
+
+
+class CloverConfig(PreTrainedConfig):
+    """What a config of this model type is read as first; gives way to the subclass of the original config."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        base = config_dict.get("base_model_type")
+        if base not in transformers.CONFIG_MAPPING or "clover" not in config_dict:
+            raise CloverError(f"config.json names no known base_model_type ({base!r}) or has no clover plan; restore the file")
+        return config_class(transformers.CONFIG_MAPPING[base]).from_dict(config_dict, **kwargs)
+
+
+class _ConfigMixin:
+    """Adds the plan to a family's config. ``clover`` is the plan as plain data."""
+
+    model_type = MODEL_TYPE
+
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        config_dict = dict(config_dict)
+        plan = dict(config_dict.pop("clover"))
+        base = config_dict.pop("base_model_type")
+        config_dict["dtype"] = plan.pop("dtype", None)
+        result = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        config = result[0] if isinstance(result, tuple) else result
+        _mark(config, Plan.from_dict(plan), base)
+        return result
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        data = super().to_diff_dict()  # type: ignore[misc]
+        plan = {"dtype": data.get("dtype"), **getattr(self, "clover", {})}
+        return data | {"model_type": MODEL_TYPE, "base_model_type": self.model_type, "dtype": GUARD, "clover": plan}
+
+
+def _mark(config: PreTrainedConfig, plan: Plan, base: str) -> None:
+    config.clover = plan.to_dict()
+    config.model_type = base  # the rest of transformers treats the model as the family that it is
+
+
+class _ModelMixin:
+    """Rebuilds the attention of a model from the plan in its config."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        rebuild(self, Plan.from_dict(config.clover))  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but tensors that contradict the plan are an error, never a warning."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["ignore_mismatched_sizes"] = True
+        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        ours = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "clover"))
+        wrong = [*info["mismatched_keys"], *(k for k in sorted(info["missing_keys"]) if k.startswith(ours))]
+        if wrong:
+            first = wrong[0]
+            what = f"{first[0]} has shape {tuple(first[1])}, the plan says {tuple(first[2])}" if isinstance(first, tuple) else f"{first} is missing"
+            raise CloverError(f"the tensors in {path} contradict the plan in its config.json: {what}; restore the checkpoint")
+        return (model, info) if wants_info else model
+
+
+@cache
+def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The subclass of a family's config that carries a plan; its models become known to the Auto classes."""
+    made = type(f"Clover{base.__name__}", (_ConfigMixin, base), {"__module__": __name__})
+    for auto in vars(modeling_auto).values():
+        mapping = getattr(auto, "_model_mapping", None)
+        if mapping is not None and base in mapping:
+            found = mapping[base]
+            ours = tuple(model_class(m, made) for m in found) if isinstance(found, tuple) else model_class(found, made)
+            mapping.register(made, ours, exist_ok=True)
+    return made
+
+
+@cache
+def model_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    """The subclass of a model class that rebuilds its attention from the plan."""
+    return type(f"Clover{base.__name__}", (_ModelMixin, base), {"config_class": config, "__module__": __name__})
+
+
+AutoConfig.register(MODEL_TYPE, CloverConfig, exist_ok=True)
+
+
+def adopt(model: PreTrainedModel, plan: Plan) -> None:
+    """Make a model that has been operated on one that saves and loads with its plan."""
+    base = model.config.model_type
+    config = config_class(type(model.config))
+    model.config.__class__ = config
+    _mark(model.config, plan, base)
+    model.__class__ = model_class(type(model), config)
+
+
+def rebuild(model: nn.Module, plan: Plan) -> None:
+    """Give a fresh model the attention modules of a plan, weights not yet loaded.
+
+    Raises:
+        CloverError: the plan names a block that the model lacks, or sizes that its config contradicts.
+    """
+    found: dict[str, Block] = {block.name: block for block in blocks(model)}
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    for part in plan.blocks:
+        block = next((found[n] for n in (part.name, part.name.removeprefix(prefix), prefix + part.name) if n in found), None)
+        if block is None:
+            raise CloverError(f"the plan cuts {part.name}, which {type(model).__name__} does not have; restore config.json")
+        kv, n, d, _ = block.heads().q.shape
+        if (part.kv_heads, part.queries, part.qk, part.vo) != (kv, n, d, block.heads().v.shape[1]):
+            raise CloverError(
+                f"the plan of {part.name} is for {part.kv_heads} KV heads of {part.qk}, but config.json gives {kv} of {d}; restore config.json"
+            )
+        install(model, block, *skeleton(block, part))
+
+
+def load(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+    """Load a model, rewritten by clover or not, in the class that its config names.
+
+    Args:
+        path: a folder or a hub name.
+        kwargs: for ``from_pretrained`` (``dtype``, ``device_map``, ``revision``, ``trust_remote_code``, ...).
+
+    Raises:
+        CloverError: no model there, or a checkpoint that contradicts itself.
+    """
+    config_args = {k: kwargs[k] for k in ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only") if k in kwargs}
+    try:
+        config = AutoConfig.from_pretrained(path, **config_args)
+    except (OSError, ValueError) as error:
+        if isinstance(error, CloverError):
+            raise
+        raise CloverError(f"{path} is no model that can be loaded: {str(error).splitlines()[0]}") from error
+    names = [n.removeprefix("Clover") for n in (config.architectures or [])]
+    base = getattr(transformers, names[0], None) if names else None
+    kind: Any = transformers.AutoModel if base is None else base
+    if base is not None and hasattr(config, "clover"):
+        kind = model_class(base, type(config))
+    try:
+        model = kind.from_pretrained(path, **kwargs)
+    except CloverError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CloverError(f"{path} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+    return model.eval()
+
+
+def save(model: PreTrainedModel, path: str | os.PathLike[str], *, beside: tuple[Any, ...] = (), max_shard_size: str = "5GB") -> Path:
+    """Write a model folder whole or not at all: to a hidden name beside it, then renamed.
+
+    Args:
+        path: the folder to make; must not exist.
+        beside: tokenizers and processors to save with the model.
+        max_shard_size: largest safetensors file.
+
+    Raises:
+        CloverError: the folder exists, or can't be written.
+    """
+    target = check_writable(path)
+    draft = None
+    try:
+        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        for thing in (model, *beside):
+            extra = {"max_shard_size": max_shard_size} if thing is model else {}
+            thing.save_pretrained(draft, **extra)
+        _sync(draft)
+        draft.chmod(0o755)
+        draft.rename(target)
+    except OSError as error:
+        raise CloverError(f"{target} can't be written: {error.strerror or error}; free space or choose another place") from error
+    finally:
+        if draft is not None and draft.exists():
+            shutil.rmtree(draft, ignore_errors=True)
+    return target
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """The path of a folder that can be made; parents are made at once.
+
+    Raises:
+        CloverError: it exists, or its parent can't be written.
+    """
+    target = Path(path).absolute()
+    if target.exists():
+        raise CloverError(f"{target} exists; remove it or choose another folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CloverError(f"{target} can't be written: {error.strerror}; choose another place") from error
+    if not os.access(target.parent, os.W_OK):
+        raise CloverError(f"{target.parent} can't be written; choose another place")
+    return target
+
+
+def _sync(folder: Path) -> None:
+    """Force the files to disk, so that the rename is never ahead of what it names."""
+    for file in folder.iterdir():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's weights."""
+    return next(model.parameters()).dtype
