@@ -1,26 +1,56 @@
-"""SmolLM2 on WikiText-2: perplexity of the whole test split, dense and pruned.
+"""SmolLM2 on WikiText-2: perplexity of the whole test split, dense and pruned without training.
 
-    python benchmarks/language.py CONFIG [CONFIG ...]     with CONFIG one of: dense, vo25, vo50, qk25, qk50, both25, both50
+    python benchmarks/language.py [CONFIG ...]     CONFIG: dense, vo25, vo50, qk25, qk50, both25, both50 (all when left out)
+
+Calibrated on 64 sequences of 512 tokens, evenly spread over the train split.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 
 import torch
-from common import MODELS, record, text
+from common import MODELS, SEED, record, text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import clover
+from clover.budget import Share
 from clover.evaluate import perplexity
+from clover.pruning import apply, find_bases, plan_ranks
+
+SHARES = {"dense": None, "vo25": (0, 0.25), "vo50": (0, 0.5), "qk25": (0.25, 0), "qk50": (0.5, 0), "both25": (0.25, 0.25), "both50": (0.5, 0.5)}  # fmt: skip
+SEQUENCES, LENGTH = 64, 512
+
+
+def load() -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(MODELS / "smollm2", dtype=torch.float32).eval()
+
+
+def calibration(tokens: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    starts = torch.linspace(0, len(tokens) - LENGTH, SEQUENCES).long().tolist()
+    return [{"input_ids": tokens[s : s + LENGTH][None]} for s in starts]
 
 
 def main(names: list[str]) -> None:
-    folder = MODELS / "smollm2"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokens = tokenizer(text("test"), return_tensors="pt").input_ids[0]
-    for name in names:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        record(f"language-{name}", perplexity(model, tokens).to_dict())
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "smollm2")
+    test = tokenizer(text("test"), return_tensors="pt").input_ids[0]
+    bases = None
+    for name in names or list(SHARES):
+        model, result = load(), {}
+        if SHARES[name]:
+            qk, vo = SHARES[name]
+            started = time.perf_counter()
+            if bases is None:
+                train = tokenizer(text("train"), return_tensors="pt").input_ids[0]
+                bases = find_bases(load(), calibration=calibration(train), seed=SEED)
+            apply(model, bases, plan_ranks(bases, Share(qk), Share(vo)))
+            result = {
+                **clover.summary(model),
+                "calibration": f"{SEQUENCES} sequences of {LENGTH} tokens of the train split",
+                "seconds_to_prune": round(time.perf_counter() - started, 1),
+            }
+        record(f"language-{name}", perplexity(model, test).to_dict() | result)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clover.budget import Costs
 from clover.calibrate import Moments
-from clover.decompose import Bases, decompose, weight_gram
+from clover.decompose import Bases, decompose, square_root, weight_gram
 from clover.families import Block
 from clover.heads import Heads
 from clover.plan import BlockPlan, Group, Spectrum
@@ -184,7 +184,8 @@ def find_basis(block: Block, moments: Moments | None = None) -> Basis:
         query, key, pair = _ridged(moments.query), _ridged(moments.key), moments.pair
         per_head = moments.output.unflatten(0, (kv, n, e)).unflatten(-1, (kv, n, e))
         value = _ridged(torch.einsum("gnagnb->gab", per_head))
-    output = torch.einsum("gnme,gnmf->gef", heads.o, heads.o)
+    weight = heads.o if moments is None else square_root(_ridged(moments.gradient)).mT @ heads.o
+    output = torch.einsum("gnme,gnmf->gef", weight, weight)
     if block.normed:  # nothing may be mixed or reordered in front of a norm; pairs keep their order
         order = torch.arange(heads.pairs, device=heads.q.device).expand(kv, -1)
         cost = torch.ones(kv, heads.pairs, dtype=torch.float64, device=heads.q.device)

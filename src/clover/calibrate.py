@@ -1,7 +1,9 @@
 """Second moments of what flows through the heads, gathered by hooks over a few batches.
 
 What is kept of a block is small, ``O(D^2)``: moments of queries, attention-weighted covariances of keys (under RoPE: of the
-pairs' contributions to the logits) and the second moment of the head outputs. The model is left as it was.
+pairs' contributions to the logits), the second moment of the head outputs, and that of the gradient of the model's own
+log-likelihood at the block's output, which says what an error there costs (the Fisher information; no labels are
+needed, they are drawn from the model). The model is left as it was.
 """
 
 from __future__ import annotations
@@ -38,10 +40,11 @@ class Moments:
     output: Float[Tensor, "z z"]
     """Covariance of the head outputs in front of the output projection."""
     mean: Float[Tensor, " z"]
+    gradient: Float[Tensor, "M M"]
+    """``E[g g^T]`` of the gradient ``g`` at the block's output: an error ``e`` there costs ``1/2 E[(g . e)^2]`` nats a token."""
     tokens: int
 
 
-@torch.no_grad()
 def calibrate(
     model: nn.Module, blocks: Sequence[Block], batches: Iterable[Any], *, queries: int = 32, seed: int = 0
 ) -> list[Moments]:
@@ -58,8 +61,9 @@ def calibrate(
     """
     device = next(model.parameters()).device
     watchers = [_Watcher(block, queries, torch.Generator().manual_seed(seed + i)) for i, block in enumerate(blocks)]
-    training = model.training
-    model.eval()
+    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
+    draws = torch.Generator(device).manual_seed(seed)
+    model.eval().requires_grad_(False)
     hooks = [hook for watcher in watchers for hook in watcher.attach()]
     try:
         seen = 0
@@ -68,15 +72,34 @@ def calibrate(
             padding = [m for name, m in batch.items() if name.endswith("attention_mask")] if isinstance(batch, Mapping) else []
             for watcher in watchers:
                 watcher.masks = [m.bool() for m in padding if m.dim() == 2]
-            model(**batch) if isinstance(batch, Mapping) else model(batch)
+            with torch.enable_grad():
+                output = model(**batch) if isinstance(batch, Mapping) else model(batch)
+                _likelihood(output, draws).backward()
             seen += 1
     finally:
         for hook in hooks:
             hook.remove()
         model.train(training)
+        for parameter in trainable:
+            parameter.requires_grad_()
     if not seen:
         raise CloverError("the calibration data is empty; give at least one batch")
     return [watcher.moments() for watcher in watchers]
+
+
+def _likelihood(output: Any, generator: torch.Generator) -> Tensor:
+    """Log-likelihood, summed, of a sample from the model's own output: tokens from its logits, else Gaussian noise."""
+    if (logits := output.get("logits")) is not None and logits.dim() == 3:
+        logits = logits.float().log_softmax(-1)
+        with torch.no_grad():
+            drawn = torch.multinomial(logits.exp().flatten(0, 1), 1, generator=generator)
+        return logits.flatten(0, 1).gather(-1, drawn).sum()
+    values = [v for v in output.values() if isinstance(v, Tensor) and v.requires_grad]
+    return torch.stack([(v.float() * _noise(v, generator)).sum() for v in values[:1]]).sum()
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, device=like.device)
 
 
 def _to(batch: Any, device: torch.device) -> Any:
@@ -96,7 +119,8 @@ class _Watcher:
         self.rows = self.tokens = 0
 
     def attach(self) -> list[Any]:
-        hooks = [self.block.projection("o").register_forward_pre_hook(self._output)]
+        projection = self.block.projection("o")
+        hooks = [projection.register_forward_pre_hook(self._output), projection.register_forward_hook(self._gradient)]
         if not self.block.normed:
             hooks.append(self.block.core.register_forward_pre_hook(self._attention, with_kwargs=True))
         return hooks
@@ -112,6 +136,19 @@ class _Watcher:
                 return mask
         return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
 
+    def _gradient(self, _: nn.Module, __: tuple, output: Tensor) -> None:
+        """Watch the gradient that will come back to the block's output; the first block's is where the graph begins."""
+        if not output.requires_grad:
+            output.requires_grad_()
+        valid = self._valid(output)
+
+        def add(gradient: Tensor) -> None:
+            g = gradient[valid].float()
+            self._add("gradient", g.T @ g)
+
+        output.register_hook(add)
+
+    @torch.no_grad()
     def _output(self, _: nn.Module, args: tuple) -> None:
         z = args[0].flatten(2)
         z = z[self._valid(z)].float()
@@ -119,6 +156,7 @@ class _Watcher:
         self._add("mean", z.sum(0))
         self.tokens += len(z)
 
+    @torch.no_grad()
     def _attention(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
         call = self.block.arguments(args, kwargs)
         x = call["hidden_states"]
@@ -169,10 +207,11 @@ class _Watcher:
         found = {k: self.sums[k] / self.rows if k in self.sums else torch.zeros(s, dtype=torch.float64) for k, s in shapes.items()}
         mean = self.sums["mean"] / self.tokens
         output = self.sums["output"] / self.tokens - mean.outer(mean)
-        for key, value in {**found, "output": output}.items():
+        gradient = self.sums["gradient"] / self.tokens
+        for key, value in {**found, "output": output, "gradient": gradient}.items():
             if not value.isfinite().all():
                 raise CloverError(f"{name}: the calibration moment of {key} is not finite; check the data, or run the model in float32")
-        return Moments(**{k: v.double() for k, v in found.items()}, output=output.double(), mean=mean.double(), tokens=self.tokens)
+        return Moments(**{k: v.double() for k, v in found.items()}, output=output.double(), mean=mean.double(), gradient=gradient.double(), tokens=self.tokens)
 
 
 def _apply(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

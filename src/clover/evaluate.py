@@ -1,22 +1,19 @@
-"""Measure a model: perplexity, word error rate, multiple choice, sizes, speed and agreement with another."""
+"""Measure what a model can do: perplexity, word error rate, multiple choice, agreement with another model."""
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
+from clover.cost import accepts, compare_throughput, encoder, sizes, throughput, writes_text
 from clover.data import (
     Question,
     Utterance,
@@ -33,7 +30,17 @@ from clover.data import (
 from clover.errors import CloverError
 from clover.progress import track
 
-T = TypeVar("T")
+__all__ = [
+    "Score",
+    "compare_throughput",
+    "embedding_cosine",
+    "evaluate",
+    "multiple_choice",
+    "perplexity",
+    "sizes",
+    "throughput",
+    "word_error_rate",
+]
 TASKS = {"perplexity": "text", "wer": "manifest", "choice": "questions"}
 
 
@@ -86,7 +93,7 @@ def perplexity(
     return Score("perplexity", math.exp(total / count), protocol)
 
 
-def _negative_log_likelihood(model: nn.Module, piece: torch.Tensor, chunk: int = 128) -> torch.Tensor:
+def _negative_log_likelihood(model: Any, piece: torch.Tensor, chunk: int = 128) -> torch.Tensor:
     """Nats for each of ``piece[1:]``; logits are made ``chunk`` rows at a time, for they dwarf the hidden states."""
     hidden = model.base_model(piece[None], use_cache=False).last_hidden_state[0, :-1]
     head = model.get_output_embeddings()
@@ -174,7 +181,7 @@ def multiple_choice(
         questions: what to ask.
         limit: use only the first so many questions.
         candidates: "texts" scores what the choices say after the bare question, for models that were not tuned on
-            the template: ``Question: STEM\\nAnswer:`` and then a choice; an unfinished sentence and then a choice;
+            the template: ``Question: STEM``, then ``Answer:`` and a choice; an unfinished sentence and a choice;
             or, where the sentence has a blank, what follows the blank once a choice fills it. "labels" scores
             ``the correct answer is answer1`` after the whole instruction, for models that were.
 
@@ -234,151 +241,6 @@ def _shared(a: list[int], b: list[int]) -> int:
 
 
 @torch.inference_mode()
-def sizes(model: nn.Module) -> dict[str, int | None]:
-    """Count what a model stores.
-
-    Returns:
-        ``parameters`` and ``bytes`` of all unique tensors (tied ones once), ``attention_parameters`` and
-        ``attention_bytes`` of those in modules whose class is called ...Attention, and ``kv_bytes_per_token``: measured
-        on a real cache, the self-attention keys and values of one token of one sequence; None without a cache.
-    """
-    attention = {
-        id(p): p for m in model.modules() if type(m).__name__.endswith("Attention") for p in m.parameters()
-    }.values()
-    everything = list(model.parameters())
-    return {
-        "parameters": sum(p.numel() for p in everything),
-        "bytes": sum(p.nbytes for p in everything),
-        "attention_parameters": sum(p.numel() for p in attention),
-        "attention_bytes": sum(p.nbytes for p in attention),
-        "kv_bytes_per_token": _cache_bytes(model),
-    }
-
-
-def _cache_bytes(model: Any, tokens: int = 4) -> int | None:
-    if not model.can_generate():
-        return None
-    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-    if model.config.is_encoder_decoder:
-        silence = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, device=model.device)
-        encoded = BaseModelOutput(last_hidden_state=silence)
-        cache = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=True).past_key_values
-        cache = cache.self_attention_cache
-    else:
-        cache = model(input_ids=ids, use_cache=True).past_key_values
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // tokens
-
-
-def throughput(
-    model: nn.Module,
-    *,
-    context: int = 512,
-    new_tokens: int = 32,
-    batch: int = 1,
-    repeats: int = 5,
-    inputs: dict[str, torch.Tensor] | None = None,
-) -> dict[str, float]:
-    """Median speed of a model, after one run to warm up.
-
-    Args:
-        model: a causal language model, or anything else, of which the encoder is run then.
-        context: tokens read before the first is written.
-        new_tokens: tokens written one at a time with the cache.
-        batch: sequences at once.
-        repeats: timed runs.
-        inputs: what the forward pass gets; by default random tokens, or random speech or images of the model's size.
-
-    Returns:
-        ``prefill_tokens_per_second`` (logits of the last token only) and ``decode_tokens_per_second``, each over the
-        whole batch; or ``items_per_second`` of an encoder.
-
-    Raises:
-        CloverError: a count below 1, or more tokens than the model has positions for.
-    """
-    options: dict[str, Any] = {"context": context, "new_tokens": new_tokens, "batch": batch, "repeats": repeats}
-    return compare_throughput({"model": model}, **options, inputs=inputs)["model"]
-
-
-@torch.inference_mode()
-def compare_throughput(
-    models: Mapping[str, nn.Module],
-    *,
-    context: int = 512,
-    new_tokens: int = 32,
-    batch: int = 1,
-    repeats: int = 5,
-    inputs: dict[str, torch.Tensor] | None = None,
-) -> dict[str, dict[str, float]]:
-    """Speed of several models side by side: they take turns, so what slows the machine down slows all of them.
-
-    Args and errors are those of :func:`throughput`; the models must read the same inputs.
-
-    Returns:
-        For each name what :func:`throughput` returns, and under ``ratio NAME`` the medians of every model but the
-        first over those of the first.
-    """
-    names = list(models)
-    first = models[names[0]]
-    if min(context, new_tokens, batch, repeats) < 1:
-        raise CloverError(f"{context=}, {new_tokens=}, {batch=} and {repeats=} must be at least 1")
-    bound = max_positions(first)
-    if inputs is None and "input_ids" in _forward(first) and bound and context + new_tokens > bound:
-        raise CloverError(f"{context=} and {new_tokens=} exceed the {bound} positions of the model; lower them")
-    inputs = _random_inputs(first, batch, context) if inputs is None else inputs
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for turn in track(range(repeats + 1), "timing"):
-        for name in names if turn % 2 else reversed(names):
-            runs[name].append(_rates(models[name], inputs, new_tokens))
-    result = {name: {key: median(run[key] for run in kept[1:]) for key in kept[0]} for name, kept in runs.items()}
-    ratios = {f"ratio {n}": {k: v / result[names[0]][k] for k, v in result[n].items()} for n in names[1:]}
-    return result | ratios
-
-
-def _rates(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int) -> dict[str, float]:
-    """One run, in items per second."""
-    items = next(iter(inputs.values())).shape[0]
-    if not _writes_text(model):
-        encoder = _encoder(model)
-        return {"items_per_second": items / _clock(model, lambda: encoder(**inputs))[1]}
-    last = {"logits_to_keep": 1} if "logits_to_keep" in _forward(model) else {}
-    out, seconds = _clock(model, lambda: model(**inputs, **last, use_cache=True))
-    prefill = inputs["input_ids"].numel() / seconds
-    cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
-
-    def write() -> None:
-        nonlocal token
-        for _ in range(new_tokens):
-            token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-
-    decode = items * new_tokens / _clock(model, write)[1]
-    return {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode}
-
-
-def _clock(model: Any, call: Callable[[], T]) -> tuple[T, float]:
-    synchronise = torch.get_device_module(model.device).synchronize
-    synchronise()
-    start = time.perf_counter()
-    result = call()
-    synchronise()
-    return result, time.perf_counter() - start
-
-
-def _random_inputs(model: Any, batch: int, context: int) -> dict[str, torch.Tensor]:
-    config, reads = model.config, _forward(model)
-    random = torch.Generator().manual_seed(0)
-    if "input_features" in reads:
-        shape = (batch, config.num_mel_bins, 2 * config.max_source_positions)
-        inputs = {"input_features": torch.randn(shape, generator=random)}
-    elif "pixel_values" in reads:
-        side = getattr(config, "vision_config", config)
-        shape = (batch, side.num_channels, side.image_size, side.image_size)
-        inputs = {"pixel_values": torch.randn(shape, generator=random)}
-    else:
-        return {"input_ids": torch.randint(config.vocab_size, (batch, context), generator=random).to(model.device)}
-    return {name: value.to(model.device, model.dtype) for name, value in inputs.items()}
-
-
-@torch.inference_mode()
 def embedding_cosine(dense: nn.Module, pruned: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> Score:
     """Mean cosine between the embeddings that two models give to the same inputs; 1 is full agreement.
 
@@ -403,25 +265,13 @@ def embedding_cosine(dense: nn.Module, pruned: nn.Module, batches: Iterable[dict
 
 
 def _embed(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    encoder = _encoder(model)
-    reads = _forward(encoder)
-    hidden = getattr(encoder(**{k: v for k, v in batch.items() if k in reads}), "last_hidden_state", None)
+    run = encoder(model)
+    reads = accepts(run)
+    hidden = getattr(run(**{k: v for k, v in batch.items() if k in reads}), "last_hidden_state", None)
     if hidden is None:
-        raise CloverError(f"{type(encoder).__name__} gives no last hidden state; compare its text or vision model")
+        raise CloverError(f"{type(run).__name__} gives no last hidden state; compare its text or vision model")
     mask = batch.get("attention_mask", torch.ones(hidden.shape[:2], device=hidden.device))[..., None].double()
     return (hidden.double() * mask).sum(1) / mask.sum(1)
-
-
-def _encoder(model: Any) -> Any:
-    return model.get_encoder() if model.config.is_encoder_decoder else model.base_model
-
-
-def _forward(model: Any) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(model.forward).parameters
-
-
-def _writes_text(model: Any) -> bool:
-    return model.can_generate() and not model.config.is_encoder_decoder
 
 
 def evaluate(
@@ -467,8 +317,8 @@ def _load(name: str | Path, task: str) -> Any:
 
     gpu = torch.cuda.is_available()
     model: Any = load(str(name), **({} if gpu else {"dtype": torch.float32}))  # half precision crawls on a CPU
-    speech = "input_features" in _forward(model)
-    if not (model.can_generate() and speech if task == "wer" else _writes_text(model)):
+    speech = "input_features" in accepts(model)
+    if not (model.can_generate() and speech if task == "wer" else writes_text(model)):
         wanted = "a speech recognition model" if task == "wer" else "a causal language model"
         raise CloverError(f"{task} needs {wanted}, but {name} is a {type(model).__name__}")
     return model.to("cuda" if gpu else "cpu").eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import math
@@ -12,7 +13,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clover.errors import CloverError
 from clover.plan import BlockPlan, Plan, Spectrum
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.typing import LineStyleType as Style
 
 Rows = Sequence[Sequence[float]]
+Summary = Mapping[str, Any]
+Measurements = Mapping[str, Mapping[str, Any]]
 
 FORMATS = ("png", "svg", "pdf")
 SINGULAR, NORMS = "#2563eb", "#d97706"
@@ -39,7 +42,7 @@ class Row(NamedTuple):
     change: str
 
 
-def table(summary: Mapping, measurements: Mapping[str, Mapping] | None = None) -> list[Row]:
+def table(summary: Summary, measurements: Measurements | None = None) -> list[Row]:
     """What a model was before and is after, one row a quantity.
 
     Args:
@@ -50,7 +53,9 @@ def table(summary: Mapping, measurements: Mapping[str, Mapping] | None = None) -
     rows = []
     for key, what in (("qk_removed", "Q-K directions"), ("vo_removed", "V-O directions")):
         if key in summary:
-            rows.append(Row(what, "100 %", f"{1 - summary[key]:.1%}".replace("%", " %"), _change(1, 1 - summary[key])))
+            rows.append(
+                Row(what, "100.0 %", f"{1 - summary[key]:.1%}".replace("%", " %"), _change(1, 1 - summary[key]))
+            )
     for key, what in (
         ("attention_parameters", "attention parameters"),
         ("parameters", "parameters"),
@@ -86,14 +91,26 @@ def plot_spectra(spectra: Sequence[Spectrum], path: str | os.PathLike[str]) -> N
     _replace(path, _render(spectra, kind, dpi=150))
 
 
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Raise now what ``write_report`` would raise after hours of work.
+
+    Raises:
+        CloverError: matplotlib is not installed, or the folder of ``path`` is missing or cannot be written to.
+    """
+    _need_matplotlib()
+    folder = Path(path).parent
+    if not os.access(folder, os.W_OK | os.X_OK) or Path(path).is_dir():
+        raise CloverError(_unwritable(Path(path)))
+
+
 def write_report(
     path: str | os.PathLike[str],
     *,
     title: str,
     spectra: Sequence[Spectrum],
     plan: Plan | None,
-    summary: Mapping,
-    measurements: Mapping[str, Mapping] | None = None,
+    summary: Summary,
+    measurements: Measurements | None = None,
 ) -> None:
     """Write one HTML file that needs nothing else: numbers, ranks kept, spectra and the plan.
 
@@ -119,11 +136,6 @@ def write_report(
     _replace(Path(path), page.encode())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Numbers and names
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _row(what: str, before: float | None, after: float | None, unit: str = "") -> Row:
     return Row(what, _number(before, unit), _number(after, unit), _change(before, after, unit))
 
@@ -145,7 +157,7 @@ def _change(before: float | None, after: float | None, unit: str = "") -> str:
     return f"{after / before - 1:+.1%}".replace("%", " %") if before else "n/a"
 
 
-def _labels(blocks: Sequence[Spectrum] | Sequence[BlockPlan]) -> list[tuple[str, str]]:
+def _labels(blocks: Sequence[Spectrum | BlockPlan]) -> list[tuple[str, str]]:
     """A short (stack, number) for each block: ("encoder", "3") for ``model.encoder.layers.3.self_attn``.
 
     Blocks whose names differ in their numbers only are one stack. It is called by its part, with the words of its name
@@ -166,21 +178,27 @@ def _labels(blocks: Sequence[Spectrum] | Sequence[BlockPlan]) -> list[tuple[str,
 
 def _replace(path: Path, data: bytes) -> None:
     """Write under a temporary name in the same folder, then rename: readers see the old file or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         partial.write_bytes(data)
         partial.replace(path)
     except OSError as error:
-        raise CloverError(
-            f"cannot write {str(path)!r}: {error.strerror}; choose a path in an existing folder that you may write to"
-        ) from error
+        raise CloverError(_unwritable(path, error.strerror)) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures
-# ---------------------------------------------------------------------------------------------------------------------
+def _unwritable(path: Path, cause: str | None = None) -> str:
+    cause = cause or ("it is a folder" if path.is_dir() else "its folder is missing or read-only")
+    return f"cannot write {str(path)!r}: {cause}; name a file in an existing folder that you may write to"
+
+
+def _need_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise CloverError('plots need matplotlib, which is missing: pip install "clover-attention[report]"') from error
 
 
 def _render(spectra: Sequence[Spectrum], kind: str, *, dpi: int, transparent: bool = False) -> bytes:
@@ -190,23 +208,22 @@ def _render(spectra: Sequence[Spectrum], kind: str, *, dpi: int, transparent: bo
 
 
 def _figure(spectra: Sequence[Spectrum]) -> Figure:
-    try:  # the object interface: nothing of pyplot's global state is touched, and no display is asked for
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-    except ImportError as error:
-        raise CloverError('figures need matplotlib, which is missing: pip install "clover-attention[report]"') from error
+    _need_matplotlib()
+    from matplotlib.figure import Figure  # no pyplot: no global state is touched, and no display asked for
+    from matplotlib.lines import Line2D
+
     across = min(len(spectra), 3 if len(spectra) <= 24 else 4)
     down = math.ceil(len(spectra) / across)
-    height = 1.4 * down + 1.2
+    height = 1.4 * down + 1.3
     figure = Figure(figsize=(12, height))
     labels = _labels(spectra)
     alone = len({stack for stack, _ in labels}) == 1
     titles = [f"{'layer' if alone else stack} {number}" for stack, number in labels]
     panels = [(s.qk, s.qk_norms) for s in spectra], [(s.vo, s.vo_norms) for s in spectra]
-    for half, name, columns in zip(figure.subfigures(1, 2, wspace=0), ("Q-K", "V-O"), panels, strict=True):
+    for half, name, columns in zip(figure.subfigures(1, 2, squeeze=False)[0], ("Q-K", "V-O"), panels, strict=True):
         axes = half.subplots(down, across, sharex=True, sharey=True, squeeze=False).flatten()
-        half.subplots_adjust(left=0.1, right=0.98, bottom=0.5 / height, top=1 - 0.8 / height, wspace=0.1, hspace=0.24)
-        half.suptitle(name, x=0.1, y=1 - 0.42 / height, ha="left", va="center", fontsize=12, fontweight="bold")
+        half.subplots_adjust(left=0.1, right=0.98, bottom=0.5 / height, top=1 - 0.9 / height, wspace=0.1, hspace=0.24)
+        half.suptitle(name, x=0.1, y=1 - 0.52 / height, ha="left", va="center", fontsize=12, fontweight="bold")
         half.supxlabel("direction, from large to small", x=0.54, y=0.08 / height, va="bottom", fontsize=8.5)
         _draw_panels(axes, columns, titles, across)
     key = [
@@ -214,15 +231,15 @@ def _figure(spectra: Sequence[Spectrum]) -> Figure:
         Line2D([], [], color=NORMS, lw=1.8, ls=DASHES, label="vanilla norms"),
         Line2D([], [], color="#555555", lw=0.6, label="thin: one KV head, bold: their median"),
     ]
-    figure.legend(handles=key, loc="upper center", ncols=3, frameon=False, fontsize=9, borderaxespad=0.1)
+    figure.legend(handles=key, loc="upper center", ncols=3, frameon=False, fontsize=9, borderaxespad=0.6)
     return figure
 
 
-def _draw_panels(axes: Sequence[Axes], columns: Sequence[tuple[Rows, Rows]], titles: Sequence[str], across: int) -> None:
+def _draw_panels(axes: Sequence[Axes], pairs: Sequence[tuple[Rows, Rows]], titles: Sequence[str], across: int) -> None:
     """One half of the figure. The axes are shared, so that scale, limits and ticks are set once, on the first."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    kinds = [[v for rows in kind for row in rows for v in row if 0 < v < math.inf] for kind in zip(*columns, strict=True)]
+    kinds = [[v for rows in kind for row in rows for v in row if 0 < v < math.inf] for kind in zip(*pairs, strict=True)]
     kinds = [values for values in kinds if values]
     if kinds:
         low = min(max(min(values), FLOOR * max(values)) for values in kinds)
@@ -230,9 +247,11 @@ def _draw_panels(axes: Sequence[Axes], columns: Sequence[tuple[Rows, Rows]], tit
         axes[0].set_ylim(low / 1.6, 1.6 * max(map(max, kinds)))
         axes[0].yaxis.set_major_locator(LogLocator(numticks=5))
         axes[0].yaxis.set_minor_locator(NullLocator())
-    axes[0].set_xlim(0, 1 + max((len(row) for pair in columns for rows in pair for row in rows), default=1))
-    for ax, (values, norms), title in zip(axes, columns, titles, strict=False):
-        ax.set_title(title if values else f"{title}: left as it is", loc="left", fontsize=8, pad=2.5)
+    axes[0].set_xlim(0, 1 + max((len(row) for pair in pairs for rows in pair for row in rows), default=1))
+    for ax, (values, norms), title in zip(axes, pairs, titles, strict=False):
+        ax.set_title(title, loc="left", fontsize=8, pad=2.5)
+        if not values:
+            ax.text(0.5, 0.5, "left as it is", transform=ax.transAxes, ha="center", fontsize=8, color="#777777")
         ax.tick_params(labelsize=7.5, length=2.5, color="#999999")
         ax.grid(color="#888888", alpha=0.2, lw=0.5)
         ax.spines[["top", "right"]].set_visible(False)
@@ -240,9 +259,9 @@ def _draw_panels(axes: Sequence[Axes], columns: Sequence[tuple[Rows, Rows]], tit
         size = max((len(row) for row in (*values, *norms)), default=1)
         _draw_rows(ax, norms, size, NORMS, DASHES)
         _draw_rows(ax, values, size, SINGULAR, "solid")
-    for ax in axes[len(columns) :]:
+    for ax in axes[len(pairs) :]:
         ax.set_axis_off()
-    for ax in axes[len(columns) - across : len(columns)]:  # the last row may be short: label what is lowest
+    for ax in axes[len(pairs) - across : len(pairs)]:  # the last row may be short: label what is lowest
         ax.tick_params(labelbottom=True)
 
 
@@ -262,12 +281,7 @@ def _draw_rows(ax: Axes, rows: Rows, size: int, colour: str, style: Style) -> No
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The page
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _headline(spectra: Sequence[Spectrum], plan: Plan | None, summary: Mapping) -> str:
+def _headline(spectra: Sequence[Spectrum], plan: Plan | None, summary: Summary) -> str:
     if "qk_removed" not in summary:
         return f'<p class="lead">Spectra of {len(spectra)} attention blocks. Nothing was removed.</p>'
     qk, vo = (f"<strong>{summary[k]:.1%}</strong>".replace("%", "&nbsp;%") for k in ("qk_removed", "vo_removed"))
@@ -323,7 +337,7 @@ def _heat_map(blocks: Sequence[tuple[str, BlockPlan]], side: str) -> str:
         share = sum(rank or 0 for rank in ranks) / (size * len(ranks))
         lines.append(
             f'<tr title="{escape(block.name)}"><th scope="row">{escape(number)}</th>{cells}'
-            f'<td class="mean">{share:.0%}</td></tr>'
+            f'<td class="mean">{share * 100:.0f} %</td></tr>'
         )
     caption = f"{'Q-K' if side == 'qk' else 'V-O'} directions kept"
     width = " dense" if columns > 16 else ""
@@ -358,7 +372,8 @@ def _plan_section(plan: Plan) -> str:
 
 
 _STYLE = """
-:root { color-scheme: light dark; --page: #fcfcfb; --text: #1d2126; --soft: #656d78; --line: #dfe2e6; --hatch: #c3c8cf; }
+:root { color-scheme: light dark; --page: #fcfcfb; --text: #1d2126; --soft: #656d78; --line: #dfe2e6;
+  --hatch: #c3c8cf; }
 @media (prefers-color-scheme: dark) {
   :root { --page: #15181c; --text: #e4e7eb; --soft: #9aa3af; --line: #30363d; --hatch: #4a525c; }
   figure img { filter: invert(0.92) hue-rotate(180deg); }
@@ -370,8 +385,8 @@ h1 { margin: 0; font-size: 1.9rem; line-height: 1.2; letter-spacing: -0.015em; o
 h2 { margin: 3rem 0 0.6rem; font-size: 1.2rem; }
 h3 { margin: 1.4rem 0 0.3rem; font-size: 1rem; }
 h3::first-letter { text-transform: uppercase; }
-.lead { margin: 0.7rem 0 0; max-width: 46rem; font-size: 1.15rem; }
-.note { margin: 0 0 1rem; max-width: 46rem; color: var(--soft); font-size: 0.92rem; }
+.lead { margin: 0.7rem 0 0; max-width: 58rem; text-wrap: balance; font-size: 1.15rem; }
+.note { margin: 0 0 1rem; max-width: 58rem; text-wrap: pretty; color: var(--soft); font-size: 0.92rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .sizes th, .sizes td { padding: 0.42rem 0 0.42rem 2.5rem; border-bottom: 1px solid var(--line); text-align: right;
   white-space: nowrap; }
@@ -391,7 +406,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .map .mean { width: 3.2rem; color: var(--soft); text-align: right; }
 .full { color: #fff; }
 .gone { color: var(--soft); background: repeating-linear-gradient(135deg, var(--hatch) 0 2px, transparent 2px 6px); }
-.key { display: inline-block; height: 0.85em; vertical-align: -0.08em; border: 1px solid var(--line); border-radius: 2px; }
+.key { display: inline-block; height: 0.85em; vertical-align: -0.08em; border: 1px solid var(--line); }
 .key.scale { width: 5em; background: linear-gradient(90deg, rgb(37 99 235/0), rgb(37 99 235)); }
 .key.gone { width: 1.6em; }
 figure { margin: 0; }

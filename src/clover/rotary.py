@@ -118,5 +118,6 @@ def transforms(
 
 def _ridged(gram: Tensor) -> Tensor:
     gram = gram.double()
-    energy = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
+    energy = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    energy = torch.where(energy > 0, energy, 1.0)  # an empty head has no scale of its own
     return gram + RIDGE * energy[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from clover.attention import CloverAttention
 from clover.basis import Basis
 from clover.errors import CloverError
-from clover.families import Block
+from clover.families import Block, blocks
 from clover.plan import BlockPlan, Plan
 
 
@@ -23,13 +23,16 @@ def operate(model: nn.Module, bases: Sequence[Basis], plan: Plan) -> None:
     """
     if [b.name for b in bases] != [p.name for p in plan.blocks]:
         raise CloverError("the plan was made for other blocks than those to cut; make it from the same model and part")
-    ready = [(basis.block, _filled(basis, block_plan)) for basis, block_plan in zip(bases, plan.blocks, strict=True)]
+    here = {block.name: block for block in blocks(model)}  # of this very model, which may be a copy of the one measured
+    if missing := [b.name for b in bases if b.name not in here]:
+        raise CloverError(f"{type(model).__name__} has no block {missing[0]}; cut the model that the bases were found in")
+    ready = [(here[b.name], _filled(here[b.name], b, block_plan)) for b, block_plan in zip(bases, plan.blocks, strict=True)]
     for block, (attention, output) in ready:
         install(model, block, attention, output)
 
 
-def _filled(basis: Basis, plan: BlockPlan) -> tuple[CloverAttention, nn.Linear | None]:
-    attention, output = skeleton(basis.block, plan)
+def _filled(block: Block, basis: Basis, plan: BlockPlan) -> tuple[CloverAttention, nn.Linear | None]:
+    attention, output = skeleton(block, plan)
     state = basis.cut(plan)
     owner = {"o_proj": output if output is not None else attention.o_proj}
     for name, value in state.items():

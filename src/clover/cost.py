@@ -1,0 +1,182 @@
+"""What a model costs: parameters, cache bytes and time."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from clover.data import max_positions
+from clover.errors import CloverError
+from clover.progress import track
+
+T = TypeVar("T")
+
+
+@torch.inference_mode()
+def sizes(model: nn.Module) -> dict[str, int | None]:
+    """Count what a model stores.
+
+    Returns:
+        ``parameters`` and ``bytes`` of all unique tensors (tied ones once), ``attention_parameters`` and
+        ``attention_bytes`` of those in modules whose class is called ...Attention, and ``kv_bytes_per_token``: measured
+        on a real cache, the self-attention keys and values of one token of one sequence; None without a cache.
+    """
+    attention = {
+        id(p): p for m in model.modules() if type(m).__name__.endswith("Attention") for p in m.parameters()
+    }.values()
+    everything = list(model.parameters())
+    return {
+        "parameters": sum(p.numel() for p in everything),
+        "bytes": sum(p.nbytes for p in everything),
+        "attention_parameters": sum(p.numel() for p in attention),
+        "attention_bytes": sum(p.nbytes for p in attention),
+        "kv_bytes_per_token": _cache_bytes(model),
+    }
+
+
+def _cache_bytes(model: Any, tokens: int = 4) -> int | None:
+    if not model.can_generate():
+        return None
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    if model.config.is_encoder_decoder:
+        silence = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, device=model.device)
+        encoded = BaseModelOutput(last_hidden_state=silence)
+        cache = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=True).past_key_values
+        cache = cache.self_attention_cache
+    else:
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // tokens
+
+
+def throughput(
+    model: nn.Module,
+    *,
+    context: int = 512,
+    new_tokens: int = 32,
+    batch: int = 1,
+    repeats: int = 5,
+    inputs: dict[str, torch.Tensor] | None = None,
+) -> dict[str, float]:
+    """Median speed of a model, after one run to warm up.
+
+    Args:
+        model: a causal language model, or anything else, of which the encoder is run then.
+        context: tokens read before the first is written.
+        new_tokens: tokens written one at a time with the cache.
+        batch: sequences at once.
+        repeats: timed runs.
+        inputs: what the forward pass gets; by default random tokens, or random speech or images of the model's size.
+
+    Returns:
+        ``prefill_tokens_per_second`` (logits of the last token only) and ``decode_tokens_per_second``, each over the
+        whole batch; or ``items_per_second`` of an encoder.
+
+    Raises:
+        CloverError: a count below 1, or more tokens than the model has positions for.
+    """
+    options: dict[str, Any] = {"context": context, "new_tokens": new_tokens, "batch": batch, "repeats": repeats}
+    return compare_throughput({"model": model}, **options, inputs=inputs)["model"]
+
+
+@torch.inference_mode()
+def compare_throughput(
+    models: Mapping[str, nn.Module],
+    *,
+    context: int = 512,
+    new_tokens: int = 32,
+    batch: int = 1,
+    repeats: int = 5,
+    inputs: dict[str, torch.Tensor] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Speed of several models side by side: they take turns, so what slows the machine down slows all of them.
+
+    Args and errors are those of :func:`throughput`; the models must read the same inputs.
+
+    Returns:
+        For each name what :func:`throughput` returns, and under ``ratio``, for every name but the first, its medians
+        over those of the first.
+    """
+    names = list(models)
+    first = models[names[0]]
+    if min(context, new_tokens, batch, repeats) < 1:
+        raise CloverError(f"{context=}, {new_tokens=}, {batch=} and {repeats=} must be at least 1")
+    bound, tokens = max_positions(first), context + (new_tokens if writes_text(first) else 0)
+    if inputs is None and bound and tokens > bound:
+        raise CloverError(f"{context=} and {new_tokens=} exceed the {bound} positions of the model; lower them")
+    inputs = _random_inputs(first, batch, context) if inputs is None else inputs
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for turn in track(range(repeats + 1), "timing"):
+        for name in names if turn % 2 else reversed(names):
+            runs[name].append(_rates(models[name], inputs, new_tokens))
+    result = {name: {key: median(run[key] for run in kept[1:]) for key in kept[0]} for name, kept in runs.items()}
+    ratio = {n: {k: v / result[names[0]][k] for k, v in result[n].items()} for n in names[1:]}
+    return {**result, "ratio": ratio}
+
+
+def _rates(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int) -> dict[str, float]:
+    """One run, in items per second."""
+    items = next(iter(inputs.values())).shape[0]
+    if not writes_text(model):
+        run = encoder(model)
+        return {"items_per_second": items / _clock(model, lambda: run(**inputs))[1]}
+    last = {"logits_to_keep": 1} if "logits_to_keep" in accepts(model) else {}
+    out, seconds = _clock(model, lambda: model(**inputs, **last, use_cache=True))
+    prefill = inputs["input_ids"].numel() / seconds
+    cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+
+    def write() -> None:
+        nonlocal token
+        for _ in range(new_tokens):
+            token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+
+    decode = items * new_tokens / _clock(model, write)[1]
+    return {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode}
+
+
+def _clock(model: Any, call: Callable[[], T]) -> tuple[T, float]:
+    synchronise = torch.get_device_module(model.device).synchronize
+    synchronise()
+    start = time.perf_counter()
+    result = call()
+    synchronise()
+    return result, time.perf_counter() - start
+
+
+def _random_inputs(model: Any, batch: int, context: int) -> dict[str, torch.Tensor]:
+    config, reads = model.config, accepts(model)
+    random = torch.Generator().manual_seed(0)
+    inputs: dict[str, torch.Tensor] = {}
+    if "input_features" in reads:
+        shape = [batch, config.num_mel_bins, 2 * config.max_source_positions]
+        inputs["input_features"] = torch.randn(shape, generator=random).to(model.dtype)
+    elif "pixel_values" in reads:
+        vision = getattr(config, "vision_config", config)
+        shape = [batch, vision.num_channels, vision.image_size, vision.image_size]
+        inputs["pixel_values"] = torch.randn(shape, generator=random).to(model.dtype)
+    if "input_ids" in reads:
+        text = config.get_text_config()
+        length = min(context, getattr(text, "max_position_embeddings", context))
+        inputs["input_ids"] = torch.randint(text.vocab_size, (batch, length), generator=random)
+    return {name: value.to(model.device) for name, value in inputs.items()}
+
+
+def encoder(model: Any) -> Any:
+    """The encoder of an encoder-decoder model; of any other, the model without its head."""
+    return model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+
+
+def accepts(model: Any) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a model's forward pass, by name."""
+    return inspect.signature(model.forward).parameters
+
+
+def writes_text(model: Any) -> bool:
+    """Whether a model is a causal language model."""
+    return model.can_generate() and not model.config.is_encoder_decoder
