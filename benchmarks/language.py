@@ -2,7 +2,7 @@
 
     python benchmarks/language.py [CONFIG ...]     CONFIG: dense, vo25, vo50, qk25, qk50, both25, both50 (all when left out)
 
-Calibrated on 64 sequences of 512 tokens, evenly spread over the train split.
+Calibrated on 32 sequences of 512 tokens, evenly spread over the train split.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from clover.evaluate import perplexity
 from clover.pruning import apply, find_bases, plan_ranks
 
 SHARES = {"dense": None, "vo25": (0, 0.25), "vo50": (0, 0.5), "qk25": (0.25, 0), "qk50": (0.5, 0), "both25": (0.25, 0.25), "both50": (0.5, 0.5)}  # fmt: skip
-SEQUENCES, LENGTH = 64, 512
+SEQUENCES, LENGTH = 32, 512
 
 
 def load() -> torch.nn.Module:

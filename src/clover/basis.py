@@ -17,12 +17,11 @@ from clover.decompose import Bases, decompose, square_root, weight_gram
 from clover.families import Block
 from clover.heads import Heads
 from clover.plan import BlockPlan, Group, Spectrum
+from clover.refit import Layout, refit
 from clover.rotary import eliminate, fit_gains, transforms, white_gram
 
 CALIBRATION_RIDGE = 1e-6
 """Added to calibrated Grams, relative to their mean eigenvalue: keeps the change of basis invertible at full rank."""
-REFIT_RIDGE = 1e-3
-"""Pull of the refitted output projection towards the cut one, relative to the mean energy of a kept direction."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +74,11 @@ class Basis:
     def cut(self, plan: BlockPlan) -> dict[str, Tensor]:
         """The weights and biases of the block at the ranks of ``plan``: the state of its ``CloverAttention``, float64.
 
-        At full rank the block's function is unchanged. With moments, the output projection is refitted over all heads by
-        least squares to the uncut block's output, and its bias takes up the mean of what was cut.
+        At full rank the block's function is unchanged. With moments, values and output projection are refitted over all
+        heads to the uncut block's output, and the output bias takes up the mean of what was cut.
         """
         heads = self.heads
-        parts: dict[str, list[Tensor]] = {"q": [], "q_bias": [], "k": [], "k_bias": [], "v": [], "o": []}
+        parts: dict[str, list[Tensor]] = {"q": [], "q_bias": [], "k": [], "k_bias": []}
         for group in plan.groups:
             for head in group.heads:
                 t_q, t_k = self._qk_transforms(head, group)
@@ -89,10 +88,9 @@ class Basis:
                     parts["q_bias"].append((t_q @ heads.q_bias[head].unsqueeze(-1)).flatten())
                 if heads.k_bias is not None:
                     parts["k_bias"].append(t_k @ heads.k_bias[head])
-                parts["v"].append(self.value.t_a[head, : group.value] @ heads.v[head])
-        output, bias = self._output(plan)
+        values, output, bias = self._output(plan)
         state = {"q_proj.weight": torch.cat(parts["q"]), "k_proj.weight": torch.cat(parts["k"]),
-                 "v_proj.weight": torch.cat(parts["v"]), "o_proj.weight": output, "o_proj.bias": bias}  # fmt: skip
+                 "v_proj.weight": values, "o_proj.weight": output, "o_proj.bias": bias}  # fmt: skip
         if heads.q_bias is not None:
             state["q_proj.bias"] = torch.cat(parts["q_bias"])
         if heads.k_bias is not None:
@@ -131,32 +129,23 @@ class Basis:
         queries = [columns[h] for h in order for _ in range(plan.queries)]
         return torch.cat(queries + [columns[h] for h in order]).int()
 
-    def _output(self, plan: BlockPlan) -> tuple[Tensor, Tensor | None]:
-        """Output projection ``(M, columns)`` in the order of the flat values, and its bias."""
-        heads, n = self.heads, plan.queries
-        kept = [(h, i, g.value) for g in plan.groups for h in g.heads for i in range(n)]
-        cut = torch.cat([heads.o[h, i] @ self.value.t_b[h, :r].mT for h, i, r in kept], -1)
-        size = heads.v.shape[1]
-        # The flat values as a linear map of the original head outputs, (columns, kv * n * e).
-        down = torch.zeros(cut.shape[1], heads.q.shape[0] * n * size, dtype=cut.dtype, device=cut.device)
-        row = 0
-        for h, i, r in kept:
-            at = (h * n + i) * size
-            down[row : row + r, at : at + size] = self.value.t_a[h, :r]
-            row += r
+    def _output(self, plan: BlockPlan) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Value projection ``(columns of the KV heads, C)``, output projection ``(M, columns)`` and its bias."""
+        heads, n, moments = self.heads, plan.queries, self.moments
+        ranks = [(h, g.value) for g in plan.groups for h in g.heads]
+        layout = Layout.of(ranks, n, heads.v.shape[1], len(heads.v), heads.v.device)
+        bases = torch.cat([self.value.t_a[h, :r] for h, r in ranks])
+        cut = torch.cat([heads.o[h, i] @ self.value.t_b[h, :r].mT for h, r in ranks for i in range(n)], -1)
         whole = heads.o.permute(2, 0, 1, 3).flatten(1)
         bias = torch.zeros(len(cut), dtype=cut.dtype, device=cut.device) if heads.o_bias is None else heads.o_bias
-        if self.moments is not None:
-            reached = down @ self.moments.output
-            gram = reached @ down.mT
-            energy = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
-            gram = gram + REFIT_RIDGE * energy * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            missing = (whole - cut @ down) @ reached.mT
-            cut = cut + torch.linalg.solve(gram, missing.mT).mT
-            bias = bias + (whole - cut @ down) @ self.moments.mean
+        if moments is not None:
+            cut, bases = refit(whole, cut, bases, layout, moments.output, moments.gradient)
+            bias = bias + (whole - cut @ layout.spread(bases)) @ moments.mean
         if heads.v_bias is not None:
-            bias = bias + cut @ (down @ heads.v_bias.unsqueeze(1).expand(-1, n, -1).flatten())
-        return cut, bias if plan.output_bias else None
+            bias = bias + cut @ (layout.spread(bases) @ heads.v_bias.unsqueeze(1).expand(-1, n, -1).flatten())
+        rows = bases.split([r for _, r in ranks])
+        values = torch.cat([basis @ heads.v[h] for basis, (h, _) in zip(rows, ranks, strict=True)])
+        return values, cut, bias if plan.output_bias else None
 
 
 @torch.no_grad()

@@ -138,7 +138,8 @@ def make_plan(
     limits = limits or Limits()
     parties = _parties(costs, qk, vo, granularity, limits)
     ranks = _ranks(costs, parties, qk, vo, limits)
-    return Plan(tuple(_block_plan(c, [ranks[b, h] for h in range(c.kv_heads)]) for b, c in enumerate(costs)))
+    gone = _Size(0, 0, 0)
+    return Plan(tuple(_block_plan(c, [ranks.get((b, h), gone) for h in range(c.kv_heads)]) for b, c in enumerate(costs)))
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def _block_plan(costs: Costs, sizes: list[_Size]) -> BlockPlan:
     )  # fmt: skip
 
 
-# --- parties: sets of heads that get equal ranks ---
+# --- parties: sets of heads that get equal ranks; what is in none goes whole ---
 
 
 def _parties(
@@ -182,21 +183,22 @@ def _parties(
 
 
 def _cluster(sizes: dict[Head, _Size], count: int) -> list[tuple[Head, ...]]:
-    """At most ``count`` parties of heads of near sizes (Ward's criterion), beside one of heads that go whole."""
-    gone = tuple(head for head, size in sizes.items() if not size.value)
-    sets = [(head,) for head in sizes if head not in gone]
-    points = {h: torch.tensor([2 * s.pairs + s.plain, s.value], dtype=torch.float64) for h, s in sizes.items()}
+    """At most ``count`` parties of heads of near sizes (Ward's criterion); heads that go whole are in none."""
+    sets = [(head,) for head, size in sizes.items() if size.value]
+    points = {head: (2 * size.pairs, size.plain, size.value) for head, size in sizes.items()}
+
+    def centre(party: tuple[Head, ...]) -> list[float]:
+        return [sum(column) / len(party) for column in zip(*(points[h] for h in party), strict=True)]
 
     def distance(a: tuple[Head, ...], b: tuple[Head, ...]) -> float:
-        gap = torch.stack([points[h] for h in a]).mean(0) - torch.stack([points[h] for h in b]).mean(0)
-        return len(a) * len(b) / (len(a) + len(b)) * float(gap.square().sum())
+        return len(a) * len(b) / (len(a) + len(b)) * math.dist(centre(a), centre(b)) ** 2
 
     while len(sets) > 1:
         near, a, b = min((distance(a, b), a, b) for i, a in enumerate(sets) for b in sets[i + 1 :])
         if len(sets) <= count and near > 0:
             break
         sets = [s for s in sets if s not in (a, b)] + [a + b]
-    return [*sets, gone] if gone else sets
+    return sets
 
 
 # --- ranks of the parties ---
@@ -241,7 +243,7 @@ def _curve(costs: Sequence[Costs], party: tuple[Head, ...], kind: Kind, limits: 
     # Beside rotary pairs the plain columns come in twos, so that pairs stay aligned in the flat layout.
     grain = 2 if rotary and kind == "plain" else 1
     step = math.lcm(grain, max(1, limits.multiple // columns))
-    start = max(step, math.ceil(limits.minimum / columns / grain) * grain)
+    start = math.ceil(limits.minimum / columns / step) * step
     bounds = [0, *range(start, count, step), count] if count else [0]
     mean = torch.stack([getattr(costs[b], f"{kind}_cost")[h] for b, h in party]).mean(0).tolist()
     prices = [sum(mean[i:j]) / ((j - i) * columns) for i, j in pairwise(bounds)]

@@ -61,7 +61,7 @@ def calibrate(
     """
     device = next(model.parameters()).device
     watchers = [_Watcher(block, queries, torch.Generator().manual_seed(seed + i)) for i, block in enumerate(blocks)]
-    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
+    training, trainable = [m for m in model.modules() if m.training], [p for p in model.parameters() if p.requires_grad]
     draws = torch.Generator(device).manual_seed(seed)
     model.eval().requires_grad_(False)
     hooks = [hook for watcher in watchers for hook in watcher.attach()]
@@ -70,16 +70,20 @@ def calibrate(
         for batch in track(batches, "calibrate"):
             batch = _to(batch, device)
             padding = [m for name, m in batch.items() if name.endswith("attention_mask")] if isinstance(batch, Mapping) else []
+            masks = [m.bool() for m in padding if m.dim() == 2]
             for watcher in watchers:
-                watcher.masks = [m.bool() for m in padding if m.dim() == 2]
+                watcher.masks = masks
             with torch.enable_grad():
                 output = model(**batch) if isinstance(batch, Mapping) else model(batch)
-                _likelihood(output, draws).backward()
+                score = _likelihood(output, masks, draws)
+            if score.requires_grad:  # else the batch reached no block, which is said below
+                score.backward()
             seen += 1
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(training)
+        for module in training:
+            module.training = True
         for parameter in trainable:
             parameter.requires_grad_()
     if not seen:
@@ -87,19 +91,27 @@ def calibrate(
     return [watcher.moments() for watcher in watchers]
 
 
-def _likelihood(output: Any, generator: torch.Generator) -> Tensor:
+def _likelihood(output: Any, masks: Sequence[Tensor], generator: torch.Generator) -> Tensor:
     """Log-likelihood, summed, of a sample from the model's own output: tokens from its logits, else Gaussian noise."""
     if (logits := output.get("logits")) is not None and logits.dim() == 3:
-        logits = logits.float().log_softmax(-1)
+        logits = logits[_valid(logits, masks)].float().log_softmax(-1)
         with torch.no_grad():
-            drawn = torch.multinomial(logits.exp().flatten(0, 1), 1, generator=generator)
-        return logits.flatten(0, 1).gather(-1, drawn).sum()
-    values = [v for v in output.values() if isinstance(v, Tensor) and v.requires_grad]
-    return torch.stack([(v.float() * _noise(v, generator)).sum() for v in values[:1]]).sum()
+            mass = logits.exp().cumsum(-1)
+            point = torch.rand(len(mass), 1, generator=generator, device=mass.device) * mass[:, -1:]
+            drawn = torch.searchsorted(mass, point).clamp_max(mass.shape[-1] - 1)
+        return logits.gather(-1, drawn).sum()
+    value = next((v for v in output.values() if isinstance(v, Tensor) and v.requires_grad), torch.zeros(()))
+    if value.dim() == 3:
+        value = value[_valid(value, masks)]
+    return (value.float() * torch.randn(value.shape, generator=generator, device=value.device)).sum()
 
 
-def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, device=like.device)
+def _valid(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """Which tokens of ``x`` are not padding, shape ``(batch, tokens)``."""
+    for mask in masks:
+        if mask.shape == x.shape[:2]:
+            return mask
+    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
 
 
 def _to(batch: Any, device: torch.device) -> Any:
@@ -129,18 +141,11 @@ class _Watcher:
         value = value if value.device.type == "mps" else value.double()
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def _valid(self, x: Tensor) -> Tensor:
-        """Which tokens of ``x`` are not padding, shape ``(batch, tokens)``."""
-        for mask in self.masks:
-            if mask.shape == x.shape[:2]:
-                return mask
-        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-
     def _gradient(self, _: nn.Module, __: tuple, output: Tensor) -> None:
         """Watch the gradient that will come back to the block's output; the first block's is where the graph begins."""
         if not output.requires_grad:
             output.requires_grad_()
-        valid = self._valid(output)
+        valid = _valid(output, self.masks)
 
         def add(gradient: Tensor) -> None:
             g = gradient[valid].float()
@@ -151,7 +156,7 @@ class _Watcher:
     @torch.no_grad()
     def _output(self, _: nn.Module, args: tuple) -> None:
         z = args[0].flatten(2)
-        z = z[self._valid(z)].float()
+        z = z[_valid(z, self.masks)].float()
         self._add("output", z.T @ z)
         self._add("mean", z.sum(0))
         self.tokens += len(z)
@@ -165,7 +170,7 @@ class _Watcher:
         if alibi is not None:
             alibi = alibi.unflatten(0, (x.shape[0], -1))
         table = call.get("position_embeddings")
-        for b, valid in enumerate(self._valid(x)):
+        for b, valid in enumerate(_valid(x, self.masks)):
             rows = self._sample(valid)
             if not len(rows):
                 continue

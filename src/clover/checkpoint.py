@@ -8,6 +8,7 @@ is so made that a class named outright (``LlamaForCausalLM.from_pretrained``) re
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
@@ -122,7 +123,10 @@ def adopt(model: PreTrainedModel, plan: Plan) -> None:
     config = config_class(type(model.config))
     model.config.__class__ = config
     _mark(model.config, plan, base)
-    model.__class__ = model_class(type(model), config)
+    kind = model_class(type(model), config)
+    # The constructor is where transformers notes which outputs (attentions, hidden states) a class can record.
+    PreTrainedModel.__init__(kind.__new__(kind), copy.deepcopy(model.config))
+    model.__class__ = kind
 
 
 def rebuild(model: nn.Module, plan: Plan) -> None:

@@ -79,10 +79,11 @@ def read_text(path: str | Path) -> str:
         CloverError: the file is missing, unreadable, corrupt or no UTF-8.
     """
     try:
-        with open(path, "rb") as raw, gzip.open(raw) if Path(path).suffix == ".gz" else raw as file:
-            return io.TextIOWrapper(file, encoding="utf-8-sig").read()
+        content = Path(path).read_bytes()
+        text = (gzip.decompress(content) if Path(path).suffix == ".gz" else content).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise CloverError(f"{path} cannot be read as UTF-8 text ({error}); give another file") from error
+    return text.replace("\r\n", "\n")
 
 
 def read_manifest(path: str | Path, split: str | None = None) -> list[Utterance]:
@@ -135,8 +136,8 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
         raise CloverError(f"audio file {path} cannot be decoded ({error}); replace it") from error
     if not len(samples) or not np.isfinite(samples).all():
         raise CloverError(f"audio file {path} is empty or holds NaN or infinite samples; replace it")
-    mono = samples.mean(axis=1)
-    return mono if original == rate else extra("soxr").resample(mono, original, rate)
+    samples = samples.mean(axis=1)
+    return samples if original == rate else extra("soxr").resample(samples, original, rate)
 
 
 def read_questions(path: str | Path) -> list[Question]:
@@ -152,7 +153,6 @@ def read_questions(path: str | Path) -> list[Question]:
 
 
 def _records(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
-    """(where, record) of each line that is not blank."""
     lines = [(f"line {i} of {path}", line) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
     if not lines:
         raise CloverError(f"{path} holds no questions; give one JSON object a line")
@@ -264,8 +264,8 @@ def load_processor(model_or_name: nn.Module | str | Path, kind: str) -> Any:
     try:
         loaded = getattr(transformers, kind).from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CloverError(f"no {kind.removeprefix('Auto').lower()} can be loaded from {name} ({reason})") from error
+        what = f"no {kind.removeprefix('Auto').lower()} can be loaded from {name}"
+        raise CloverError(f"{what} ({str(error).strip().splitlines()[0]}); copy the original model's there") from error
     tokenizer = getattr(loaded, "tokenizer", loaded)
     # A folder without tokenizer files can yield a tokenizer that knows nothing but its special tokens.
     if hasattr(tokenizer, "all_special_ids") and len(tokenizer) <= len(tokenizer.all_special_ids):

@@ -127,18 +127,21 @@ def word_error_rate(
         limit: use only the first so many utterances.
 
     Raises:
-        CloverError: nothing to transcribe, a bad audio file, or the ``eval`` extra is not installed.
+        CloverError: nothing to transcribe, a bad audio file, a generation config without languages, or the ``eval``
+            extra is not installed.
     """
     jiwer = extra("jiwer")
     chosen = list(utterances[:limit])
     spelling = getattr(processor.tokenizer, "english_spelling_normalizer", None) or {}
     normalise = EnglishTextNormalizer(spelling)
     references = [normalise(u.text) for u in chosen]
-    if empty := [str(u.file) for u, text in zip(chosen, references, strict=True) if not text]:
+    if empty := [str(u.file) for u, text in zip(chosen, references, strict=True) if not text.strip()]:
         raise CloverError(f"no words are left of the reference of {empty[0]} after normalisation; correct its text")
     if not chosen:
         raise CloverError("there are no utterances to transcribe; give at least one")
     multilingual = is_multilingual(model)
+    if multilingual and not hasattr(model.generation_config, "lang_to_id"):
+        raise CloverError("generation_config.json names no languages (lang_to_id); take it from the original model")
     language = {"language": "en", "task": "transcribe"} if multilingual else {}
     transcripts: list[str] = []
     for start in track(range(0, len(chosen), batch), "transcribing"):

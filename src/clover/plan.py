@@ -73,13 +73,11 @@ class Plan:
         """
         try:
             plan = cls(tuple(_block_from_dict(b) for b in data["blocks"]))
+            wrong = next((b for b in plan.blocks if not _possible(b)), None)
         except (KeyError, TypeError) as error:
             raise CloverError(f"the clover plan in config.json is damaged ({error}); restore the file") from error
-        for block in plan.blocks:
-            heads = sorted(h for g in block.groups for h in g.heads)
-            inside = all(0 < g.qk <= block.qk and 0 < g.value <= block.vo for g in block.groups)
-            if not inside or len(set(heads)) != len(heads) or not set(heads) <= set(range(block.kv_heads)):
-                raise CloverError(f"the clover plan of {block.name} is impossible: {block.groups}; restore config.json")
+        if wrong is not None:
+            raise CloverError(f"the clover plan of {wrong.name} is impossible: {wrong.groups}; restore config.json")
         return plan
 
     @property
@@ -96,6 +94,15 @@ class Plan:
 def _block_from_dict(data: dict) -> BlockPlan:
     groups = tuple(Group(**(g | {"heads": tuple(g["heads"])})) for g in data["groups"])
     return BlockPlan(**(data | {"groups": groups}))
+
+
+def _possible(block: BlockPlan) -> bool:
+    """Whether every group has heads, each its own, and sizes that the block's heads have."""
+    heads = [h for g in block.groups for h in g.heads]
+    sizes = all(
+        g.heads and min(g.pairs, g.plain) >= 0 and 0 < g.qk <= block.qk and 0 < g.value <= block.vo for g in block.groups
+    )
+    return bool(heads) and sizes and len(set(heads)) == len(heads) and set(heads) <= set(range(block.kv_heads))
 
 
 @dataclass(frozen=True)

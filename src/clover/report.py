@@ -30,7 +30,7 @@ Measurements = Mapping[str, Mapping[str, Any]]
 FORMATS = ("png", "svg", "pdf")
 SINGULAR, NORMS = "#2563eb", "#d97706"
 DASHES = (0, (4, 1.6))
-FLOOR = 1e-6  # of the largest value: what lies below is numerical noise, and would squeeze the rest of a log axis
+FLOOR = 1e-5  # of the largest value: what lies below is numerical noise, and would squeeze the rest of a log axis
 
 
 class Row(NamedTuple):
@@ -61,7 +61,7 @@ def table(summary: Summary, measurements: Measurements | None = None) -> list[Ro
         ("parameters", "parameters"),
         ("kv_bytes_per_token", "KV cache, bytes per token"),
     ):
-        if f"{key}_before" in summary:
+        if summary.get(f"{key}_before"):  # an encoder has no cache
             rows.append(_row(what, summary[f"{key}_before"], summary[f"{key}_after"]))
     for what, values in (measurements or {}).items():
         rows.append(_row(what, values.get("before"), values.get("after"), values.get("unit", "")))
@@ -73,7 +73,7 @@ def plot_spectra(spectra: Sequence[Spectrum], path: str | os.PathLike[str]) -> N
 
     Q-K panels fill the left half and V-O panels the right, one panel a block in the order given. Solid lines are the
     singular values, dashed lines the norm products of the original head dimensions; a thin line is one KV head, the
-    bold one the median over heads. Values under a millionth of the largest are off the scale.
+    bold one the median over heads. Values under 1e-5 of the largest are off the scale.
 
     Args:
         spectra: at least one block.
@@ -98,9 +98,8 @@ def check_target(path: str | os.PathLike[str]) -> None:
         CloverError: matplotlib is not installed, or the folder of ``path`` is missing or cannot be written to.
     """
     _need_matplotlib()
-    folder = Path(path).parent
-    if not os.access(folder, os.W_OK | os.X_OK) or Path(path).is_dir():
-        raise CloverError(_unwritable(Path(path)))
+    if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK | os.X_OK):
+        raise _unwritable(Path(path))
 
 
 def write_report(
@@ -130,9 +129,10 @@ def write_report(
         _table_section(table(summary, measurements)),
         _ranks_section(plan) if plan else "",
         _spectra_section(spectra) if spectra else "",
-        _plan_section(plan) if plan else "",
+        _PLAN.format(escape(json.dumps(plan.to_dict(), indent=1))) if plan else "",
     ]
-    page = _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(filter(None, body)))
+    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    page = _PAGE.format(title=escape(title), style=style, body="\n".join(filter(None, body)))
     _replace(Path(path), page.encode())
 
 
@@ -161,19 +161,15 @@ def _labels(blocks: Sequence[Spectrum | BlockPlan]) -> list[tuple[str, str]]:
     """A short (stack, number) for each block: ("encoder", "3") for ``model.encoder.layers.3.self_attn``.
 
     Blocks whose names differ in their numbers only are one stack. It is called by its part, with the words of its name
-    that not all stacks share where two stacks are of the same part.
+    that not all stacks of that part share.
     """
-    keys = [(b.part, re.sub(r"\d+", "*", b.name)) for b in blocks]
-    stacks = list(dict.fromkeys(keys))
-    parts = [part for part, _ in stacks]
-    shared = set.intersection(*(set(pattern.split(".")) for _, pattern in stacks)) if stacks else set()
-    called = {
-        (part, pattern): part
-        if parts.count(part) == 1
-        else " ".join([part, *(w for w in pattern.split(".") if w not in shared)])
-        for part, pattern in stacks
-    }
-    return [(called[k], ".".join(re.findall(r"\d+", b.name)) or b.name) for k, b in zip(keys, blocks, strict=True)]
+    keys = [(block.part, re.sub(r"\d+", "*", block.name)) for block in blocks]
+    result = []
+    for block, (part, pattern) in zip(blocks, keys, strict=True):
+        twins = [set(other.split(".")) for other_part, other in keys if other_part == part]
+        own = [word for word in pattern.split(".") if word not in set.intersection(*twins)]
+        result.append((" ".join([part, *own]), ".".join(re.findall(r"\d+", block.name)) or block.name))
+    return result
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -183,15 +179,15 @@ def _replace(path: Path, data: bytes) -> None:
         partial.write_bytes(data)
         partial.replace(path)
     except OSError as error:
-        raise CloverError(_unwritable(path, error.strerror)) from error
+        raise _unwritable(path) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
 
 
-def _unwritable(path: Path, cause: str | None = None) -> str:
-    cause = cause or ("it is a folder" if path.is_dir() else "its folder is missing or read-only")
-    return f"cannot write {str(path)!r}: {cause}; name a file in an existing folder that you may write to"
+def _unwritable(path: Path) -> CloverError:
+    cause = "it is a folder" if path.is_dir() else "its folder is missing, full or read-only"
+    return CloverError(f"cannot write {str(path)!r}: {cause}; name a file in a folder that you may write to")
 
 
 def _need_matplotlib() -> None:
@@ -285,7 +281,7 @@ def _headline(spectra: Sequence[Spectrum], plan: Plan | None, summary: Summary) 
     if "qk_removed" not in summary:
         return f'<p class="lead">Spectra of {len(spectra)} attention blocks. Nothing was removed.</p>'
     qk, vo = (f"<strong>{summary[k]:.1%}</strong>".replace("%", "&nbsp;%") for k in ("qk_removed", "vo_removed"))
-    text = f"Removed {qk} of the Q-K and {vo} of the V-O head directions"
+    text = f"Removed {qk} of the Q&#8209;K and {vo} of the V&#8209;O head directions"
     gone = sum(rank is None for block in plan.blocks for rank in _ranks(block, "vo")) if plan else 0
     if gone:
         text += f"; <strong>{gone}</strong> {'head is' if gone == 1 else 'heads are'} gone whole"
@@ -361,70 +357,17 @@ def _spectra_section(spectra: Sequence[Spectrum]) -> str:
     return (
         "<section><h2>Spectra</h2>"
         '<p class="note">The faster a solid line falls, the more directions can go at little cost. The dashed lines '
-        "are the norms that pruning without a change of basis would have to go by.</p>"
+        "are the norms that pruning without a change of basis would go by. Calibrated values are in units of their "
+        "own: there compare slopes, not heights.</p>"
         f'<figure><img src="data:image/png;base64,{image}" alt="{escape(alt)}"></figure></section>'
     )
 
 
-def _plan_section(plan: Plan) -> str:
-    text = json.dumps(plan.to_dict(), indent=1)
-    return f"<section><h2>Plan</h2><details><summary>As JSON</summary><pre>{escape(text)}</pre></details></section>"
-
-
-_STYLE = """
-:root { color-scheme: light dark; --page: #fcfcfb; --text: #1d2126; --soft: #656d78; --line: #dfe2e6;
-  --hatch: #c3c8cf; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #15181c; --text: #e4e7eb; --soft: #9aa3af; --line: #30363d; --hatch: #4a525c; }
-  figure img { filter: invert(0.92) hue-rotate(180deg); }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 3rem 1.5rem 4rem; max-width: 74rem; background: var(--page); color: var(--text);
-  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { margin: 0; font-size: 1.9rem; line-height: 1.2; letter-spacing: -0.015em; overflow-wrap: anywhere; }
-h2 { margin: 3rem 0 0.6rem; font-size: 1.2rem; }
-h3 { margin: 1.4rem 0 0.3rem; font-size: 1rem; }
-h3::first-letter { text-transform: uppercase; }
-.lead { margin: 0.7rem 0 0; max-width: 58rem; text-wrap: balance; font-size: 1.15rem; }
-.note { margin: 0 0 1rem; max-width: 58rem; text-wrap: pretty; color: var(--soft); font-size: 0.92rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.sizes th, .sizes td { padding: 0.42rem 0 0.42rem 2.5rem; border-bottom: 1px solid var(--line); text-align: right;
-  white-space: nowrap; }
-.sizes th:first-child { padding-left: 0; text-align: left; font-weight: 400; }
-.sizes tr:first-child th { color: var(--soft); font-size: 0.85rem; font-weight: 500; }
-.sizes td:nth-child(3) { font-weight: 600; }
-.maps { display: flex; flex-wrap: wrap; gap: 1.2rem 2.5rem; }
-.map { flex: 1 1 24rem; overflow-x: auto; }
-.map.dense { flex-basis: 100%; }
-.map table { width: 100%; table-layout: fixed; border-collapse: separate; border-spacing: 1px; font-size: 0.75rem;
-  line-height: 1.5; }
-.map.dense table { font-size: 0.64rem; }
-.map caption { padding-bottom: 0.2rem; text-align: left; font-size: 0.9rem; font-weight: 600; }
-.map th { color: var(--soft); font-weight: 400; }
-.map th:first-child { width: 3rem; text-align: left; }
-.map td { padding: 0; text-align: center; border-radius: 2px; }
-.map .mean { width: 3.2rem; color: var(--soft); text-align: right; }
-.full { color: #fff; }
-.gone { color: var(--soft); background: repeating-linear-gradient(135deg, var(--hatch) 0 2px, transparent 2px 6px); }
-.key { display: inline-block; height: 0.85em; vertical-align: -0.08em; border: 1px solid var(--line); }
-.key.scale { width: 5em; background: linear-gradient(90deg, rgb(37 99 235/0), rgb(37 99 235)); }
-.key.gone { width: 1.6em; }
-figure { margin: 0; }
-img { display: block; width: 100%; height: auto; }
-summary { cursor: pointer; color: var(--soft); }
-pre { max-height: 32rem; overflow: auto; padding: 1rem; border: 1px solid var(--line); border-radius: 6px;
-  font: 0.8rem/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-@media print { body { padding: 0; max-width: none; } .map td { print-color-adjust: exact; } }
-"""
-
+_PLAN = "<section><h2>Plan</h2><details><summary>As JSON</summary><pre>{}</pre></details></section>"
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{style}</style></head>
 <body>
 {body}
 </body>

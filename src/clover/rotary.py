@@ -17,8 +17,8 @@ RIDGE = 1e-3
 
 
 def features(
-    q: Float[Tensor, "*batch m r"], k: Float[Tensor, "*batch t r"]
-) -> Float[Tensor, "*batch m t r"]:
+    q: Float[Tensor, "*#batch m r"], k: Float[Tensor, "*#batch t r"]
+) -> Float[Tensor, "*#batch m t r"]:
     """What each pair adds to each logit: real parts, then imaginary parts.
 
     Args:

@@ -1,0 +1,133 @@
+"""Speed and memory of pruned models beside the dense one: in turns, in one process, batch 1.
+
+    python benchmarks/speed.py [smollm2] [encoder] [memory]     (all when left out)
+
+smollm2: prefill and decode at contexts of 128 and 2048, Q-K and V-O cut by 25 % and by 50 %.
+encoder: that of Whisper-base at the paper's shares and beyond.
+memory: parameters on disk, KV-cache and peak memory of SmolLM2, each model in a process of its own, against the plan's
+arithmetic.
+Random inputs. Run it on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+import clover
+import language
+import speech
+from clover.budget import Share
+from clover.evaluate import compare_throughput
+from clover.families import Block, blocks
+from clover.plan import BlockPlan
+from clover.pruning import apply, find_bases, plan_ranks
+from common import MODELS, SEED, chosen, isolated, peak_memory, record, reset_peak_memory, text
+
+CONTEXTS = (128, 2048)
+NEW_TOKENS = 64
+REPEATS = 15
+CHUNK = 64
+LANGUAGE = {"25 %": (0.25, 0.25), "50 %": (0.50, 0.50)}
+ENCODER = {"56 % + 37 %": speech.PAPER, "75 % + 50 %": speech.BEYOND}
+
+
+def cut_all(model: nn.Module, bases: list, shares: dict[str, tuple[float, float]]) -> dict[str, Any]:
+    """The dense model and its cuts."""
+    models = {"dense": model}
+    for name, (qk, vo) in shares.items():
+        models[name] = copy.deepcopy(model)
+        apply(models[name], bases, plan_ranks(bases, Share(qk), Share(vo)))
+    return models
+
+
+@cache
+def language_models() -> dict[str, Any]:
+    model = language.load()
+    tokens = AutoTokenizer.from_pretrained(MODELS / "smollm2")(text("train"), return_tensors="pt").input_ids[0]
+    return cut_all(model, find_bases(model, calibration=language.calibration(tokens), seed=SEED), LANGUAGE)
+
+
+def smollm2() -> dict:
+    options: dict[str, Any] = {"new_tokens": NEW_TOKENS, "repeats": REPEATS}
+    runs = {str(c): compare_throughput(language_models(), context=c, **options) for c in CONTEXTS}
+    return {"batch": 1, "dtype": "float32", **options, "contexts": runs}
+
+
+def encoder() -> dict:
+    models = cut_all(speech.dense(), speech.bases("encoder", "activations"), ENCODER)
+    runs = compare_throughput(models, repeats=REPEATS)
+    return {"batch": 1, "dtype": "float32", "repeats": REPEATS, "throughput": runs}
+
+
+# --- memory ---
+
+
+def stored(block: Block, plan: BlockPlan) -> int:
+    """Numbers that a cut block stores, by the plan alone: weights, biases, under RoPE a frequency for each column."""
+    heads, n = block.heads(), plan.queries
+    width, source, out = heads.q.shape[-1], heads.k.shape[-1], heads.o.shape[-2]
+    q = n * plan.qk_kept * (width + (heads.q_bias is not None))
+    k = plan.qk_kept * (source + (heads.k_bias is not None and heads.rotary > 0))
+    frequencies = (n + 1) * plan.qk_kept if heads.rotary else 0  # int32, as wide as the float32 weights
+    return q + k + plan.vo_kept * (source + n * out) + plan.output_bias * out + frequencies
+
+
+def planned(dense: Any, model: Any, tokens: int) -> dict[str, int]:
+    """Bytes of parameters and of the KV-cache of a pruned model, from the dense model and the plan."""
+    size, count = dense.dtype.itemsize, sum(p.numel() for p in dense.parameters())
+    if model is dense:
+        pairs = [b.heads() for b in blocks(dense)]
+        columns = sum(h.k.shape[0] * (h.k.shape[1] + h.v.shape[1]) for h in pairs)
+        return {"parameter_bytes": size * count, "cache_bytes": size * tokens * columns}
+    plans = clover.plan_of(model).blocks
+    count += sum(stored(b, p) - b.heads().parameters() for b, p in zip(blocks(dense), plans, strict=True))
+    return {"parameter_bytes": size * count, "cache_bytes": size * tokens * sum(p.qk_kept + p.vo_kept for p in plans)}
+
+
+@torch.inference_mode()
+def use(folder: str, tokens: int) -> dict[str, int]:
+    """Load a model and read ``tokens`` tokens into its cache, in pieces; runs in its own process."""
+    empty = reset_peak_memory()
+    model: Any = clover.load(folder, dtype=torch.float32)
+    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(SEED))
+    cache: Any = None
+    for piece in ids.split(CHUNK, 1):  # pieces, or the peak would be that of the activations
+        cache = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return {"cache_bytes": held, "peak_rss_bytes": peak_memory() - empty}
+
+
+def memory(tokens: int = max(CONTEXTS)) -> dict:
+    models = language_models()
+    result: dict[str, Any] = {"tokens": tokens, "dtype": "float32"}
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, (name, model) in enumerate(models.items()):
+            folder = clover.save(model, Path(scratch) / str(number))
+            disk = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+            measured = {"file_bytes": disk, **isolated(use, str(folder), tokens)}
+            result[name] = {"measured": measured, "planned": planned(models["dense"], model, tokens)}
+    dense = result["dense"]
+    for name in LANGUAGE:
+        saved = {key: dense["measured"][key] - value for key, value in result[name]["measured"].items()}
+        due = {key: dense["planned"][key] - value for key, value in result[name]["planned"].items()}
+        result[name]["saved"] = {
+            "file_bytes": [saved["file_bytes"], due["parameter_bytes"]],
+            "cache_bytes": [saved["cache_bytes"], due["cache_bytes"]],
+            "peak_rss_bytes": [saved["peak_rss_bytes"], sum(due.values())],
+        }
+    return result
+
+
+if __name__ == "__main__":
+    benchmarks: dict[str, Callable[[], dict]] = {"smollm2": smollm2, "encoder": encoder, "memory": memory}
+    for name in chosen(benchmarks):
+        record(f"speed-{name}", benchmarks[name]())

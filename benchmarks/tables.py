@@ -1,0 +1,218 @@
+"""From the result files to tables: writes docs/results.md and the block between the ``results`` marks of README.md.
+
+    python benchmarks/tables.py
+
+Runs any number of times to the same end. Measurements that have no result file yet have no table.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+
+from common import RESULTS, ROOT
+
+Results = dict[str, dict]
+"""Result files by name."""
+MARKS = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
+CUTS = {"vo25": "V-O 25 %", "vo50": "V-O 50 %", "qk25": "Q-K 25 %", "qk50": "Q-K 50 %",
+        "both25": "Q-K and V-O 25 %", "both50": "Q-K and V-O 50 %"}  # fmt: skip
+
+
+def table(header: str, rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table; the columns of ``header`` are separated by bars."""
+    columns = [c.strip() for c in header.split("|")]
+    lines = [columns, ["---", *["--:"] * (len(columns) - 1)], *([str(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def mib(count: float) -> str:
+    return f"{count / 2**20:.2f} MiB"
+
+
+def language(results: Results) -> str:
+    dense = results["language-dense"]["result"]
+    rows = [["none", f"{dense['value']:.2f}", "", "", ""]]
+    for name, cut in CUTS.items():
+        if entry := results.get(f"language-{name}"):
+            r = entry["result"]
+            left = (r[f"{k}_after"] / r[f"{k}_before"] for k in ("attention_parameters", "kv_bytes_per_token"))
+            rows.append([cut, f"{r['value']:.2f}", f"{r['value'] / dense['value']:.3f}", *map(percent, left)])
+    p = dense["protocol"]
+    about = (
+        f"SmolLM2-135M-Instruct on WikiText-2 test ({p['scored']:,} tokens, windows of {p['window']}), no training. "
+        "The last two columns say what is left."
+    )
+    return f"{about}\n\n{table('Cut | Perplexity | over dense | attention parameters | KV-cache', rows)}"
+
+
+def speech(results: Results) -> str:
+    dense = results["speech-dense"]["result"]
+    arms = {"vanilla": "norm pruning", "weights": "CLOVER, weights only", "calibrated": "CLOVER, calibrated"}
+    found = {title: results[f"speech-{arm}"]["result"] for arm, title in arms.items() if f"speech-{arm}" in results}
+    shares = [(r["qk"], r["vo"]) for r in next(iter(found.values()), [])]
+    rows: list[list[str]] = [["none", *[f"{dense['value']:.2f}"] * len(found)]]
+    for i, (qk, vo) in enumerate(shares):
+        rows.append([f"Q-K {percent(qk, 2)}, V-O {percent(vo, 2)}", *(f"{r[i]['value']:.2f}" for r in found.values())])
+    p = dense["protocol"]
+    about = (
+        f"Encoder of Whisper-base, word error rate in percent on {p['utterances']} LJSpeech utterances "
+        f"({p['words']} words, so one word is {100 / p['words']:.2f}), no training."
+    )
+    return f"{about}\n\n{table(' | '.join(['Cut', *found]), rows)}"
+
+
+def speech_parts(results: Results) -> str:
+    dense = results["speech-dense"]["result"]["value"]
+    removed = ("qk_removed", "vo_removed")
+    rules = {
+        "decoder": lambda r: "decoder",
+        "cross": lambda r: "cross-attention",
+        "thresholds": lambda r: f"encoder, norm product <= {r['qk_threshold']:g} (Q-K), {r['vo_threshold']:g} (V-O)",
+    }
+    rows = [
+        [rule(r), *(percent(r[k], 2) for k in removed), f"{r['value']:.2f}", f"{r['value'] - dense:+.2f}"]
+        for name, rule in rules.items()
+        for r in results.get(f"speech-{name}", {}).get("result", [])
+    ]
+    if not rows:
+        raise KeyError("speech-decoder")
+    about = "Whisper-base: decoder and cross-attention, calibrated; the paper's threshold rule, weights only."
+    return f"{about}\n\n{table('Part | Q-K removed | V-O removed | WER | over dense', rows)}"
+
+
+def embedding(results: Results) -> str:
+    found = {cut: _result(results, f"embedding-{name}") for name, cut in CUTS.items()}
+    found = {cut: result for cut, result in found.items() if result}
+    if not found:
+        raise KeyError("embedding-both25")
+    items = next(iter(found.values()))["calibrated"]["protocol"]["items"]
+    about = f"all-MiniLM-L6-v2, cosine to the dense embeddings, mean over {items} paragraphs of WikiText-2 test."
+    rows = [[cut, f"{r['calibrated']['value']:.4f}", f"{r['weights']['value']:.4f}"] for cut, r in found.items()]
+    return f"{about}\n\n{table('Cut | calibrated | weights only', rows)}"
+
+
+def speed(results: Results) -> str:
+    runs = [(f"SmolLM2, context {c}", run) for c, run in _result(results, "speed-smollm2").get("contexts", {}).items()]
+    if "speed-encoder" in results:
+        runs.append(("Whisper-base encoder", _result(results, "speed-encoder")["throughput"]))
+    rows = []
+    for title, run in runs:
+        for key, dense in run["dense"].items():
+            what = key.removesuffix("_per_second").replace("_", " ")
+            for cut, ratio in run["ratio"].items():
+                rows.append([f"{title}, {what}/s", cut, f"{dense:.4g}", f"{run[cut][key]:.4g}", f"{ratio[key]:.2f}"])
+    if not rows:
+        raise KeyError("speed-smollm2")
+    about = "Batch 1, float32, the models in turns in one process, medians."
+    return f"{about}\n\n{table('What | removed | dense | pruned | ratio', rows)}"
+
+
+def memory(results: Results) -> str:
+    r = results["speed-memory"]["result"]
+    names = {"file_bytes": "parameters on disk", "cache_bytes": "KV-cache", "peak_rss_bytes": "peak memory"}
+    rows = [
+        [title, cut, mib(r["dense"]["measured"][key]), mib(r[cut]["measured"][key]), *map(mib, r[cut]["saved"][key])]
+        for key, title in names.items()
+        for cut in r
+        if isinstance(r[cut], dict) and cut != "dense"
+    ]
+    about = (
+        f"SmolLM2 after reading {r['tokens']} tokens, {r['dtype']}, each model in a process of its own; "
+        "peak memory is counted above the process before it loads the model."
+    )
+    return f"{about}\n\n{table('What | removed | dense | pruned | saved | saved by the plan', rows)}"
+
+
+def decomposition(results: Results) -> str:
+    r = results["decompose-layer"]["result"]
+    seconds, errors = r["seconds"], r["error"]
+    rows = [
+        [title, f"{seconds[key]:.3g}", f"{seconds['svd_lowrank'] / seconds[key]:.3g}", arm and f"{errors[arm]:.1e}"]
+        for title, key, arm in (
+            ("this project: bases", "find", ""),
+            ("this project: bases and new weights", "rewrite", "this_project"),
+            (f"`torch.svd_lowrank`, {r['iterations']} iterations", "svd_lowrank", "svd_lowrank"),
+            ("`torch.linalg.svd`, extrapolated", "full_svd", "full_svd"),
+        )
+    ]
+    about = (
+        f"One layer of LLaMA-2-7B's shape (width {r['width']}, {r['heads']} heads of {r['head_size']}), Q-K and V-O, "
+        f"{r['dtype']}. Full SVD: {r['full_svd_method']}."
+    )
+    parts = [f"{about}\n\n{table('Method | seconds | times faster than `svd_lowrank` | relative error', rows)}"]
+    if "decompose-whisper" in results:
+        w = results["decompose-whisper"]["result"]
+        parts.append(
+            f"A whole model of Whisper-large-v3's sizes ({w['parameters']:,} parameters, {w['dtype']}) is "
+            f"orthogonalised in {w['seconds']:.0f} s; memory peaks at {w['peak_bytes'] / 2**30:.1f} GiB, "
+            f"{w['extra_bytes'] / 2**30:.1f} GiB more than the process holds before."
+        )
+    return "\n\n".join(parts)
+
+
+Section = Callable[[Results], str]
+SECTIONS: dict[str, tuple[Section, str]] = {
+    "Language": (language, "language-"),
+    "Speech": (speech, "speech-(dense|vanilla|weights|calibrated)"),
+    "Speech: the other parts of the model": (speech_parts, "speech-(decoder|cross|thresholds)"),
+    "Embeddings": (embedding, "embedding-"),
+    "Speed": (speed, "speed-(smollm2|encoder)"),
+    "Memory": (memory, "speed-memory"),
+    "Decomposition": (decomposition, "decompose-"),
+}
+"""Title -> (what makes the section, pattern of the result files that it reads)."""
+README = ("Language", "Speech", "Speed", "Decomposition")
+
+
+def sections(results: Results) -> dict[str, str]:
+    """The sections whose measurements were made, by title."""
+    made = {}
+    for title, (section, _) in SECTIONS.items():
+        try:
+            made[title] = section(results)
+        except KeyError as missing:
+            print(f"{title}: left out, for there is no {missing}", file=sys.stderr)
+    return made
+
+
+def provenance(results: Results, pattern: str) -> str:
+    """The commands, machines and versions behind a section."""
+    entries = [e for name, e in sorted(results.items()) if re.match(pattern, name)]
+    versions = sorted({", ".join(f"{k} {v}" for k, v in e["versions"].items()) for e in entries})
+    machines = sorted({f"{e['machine']['cpu']}, {e['machine']['threads']} threads" for e in entries})
+    commands = ", ".join(f"`{c}`" for c in sorted({e["command"] for e in entries}))
+    days = " to ".join(sorted({min(e["date"] for e in entries), max(e["date"] for e in entries)}))
+    seeds = ", ".join(str(s) for s in sorted({e["seed"] for e in entries}))
+    return f"Made by {commands} (seed {seeds}); {days}; {'; '.join(machines)}; {'; '.join(versions)}."
+
+
+def main() -> None:
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    made = sections(results)
+    whole = [f"## {title}\n\n{body}\n\n{provenance(results, SECTIONS[title][1])}" for title, body in made.items()]
+    head = (
+        "# Results\n\nMade by `python benchmarks/tables.py` from `benchmarks/results`; "
+        "[benchmarks.md](benchmarks.md) says how each is measured."
+    )
+    (ROOT / "docs" / "results.md").write_text("\n\n".join([head, *whole]) + "\n")
+    readme = ROOT / "README.md"
+    text = readme.read_text() if readme.exists() else ""
+    if not MARKS.search(text):
+        raise SystemExit(f"{readme} has no block between '<!-- results -->' and '<!-- /results -->'; add the two lines")
+    block = "\n\n".join(f"**{title}.** {made[title]}" for title in README if title in made)
+    readme.write_text(MARKS.sub(lambda marks: f"{marks[1]}{block}\n{marks[2]}", text))
+
+
+def _result(results: Results, name: str) -> dict:
+    return results.get(name, {}).get("result", {})
+
+
+if __name__ == "__main__":
+    main()

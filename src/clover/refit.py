@@ -1,0 +1,104 @@
+"""After the cut: what is kept is fitted, over all heads of a block at once, to what the whole block put out.
+
+The cut block computes ``U D z`` from the head outputs ``z``, where the uncut one computes ``W z``: ``D`` takes each head to
+its kept directions (one basis for all query heads of a KV head), ``U`` is the new output projection. Both are least
+squares problems when the other is held, in the metric of the calibration: ``E[(g^T (W - U D) z)^2]``, ``g`` the gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+RIDGE = 1e-3
+"""Pull of the refitted output projection towards the cut one, relative to the mean energy of a kept direction."""
+ROUNDS, STEPS = 4, 12
+"""Alternations of the two problems, and conjugate gradient steps for the bases in each."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each kept direction of a KV head stands: row of ``bases``, rows and columns of ``D`` for each query head."""
+
+    rows: Int[Tensor, "n kept"]
+    columns: Int[Tensor, "n kept e"]
+    width: int
+
+    @classmethod
+    def of(cls, ranks: list[tuple[int, int]], queries: int, size: int, kv_heads: int, device: torch.device) -> Layout:
+        """Flat values in the order of ``ranks`` (KV head, directions kept), query heads of a KV head side by side."""
+        rows, columns, at = [], [], 0
+        for head, rank in ranks:
+            steps = torch.arange(queries)[:, None] * rank + torch.arange(rank) + at
+            span = (head * queries + torch.arange(queries))[:, None] * size + torch.arange(size)
+            rows.append(steps)
+            columns.append(span[:, None].expand(queries, rank, size))
+            at += queries * rank
+        return cls(torch.cat(rows, 1).to(device), torch.cat(columns, 1).to(device), kv_heads * queries * size)
+
+    def spread(self, bases: Float[Tensor, "kept e"]) -> Float[Tensor, "columns z"]:
+        """``D`` from the bases."""
+        down = bases.new_zeros(self.rows.numel(), self.width)
+        down[self.rows.unsqueeze(-1), self.columns] = bases.expand(len(self.rows), -1, -1)
+        return down
+
+    def gather(self, down: Float[Tensor, "columns z"]) -> Float[Tensor, "kept e"]:
+        """Sum of the entries of ``D`` that each entry of the bases stands for (the adjoint of ``spread``)."""
+        return down[self.rows.unsqueeze(-1), self.columns].sum(0)
+
+
+def refit(
+    whole: Float[Tensor, "M z"],
+    cut: Float[Tensor, "M columns"],
+    bases: Float[Tensor, "kept e"],
+    layout: Layout,
+    covariance: Float[Tensor, "z z"],
+    metric: Float[Tensor, "M M"],
+) -> tuple[Float[Tensor, "M columns"], Float[Tensor, "kept e"]]:
+    """Fit the output projection and the bases of a cut block in turn.
+
+    Args:
+        whole, cut: output projection before and after the cut.
+        bases: kept rows of the value transforms, KV head after KV head in the order of ``layout``.
+        covariance: of the uncut head outputs.
+        metric: ``E[g g^T]`` of the gradient at the block's output.
+
+    Returns:
+        The fitted projection and bases. At full rank they are what came in.
+    """
+    fitted = _fit_output(whole, cut, layout.spread(bases), covariance)
+    for _ in range(ROUNDS):
+        bases = _fit_bases(whole, fitted, bases, layout, covariance, metric)
+        fitted = _fit_output(whole, fitted, layout.spread(bases), covariance)
+    return fitted, bases
+
+
+def _fit_output(whole: Tensor, cut: Tensor, down: Tensor, covariance: Tensor) -> Tensor:
+    reached = down @ covariance
+    gram = reached @ down.mT
+    energy = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    gram = gram + RIDGE * energy * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    missing = (whole - cut @ down) @ reached.mT
+    return cut + torch.linalg.solve(gram, missing.mT).mT
+
+
+def _fit_bases(
+    whole: Tensor, cut: Tensor, bases: Tensor, layout: Layout, covariance: Tensor, metric: Tensor
+) -> Tensor:
+    """Conjugate gradients on the normal equations, from where the bases are."""
+    left = cut.mT @ metric
+    square = left @ cut
+    residual = layout.gather(left @ (whole - cut @ layout.spread(bases)) @ covariance)
+    direction, energy = residual, residual.square().sum()
+    for _ in range(STEPS):
+        image = layout.gather(square @ layout.spread(direction) @ covariance)
+        step = energy / (direction * image).sum().clamp_min(torch.finfo(energy.dtype).tiny)
+        bases = bases + step * direction
+        residual = residual - step * image
+        fresh = residual.square().sum()
+        direction = residual + fresh / energy.clamp_min(torch.finfo(energy.dtype).tiny) * direction
+        energy = fresh
+    return bases

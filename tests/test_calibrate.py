@@ -1,0 +1,344 @@
+"""Moments gathered by hooks against slow, explicit sums over eager attention weights."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from clover.calibrate import SOFTMAX_WEIGHT, Moments, calibrate
+from clover.errors import CloverError
+from clover.families import blocks
+from families import build
+from torch import Tensor, nn
+from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as partial_rope
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rope
+
+ALL = 1000
+"""More queries than any sequence here has."""
+
+
+class Seen(NamedTuple):
+    """What one attention module did in one call: heads apart, queries and keys rotated where the model does."""
+
+    q: Tensor  # (batch, heads, tokens, d)
+    k: Tensor  # (batch, kv, source, d)
+    weights: Tensor  # (batch, heads, tokens, source)
+    z: Tensor  # (batch, tokens, heads * e)
+    rotary: int
+
+
+def _split(x: Tensor, size: int) -> Tensor:
+    return x.unflatten(-1, (-1, size)).transpose(1, 2)
+
+
+def _llama(caught: dict[str, Tensor], size: int) -> tuple[Tensor, Tensor, int]:
+    return *rope(_split(caught["q_proj"], size), _split(caught["k_proj"], size), *caught["position_embeddings"]), size
+
+
+def _neox(caught: dict[str, Tensor], size: int) -> tuple[Tensor, Tensor, int]:
+    q, k, _ = _split(caught["query_key_value"], 3 * size).chunk(3, -1)
+    table = caught["position_embeddings"]
+    return *partial_rope(q, k, *table), table[0].shape[-1]
+
+
+def _bloom(caught: dict[str, Tensor], size: int) -> tuple[Tensor, Tensor, int]:
+    q, k, _ = _split(caught["query_key_value"], 3 * size).chunk(3, -1)
+    return q, k, 0
+
+
+def _whisper(caught: dict[str, Tensor], size: int) -> tuple[Tensor, Tensor, int]:
+    return _split(caught["q_proj"], size), _split(caught["k_proj"], size), 0
+
+
+READERS: dict[str, Callable[[dict[str, Any], int], tuple[Tensor, Tensor, int]]] = {
+    "llama-gqa": _llama, "llama-mqa-bias": _llama, "llama-mha": _llama, "mistral": _llama,
+    "gpt-neox": _neox, "bloom": _bloom, "whisper": _whisper,
+}  # fmt: skip
+OUTPUTS = {"o_proj", "out_proj", "dense"}
+
+
+@contextmanager
+def watching(module: nn.Module, caught: dict[str, Any]) -> Iterator[None]:
+    """Catch what the children of an attention module return, what goes into its output projection, and its weights."""
+
+    def child(name: str) -> Callable[..., None]:
+        return lambda _, args, out: caught.update({name: out, "z": args[0]} if name in OUTPUTS else {name: out})
+
+    handles = [layer.register_forward_hook(child(name)) for name, layer in module.named_children()]
+    handles.append(module.register_forward_pre_hook(lambda _, args, kwargs: caught.update(kwargs), with_kwargs=True))
+    handles.append(module.register_forward_hook(lambda _, args, out: caught.update(weights=out[1])))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def observe(name: str, model: nn.Module, path: str, size: int, batch: dict[str, Tensor]) -> Seen:
+    caught: dict[str, Any] = {}
+    with watching(model.get_submodule(path), caught), torch.no_grad():
+        model(**batch)
+    q, k, rotary = READERS[name](caught, size)
+    return Seen(q.double(), k.double(), caught["weights"].double(), caught["z"].double(), rotary)
+
+
+def covariance(rows: Tensor, weights: Tensor) -> Tensor:
+    """Of ``rows`` (t, c) under ``weights`` (t), term by term."""
+    mean = sum(w * row for w, row in zip(weights, rows, strict=True))
+    return sum(w * (row - mean).outer(row - mean) for w, row in zip(weights, rows, strict=True))
+
+
+def pair_features(q: Tensor, keys: Tensor) -> Tensor:
+    """``(t, 2 * pairs)``: real and imaginary part of each pair of one query and all keys."""
+    z = torch.complex(*q.chunk(2, -1)) * torch.complex(*keys.chunk(2, -1)).conj()
+    return torch.cat([z.real, z.imag], -1)
+
+
+def reference(seen: Seen, valid: Tensor) -> dict[str, Tensor]:
+    """All moments of one block from one batch by loops; ``valid`` (batch, tokens) says which tokens count."""
+    n = seen.q.shape[1] // seen.k.shape[1]
+    sums: dict[str, dict[tuple[int, int], list[Tensor]]] = {k: defaultdict(list) for k in ("query", "key", "pair")}
+    for b, i in valid.nonzero().tolist():
+        for head in range(seen.q.shape[1]):
+            at, q, keys = divmod(head, n), seen.q[b, head, i], seen.k[b, head // n]
+            p = seen.weights[b, head, i]
+            visible = p > 0
+            w = SOFTMAX_WEIGHT * p + (1 - SOFTMAX_WEIGHT) * visible / visible.sum()
+            r = seen.rotary
+            sums["query"][at].append(q[r:].outer(q[r:]))
+            sums["key"][at].append(covariance(keys[:, r:], w))
+            sums["pair"][at].append(covariance(pair_features(q[:r], keys[:, :r]), w))
+    means = {
+        name: torch.stack([torch.stack([torch.stack(by[g, i]).mean(0) for i in range(n)]) for g in range(seen.k.shape[1])])
+        for name, by in sums.items()
+    }
+    z = seen.z[valid]
+    return {
+        "query": means["query"].sum(1), "key": means["key"].mean(1), "pair": means["pair"], "mean": z.mean(0),
+        "output": torch.cov(z.T, correction=0),
+    }  # fmt: skip
+
+
+def assert_near(found: Tensor, expected: Tensor, what: str, tolerance: float = 1e-5) -> None:
+    """Sums are of float32 products, so the scale is that of the largest entry."""
+    assert found.shape == expected.shape, what
+    scale = float(expected.abs().max()) if expected.numel() else 1.0
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * max(scale, 1e-12), msg=lambda m: f"{what}: {m}")
+
+
+def eager(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, dict[str, Tensor]]:
+    model, batch = build(name, dtype)
+    model.set_attn_implementation("eager")
+    return model, batch
+
+
+def check(name: str, model: Any, batch: dict[str, Tensor], valid: Callable[[Seen], Tensor]) -> None:
+    found = blocks(model)
+    for block, moments in zip(found, calibrate(model, found, [batch], queries=ALL), strict=True):
+        seen = observe(name, model, block.name, block.heads().q.shape[2], batch)
+        for field, expected in reference(seen, valid(seen)).items():
+            assert_near(getattr(moments, field), expected, f"{block.name} {field}")
+        assert moments.tokens == int(valid(seen).sum())
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_moments_equal_a_slow_reference(name: str) -> None:
+    model, batch = eager(name)
+    check(name, model, batch, lambda seen: torch.ones(seen.z.shape[:2], dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt-neox", "bloom"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_stays_out_of_the_statistics(name: str, side: str) -> None:
+    model, batch = eager(name, torch.float32)  # in float64 its own eager softmax makes NaN of wholly masked rows
+    mask = torch.ones_like(batch["input_ids"])
+    mask[1, slice(0, 4) if side == "left" else slice(-4, None)] = 0
+    check(name, model, batch | {"attention_mask": mask}, lambda _: mask.bool())
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_attention_implementation_makes_no_difference(name: str) -> None:
+    model, batch = build(name)
+    found = blocks(model)
+    fused = calibrate(model, found, [batch], queries=ALL)
+    model.set_attn_implementation("eager")
+    for one, other in zip(fused, calibrate(model, found, [batch], queries=ALL), strict=True):
+        for field in ("query", "key", "pair", "output", "mean", "gradient"):
+            assert_near(getattr(one, field), getattr(other, field), field)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "whisper"])
+def test_one_batch_equals_several(name: str) -> None:
+    model, batch = build(name)
+    found = blocks(model)
+    together = calibrate(model, found, [batch], queries=ALL)
+    apart = calibrate(model, found, ({k: v[i : i + 1] for k, v in batch.items()} for i in range(2)), queries=ALL)
+    for one, other in zip(together, apart, strict=True):
+        assert one.tokens == other.tokens
+        for field in ("query", "key", "pair", "output", "mean"):  # the gradient depends on what is drawn
+            assert_near(getattr(one, field), getattr(other, field), field)
+
+
+def test_tensors_go_to_the_first_argument() -> None:
+    model, batch = build("llama-gqa")
+    found = blocks(model)
+    by_name, bare = calibrate(model, found, [batch]), calibrate(model, found, [batch["input_ids"]])
+    for one, other in zip(by_name, bare, strict=True):
+        assert torch.equal(one.pair, other.pair) and torch.equal(one.output, other.output)
+
+
+def equal(one: list[Moments], other: list[Moments], *fields: str) -> bool:
+    return all(torch.equal(getattr(a, f), getattr(b, f)) for a, b in zip(one, other, strict=True) for f in fields)
+
+
+def test_a_seed_gives_equal_samples() -> None:
+    model, batch = build("llama-gqa")
+    first, again, other = (calibrate(model, blocks(model), [batch], queries=3, seed=s) for s in (0, 0, 1))
+    assert equal(first, again, "query", "key", "pair", "output", "mean", "gradient")
+    assert equal(first, other, "output", "mean")
+    assert not equal(first, other, "pair") and not equal(first, other, "gradient")
+
+
+def test_the_global_random_state_is_left_alone() -> None:
+    model, batch = build("llama-gqa")
+    before = torch.random.get_rng_state()
+    calibrate(model, blocks(model), [batch], queries=3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# --- the Fisher information at the block's output ---
+
+
+def exact_fisher(model: Any, path: str, ids: Tensor) -> Tensor:
+    """``E[g g^T]`` over tokens and over every word that the model could say at every place, weighted by its probability."""
+    kept: list[Tensor] = []
+
+    def keep(_: nn.Module, __: tuple, out: Tensor) -> None:
+        kept.append(out.requires_grad_() if out.is_leaf else out)
+
+    handle = model.get_submodule(path).register_forward_hook(keep)
+    model.requires_grad_(False)
+    likelihood = model(input_ids=ids).logits[0].log_softmax(-1)
+    handle.remove()
+    total = torch.zeros(kept[0].shape[-1], kept[0].shape[-1], dtype=torch.float64)
+    for row in likelihood:
+        for word in row:
+            g = torch.autograd.grad(word, kept[0], retain_graph=True)[0][0]
+            total += word.detach().exp() * g.T @ g
+    return total / ids.shape[1]
+
+
+def sampled_fisher(model: Any, batch: dict[str, Tensor], draws: int) -> list[Tensor]:
+    runs = [calibrate(model, blocks(model), [batch], queries=1, seed=s) for s in range(draws)]
+    return [torch.stack([m.gradient for m in of_block]).mean(0) for of_block in zip(*runs, strict=True)]
+
+
+def test_gradient_moment_is_the_fisher_information() -> None:
+    model, batch = build("llama-gqa")
+    ids = batch["input_ids"][:1, :4]
+    for block, found in zip(blocks(model), sampled_fisher(model, {"input_ids": ids}, 150), strict=True):
+        exact = exact_fisher(model, f"{block.name}.o_proj", ids)
+        assert float(found.trace()) == pytest.approx(float(exact.trace()), rel=0.15)
+        assert (found - exact).norm() < 0.3 * exact.norm()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_adds_no_gradient(side: str) -> None:
+    model, batch = build("llama-gqa")
+    ids = batch["input_ids"][:1, :4]
+    pad = torch.zeros(1, 8, dtype=torch.long)
+    order = (pad, ids) if side == "left" else (ids, pad)
+    mask = torch.cat([torch.ones_like(t) if t is ids else torch.zeros_like(t) for t in order], 1)
+    padded = sampled_fisher(model, {"input_ids": torch.cat(order, 1), "attention_mask": mask}, 100)
+    for found, plain in zip(padded, sampled_fisher(model, {"input_ids": ids}, 100), strict=True):
+        assert float(found.trace()) == pytest.approx(float(plain.trace()), rel=0.25)
+
+
+# --- the model is left as it was ---
+
+
+def hook_count(model: nn.Module) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(m, kind)) for m in model.modules() for kind in kinds)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_model_is_left_as_it_was(training: bool, fails: bool) -> None:
+    model, batch = build("llama-gqa")
+    model.train(training)
+    model.lm_head.requires_grad_(False)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    trainable = [p.requires_grad for p in model.parameters()]
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        yield batch
+        assert hook_count(model) > 0 and not model.training
+        if fails:
+            raise RuntimeError("the disk is gone")
+
+    if fails:
+        with pytest.raises(RuntimeError, match="the disk is gone"):
+            calibrate(model, blocks(model), batches())
+    else:
+        calibrate(model, blocks(model), batches())
+    assert hook_count(model) == 0 and model.training is training
+    assert [p.requires_grad for p in model.parameters()] == trainable
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+
+
+def test_dropout_is_off_while_calibrating() -> None:
+    model, batch = build("whisper")
+    for module in model.modules():
+        if hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.5
+    still = calibrate(model, blocks(model), [batch])
+    assert equal(still, calibrate(model.train(), blocks(model), [batch]), "pair", "key", "output", "gradient")
+
+
+def test_parts_frozen_in_evaluation_mode_stay_so() -> None:
+    model, batch = build("llama-gqa")
+    model.train().model.layers[0].eval()
+    calibrate(model, blocks(model), [batch])
+    assert model.training and model.model.layers[1].training and not model.model.layers[0].training
+
+
+# --- mistakes ---
+
+
+def test_no_batches_are_refused() -> None:
+    model, _ = build("llama-gqa")
+    with pytest.raises(CloverError, match="calibration data is empty; give at least one batch"):
+        calibrate(model, blocks(model), [])
+    assert hook_count(model) == 0
+
+
+def test_blocks_that_no_batch_reaches_are_refused() -> None:
+    model, batch = build("whisper")
+    batch = {"encoder_outputs": (torch.randn(2, 20, 48).double(),), "decoder_input_ids": batch["decoder_input_ids"]}
+    calibrate(model, blocks(model, "cross"), [batch])
+    for part in ("all", "encoder"):
+        with pytest.raises(CloverError, match=r"reached model\.encoder\.layers\.0\.self_attn; give batches that run"):
+            calibrate(model, blocks(model, part), [batch])
+
+
+def test_all_padding_is_refused() -> None:
+    model, batch = build("llama-gqa")
+    mask = torch.zeros_like(batch["input_ids"])
+    with pytest.raises(CloverError, match=r"no calibration batch reached model\.layers\.0\.self_attn"):
+        calibrate(model, blocks(model), [batch | {"attention_mask": mask}])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_activations_that_are_not_finite_are_refused(bad: float) -> None:
+    model, batch = build("llama-gqa")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[batch["input_ids"][0, 0], 0] = bad
+    with pytest.raises(CloverError, match=r"model\.layers\.0\.self_attn: .* not finite; check the data, or run the model in float32"):
+        calibrate(model, blocks(model), [batch])
+    assert hook_count(model) == 0

@@ -1,0 +1,108 @@
+"""Sizes are counted on the tensors themselves, and rival models take turns on the clock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+
+import clover
+from clover import cost
+from clover.errors import CloverError
+
+TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def llama(**options: Any) -> t.LlamaForCausalLM:
+    config = TINY | {"vocab_size": 60, "max_position_embeddings": 32, "num_key_value_heads": 1} | options
+    return t.LlamaForCausalLM(t.LlamaConfig(**config)).eval()
+
+
+def bert() -> t.BertModel:
+    return t.BertModel(t.BertConfig(vocab_size=60, max_position_embeddings=32, **TINY)).eval()
+
+
+def vit() -> t.ViTModel:
+    return t.ViTModel(t.ViTConfig(image_size=16, patch_size=8, **TINY)).eval()
+
+
+def clip() -> t.CLIPModel:
+    text = TINY | {"vocab_size": 60, "max_position_embeddings": 20}
+    return t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=TINY | {"image_size": 16, "patch_size": 8})).eval()
+
+
+def whisper() -> t.WhisperForConditionalGeneration:
+    sides = {"layers": 2, "attention_heads": 2, "ffn_dim": 16}
+    tiny = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in sides.items()}
+    sizes = {"vocab_size": 60, "num_mel_bins": 8, "d_model": 16, "max_source_positions": 20, "max_target_positions": 24}
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1)
+    return t.WhisperForConditionalGeneration(t.WhisperConfig(**tiny, **sizes, **tokens)).eval()
+
+
+def test_sizes_follow_the_arithmetic() -> None:
+    attention = 2 * (16 * 16 * 2 + 16 * 8 * 2)  # two layers of q, o and of k, v with one of two heads
+    rest = 60 * 16 + 2 * (3 * 16 * 16 + 2 * 16) + 16
+    assert cost.sizes(llama(tie_word_embeddings=True)) == {
+        "parameters": attention + rest,
+        "bytes": 4 * (attention + rest),
+        "attention_parameters": attention,
+        "attention_bytes": 4 * attention,
+        "kv_bytes_per_token": 2 * 2 * 8 * 4,
+    }
+    untied = cost.sizes(llama(tie_word_embeddings=False).half())
+    assert untied["parameters"] == attention + rest + 60 * 16
+    assert untied["kv_bytes_per_token"] == 2 * 2 * 8 * 2
+
+
+def test_cache_of_a_decoder_beside_an_encoder_and_of_none() -> None:
+    assert cost.sizes(whisper())["kv_bytes_per_token"] == 2 * 2 * 16 * 4  # cross-attention doesn't grow
+    assert cost.sizes(bert())["kv_bytes_per_token"] is None
+
+
+def test_throughput_of_a_language_model() -> None:
+    speed = cost.throughput(llama(), context=8, new_tokens=2, batch=2, repeats=2)
+    assert set(speed) == {"prefill_tokens_per_second", "decode_tokens_per_second"} and min(speed.values()) > 0
+
+
+@pytest.mark.parametrize("model", [bert, vit, clip, whisper])
+def test_throughput_of_an_encoder(model: Any) -> None:
+    speed = cost.throughput(model(), context=32, batch=2, repeats=1)
+    assert set(speed) == {"items_per_second"} and speed["items_per_second"] > 0
+
+
+def test_own_inputs() -> None:
+    speed = cost.throughput(bert(), inputs={"input_ids": torch.zeros(3, 5, dtype=torch.long)}, repeats=1)
+    assert speed["items_per_second"] > 0
+
+
+def test_models_take_turns_and_the_first_run_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    models, order = {"dense": llama(), "pruned": llama()}, []
+    seconds = {"dense": iter([9.0, 1.0, 2.0, 6.0]), "pruned": iter([0.01, 1.0, 0.5, 0.1])}
+
+    def rates(model: Any, inputs: Any, new_tokens: int) -> dict[str, float]:
+        name = next(n for n, m in models.items() if m is model)
+        order.append(name)
+        return {"items_per_second": 1 / next(seconds[name])}
+
+    monkeypatch.setattr(cost, "_rates", rates)
+    result = cost.compare_throughput(models, context=8, new_tokens=2, repeats=3)
+    assert order == ["pruned", "dense", "dense", "pruned", "pruned", "dense", "dense", "pruned"]
+    assert result["dense"] == {"items_per_second": 0.5} and result["pruned"] == {"items_per_second": 2.0}
+    assert result["ratio"] == {"pruned": {"items_per_second": 4.0}}
+
+
+@pytest.mark.parametrize("options", [{"repeats": 0}, {"batch": 0}, {"context": 31, "new_tokens": 2}])
+def test_impossible_measurements(options: dict[str, int]) -> None:
+    with pytest.raises(CloverError, match=r"must be at least 1|exceed the 32 positions"):
+        cost.throughput(llama(), **options)
+
+
+def test_a_pruned_model_is_counted_and_timed_beside_the_dense_one() -> None:
+    dense, pruned = llama(), clover.prune(llama(), qk=0.5, vo=0.5, metric="weights")
+    before, after = cost.sizes(dense), cost.sizes(pruned)
+    assert after["kv_bytes_per_token"] == before["kv_bytes_per_token"] / 2
+    assert after["attention_parameters"] == before["attention_parameters"] / 2
+    speed = cost.compare_throughput({"dense": dense, "pruned": pruned}, context=8, new_tokens=2, repeats=1)
+    assert speed["ratio"]["pruned"].keys() == speed["dense"].keys()

@@ -1,0 +1,408 @@
+"""Files become model inputs, and what is wrong with a file is said in one sentence that names it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import transformers as t
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from clover import data
+from clover.errors import CloverError
+
+WORDS = [f"w{i}" for i in range(50)]
+SPECIAL = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
+ARC = (
+    "Please choose the correct answer to the question: Why?\n\n"
+    "Answer1: So. Answer2: Not so: no. Answer format: answer1/answer2"
+)
+
+
+def tokenizer(brackets: bool = False) -> t.PreTrainedTokenizerFast:
+    """One token a word; ``brackets`` puts [CLS] and [SEP] around a text, as BERT does."""
+    inner = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}, "[UNK]")
+    )
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if brackets:
+        inner.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+    return t.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def whisper_processor() -> t.WhisperProcessor:
+    """Byte tokens and two seconds of sound."""
+    vocab = {c: i for i, c in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), SPECIAL[0]])}
+    speech = t.WhisperTokenizer(vocab=vocab, merges=[])
+    speech.add_tokens(SPECIAL[1:], special_tokens=True)
+    return t.WhisperProcessor(
+        feature_extractor=t.WhisperFeatureExtractor(feature_size=8, chunk_length=2), tokenizer=speech
+    )
+
+
+TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def llama() -> t.LlamaForCausalLM:
+    return t.LlamaForCausalLM(t.LlamaConfig(vocab_size=60, max_position_embeddings=64, **TINY)).eval()
+
+
+def bert(kind: str) -> Any:
+    config = getattr(t, f"{kind}Config")(vocab_size=60, max_position_embeddings=34, pad_token_id=0, **TINY)
+    return getattr(t, f"{kind}Model")(config).eval()
+
+
+def whisper_config() -> t.WhisperConfig:
+    sides = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
+    tiny = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in sides.items()}
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 256)
+    sizes = {
+        "vocab_size": 270,
+        "num_mel_bins": 8,
+        "d_model": 16,
+        "max_source_positions": 100,
+        "max_target_positions": 24,
+    }
+    return t.WhisperConfig(**tiny, **tokens, **sizes, decoder_start_token_id=257)
+
+
+def clip() -> t.CLIPModel:
+    text = TINY | {"vocab_size": 60, "max_position_embeddings": 20}
+    vision = TINY | {"image_size": 16, "patch_size": 8}
+    return t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=vision)).eval()
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    """Three clips of odd rates and formats, one of them stereo; the second is for calibration."""
+    rows = [("a.wav", 8000, 1), ("b.flac", 11025, 1), ("c.ogg", 44100, 2)]
+    for name, rate, channels in rows:
+        time = np.arange(rate) / rate
+        soundfile.write(tmp_path / name, np.stack([0.5 * np.sin(2 * np.pi * 440 * time)] * channels, 1), rate)
+    table = 'split\tfile\ttext\ntest\ta.wav\tone "quoted\ncalibration\tb.flac\ttwo\ntest\tc.ogg\tthree\n'
+    (tmp_path / "m.tsv").write_text(table)
+    return tmp_path / "m.tsv"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    (folder / "deeper").mkdir(parents=True)
+    for i, name in enumerate(["a.png", "b.jpg", "deeper/c.webp"]):
+        Image.new("L" if i else "RGBA", (20 + i, 30)).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def text_file(folder: Path, words: int) -> Path:
+    path = folder / "t.txt"
+    path.write_text(" ".join(WORDS[i % len(WORDS)] for i in range(words)))
+    return path
+
+
+def questions_file(path: Path, *records: object) -> Path:
+    content = "\n".join(json.dumps(r) for r in records) + "\n\n"
+    with gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w") as file:
+        file.write(content)
+    return path
+
+
+# --- single files ---
+
+
+def test_text_is_read_plain_and_packed(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffschön\r\n".encode())
+    with gzip.open(tmp_path / "a.txt.gz", "wt", encoding="utf-8") as file:
+        file.write("schön\n")
+    assert data.read_text(tmp_path / "a.txt") == data.read_text(tmp_path / "a.txt.gz") == "schön\n"
+
+
+@pytest.mark.parametrize(
+    "name, content", [("a.txt", b"\xff\xfe\xff"), ("a.txt.gz", b"no gzip"), ("b.txt.gz", gzip.compress(b"x" * 99)[:-9])]
+)
+def test_unreadable_text_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CloverError, match=name):
+        data.read_text(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("a.txt", "text"), ("a.txt.gz", "text"), ("a.tsv", "manifest"), ("a.b.jsonl.gz", "questions")]
+)
+def test_kind_of_a_file(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / name).touch()
+    assert data.file_kind(tmp_path / name) == kind
+    assert data.file_kind(str(tmp_path)) == "images"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "gone.txt", "a"])
+def test_unknown_kind_is_refused(tmp_path: Path, name: str) -> None:
+    if name != "gone.txt":
+        (tmp_path / name).touch()
+    with pytest.raises(CloverError, match=name):
+        data.file_kind(tmp_path / name)
+
+
+def test_manifest(manifest: Path) -> None:
+    everything = data.read_manifest(manifest)
+    assert [u.file.name for u in everything] == ["a.wav", "b.flac", "c.ogg"]
+    assert everything[0] == data.Utterance(manifest.parent / "a.wav", 'one "quoted', "test")
+    assert data.read_manifest(manifest, "test") == [everything[0], everything[2]]
+
+
+@pytest.mark.parametrize("table, split, said", [
+    ("file\twords\nx.wav\thello\n", None, "column 'text'"),
+    ("file\ttext\nx.wav\thello\n", "test", "column 'split'"),
+    ("file\ttext\nx.wav\thello\n", None, "x.wav"),
+    ("file\ttext\na.wav\n", None, "a.wav"),
+    ("file\ttext\n", None, "no rows"),
+    ("", None, "column 'file'"),
+    ("file\ttext\tsplit\na.wav\thello\ttest\n", "train", "'train'.*'test'"),
+])  # fmt: skip
+def test_bad_manifest_is_named(manifest: Path, table: str, split: str | None, said: str) -> None:
+    bad = manifest.with_name("bad.tsv")
+    bad.write_text(table)
+    with pytest.raises(CloverError, match=rf"(?s)bad\.tsv.*{said}|{said}.*bad\.tsv"):
+        data.read_manifest(bad, split)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "b.flac", "c.ogg"])
+def test_audio_of_any_rate_becomes_mono_at_the_rate_asked_for(manifest: Path, name: str) -> None:
+    samples = data.read_audio(manifest.with_name(name), 16000)
+    assert samples.dtype == np.float32 and samples.shape == (16000,)
+    assert abs(np.fft.rfft(samples)).argmax() == 440  # one second: bins are Hz
+    assert samples.std() == pytest.approx(0.5 / 2**0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"RIFF and nothing else", b"fLaC" + bytes(99)])
+def test_missing_or_corrupt_audio_is_named(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "bad.wav").write_bytes(content)
+    with pytest.raises(CloverError, match=r"bad\.wav"):
+        data.read_audio(tmp_path / "bad.wav", 16000)
+
+
+@pytest.mark.parametrize("samples", [np.zeros(0), np.array([0.0, np.nan])])
+def test_empty_or_infinite_audio_is_named(tmp_path: Path, samples: np.ndarray) -> None:
+    soundfile.write(tmp_path / "bad.wav", samples, 16000, subtype="FLOAT")
+    with pytest.raises(CloverError, match=r"bad\.wav"):
+        data.read_audio(tmp_path / "bad.wav", 16000)
+
+
+@pytest.mark.parametrize("module", ["soundfile", "soxr", "PIL.Image"])
+def test_missing_extra_is_named(manifest: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    model, images = clip().vision_model, t.CLIPImageProcessorPil()
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(CloverError, match=rf'{module}.*pip install "clover-attention\[eval\]"'):
+        if module == "PIL.Image":
+            data.calibration_batches(pictures, model, processor=images)
+        else:
+            data.read_audio(manifest.with_name("b.flac"), 16000)
+
+
+def test_questions(tmp_path: Path) -> None:
+    boolean = "Please answer the following question with true or false, question: is it?\n\nAnswer format: true/false"
+    blank = (
+        "Please choose the correct answer to fill in the blank to complete the given sentence: Ann saw Bob so _ hid."
+        "\n\nOption1: Ann Option2: Bob Answer format: option1/option2"
+    )
+    records = [{"instruction": i, "answer": a} for i, a in [(ARC, "answer2"), (boolean, "false"), (blank, "option1")]]
+    first, second, third = data.read_questions(questions_file(tmp_path / "q.jsonl.gz", *records))
+    assert first == data.Question(ARC, "Why?", ("answer1", "answer2"), ("So.", "Not so: no."), 1)
+    assert (second.stem, second.texts, second.answer) == ("is it?", ("true", "false"), 1)
+    assert (third.stem, third.texts, third.answer) == ("Ann saw Bob so _ hid.", ("Ann", "Bob"), 0)
+
+
+@pytest.mark.parametrize("record, said", [
+    ({"instruction": ARC}, "line 2"),
+    ([1], "line 2"),
+    ({"instruction": "Why?", "answer": "answer1"}, "line 2.*Answer format"),
+    ({"instruction": ARC, "answer": "answer3"}, "line 2.*'answer3'"),
+])  # fmt: skip
+def test_bad_question_is_named(tmp_path: Path, record: object, said: str) -> None:
+    path = questions_file(tmp_path / "q.jsonl", {"instruction": ARC, "answer": "answer1"}, record)
+    with pytest.raises(CloverError, match=said):
+        data.read_questions(path)
+
+
+@pytest.mark.parametrize("content, said", [("\n\n", "no questions"), ("{broken\n", "line 1")])
+def test_file_without_questions(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "q.jsonl").write_text(content)
+    with pytest.raises(CloverError, match=said):
+        data.read_questions(tmp_path / "q.jsonl")
+
+
+# --- calibration ---
+
+
+def test_text_windows_are_full_spread_and_run(tmp_path: Path) -> None:
+    path, model = text_file(tmp_path, 700), llama()
+    batches = data.calibration_batches(path, model, processor=tokenizer(), sequences=6, length=32)
+    rows = torch.cat([b["input_ids"] for b in batches])
+    assert [len(b["input_ids"]) for b in batches] == [4, 2] and rows.shape == (6, 32)
+    assert all(
+        torch.equal(row.diff() % 50, torch.ones(31, dtype=torch.long)) for row in rows
+    )  # consecutive words of the text
+    starts = [(row[0].item() - 4) % 50 for row in rows]
+    assert starts == [i * 21 // 6 * 32 % 50 for i in range(6)]
+    for batch in batches:
+        model(**batch)
+    (short,) = data.calibration_batches(text_file(tmp_path, 10), model, processor=tokenizer())
+    assert short["input_ids"].shape == (1, 10)
+
+
+@pytest.mark.parametrize("words", [40, 5000, 100_000])
+@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+def test_windows_of_an_encoder_carry_the_special_tokens(tmp_path: Path, kind: str, words: int) -> None:
+    model = bert(kind)
+    batches = data.calibration_batches(
+        text_file(tmp_path, words), model, processor=tokenizer(brackets=True), sequences=4
+    )
+    rows = torch.cat([b["input_ids"] for b in batches])
+    positions = data.max_positions(model)
+    assert positions == (34 if kind == "Bert" else 33)  # RoBERTa's table starts behind its padding row
+    assert rows.shape == (4 if words > 40 else 1, positions)
+    assert set(rows[:, 0].tolist()) == {2} and set(rows[:, -1].tolist()) == {3} and 3 not in rows[:, :-1]
+    model(input_ids=rows)
+
+
+def test_questions_calibrate_as_text(tmp_path: Path) -> None:
+    path = questions_file(tmp_path / "q.jsonl", *[{"instruction": "w1 w2", "answer": "w3", "output": "w4"}] * 20)
+    (batch,) = data.calibration_batches(path, llama(), processor=tokenizer(), length=12, sequences=2)
+    assert batch["input_ids"].shape == (2, 12) and batch["input_ids"][0, :6].tolist() == [5, 6, 8, 5, 6, 8]
+
+
+def test_speech_is_teacher_forced(manifest: Path) -> None:
+    processor, model = whisper_processor(), t.WhisperForConditionalGeneration(whisper_config()).half()
+    (batch,) = data.calibration_batches(manifest, model, processor=processor)
+    assert batch["input_features"].shape == (1, 8, 200) and batch["input_features"].dtype == torch.float16
+    ids = batch["decoder_input_ids"][0]
+    assert ids[:4].tolist() == processor.tokenizer.convert_tokens_to_ids(SPECIAL[1:])
+    assert processor.tokenizer.decode(ids[4:]) == " two"
+    assert len(data.calibration_batches(manifest, model, processor=processor, split="test")) == 2
+    assert len(data.calibration_batches(manifest, model, processor=processor, split="test", limit=1)) == 1
+    model.float()(**data.calibration_batches(manifest, model, processor=processor)[0])
+
+
+def test_english_only_speech_model_and_long_text(manifest: Path) -> None:
+    manifest.write_text(f"file\ttext\na.wav\t{'long ' * 20}\nc.ogg\tthree\n")  # without splits every row counts
+    processor, model = whisper_processor(), t.WhisperForConditionalGeneration(whisper_config())
+    model.generation_config.is_multilingual = False
+    first, second = data.calibration_batches(manifest, model, processor=processor)
+    start = processor.tokenizer.convert_tokens_to_ids([SPECIAL[1], SPECIAL[4]])
+    assert second["decoder_input_ids"].tolist() == [
+        start + processor.tokenizer(" three", add_special_tokens=False).input_ids
+    ]
+    assert first["decoder_input_ids"].shape == (1, 24)
+
+
+def test_audio_encoder_alone_gets_no_text(manifest: Path) -> None:
+    model = t.WhisperForConditionalGeneration(whisper_config()).get_encoder()
+    (batch,) = data.calibration_batches(manifest, model, processor=whisper_processor())
+    assert set(batch) == {"input_features"}
+    model(**batch)
+
+
+def test_clip_longer_than_the_model_hears_is_refused(manifest: Path) -> None:
+    soundfile.write(manifest.with_name("b.flac"), np.zeros(16001 * 2), 16000)
+    with pytest.raises(CloverError, match=r"b\.flac.* 2 s"):
+        data.calibration_batches(manifest, t.WhisperModel(whisper_config()), processor=whisper_processor())
+
+
+def test_images(pictures: Path) -> None:
+    size = {"height": 16, "width": 16}
+    model = t.ViTModel(t.ViTConfig(image_size=16, patch_size=8, **TINY))
+    batches = data.calibration_batches(pictures, model, processor=t.ViTImageProcessorPil(size=size), batch=2)
+    assert [b["pixel_values"].shape for b in batches] == [(2, 3, 16, 16), (1, 3, 16, 16)]
+    model(**batches[0])
+
+
+def test_images_for_two_towers_come_with_a_prompt(pictures: Path, tmp_path: Path) -> None:
+    model = clip()
+    images = t.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    for thing in (model, images, tokenizer()):  # found where the model came from
+        thing.save_pretrained(tmp_path / "clip")
+    model = t.CLIPModel.from_pretrained(tmp_path / "clip")
+    (batch,) = data.calibration_batches(pictures, model)
+    assert batch["pixel_values"].shape == (3, 3, 16, 16) and batch["input_ids"].shape == (1, 2)
+    assert model(**batch).logits_per_image.shape == (3, 1)
+
+
+def test_corrupt_image_is_named(pictures: Path) -> None:
+    (pictures / "b.jpg").write_bytes(b"no picture")
+    with pytest.raises(CloverError, match=r"b\.jpg"):
+        data.calibration_batches(pictures, clip().vision_model, processor=t.CLIPImageProcessorPil())
+
+
+@pytest.mark.parametrize("reads, model", [
+    ("text", llama), ("manifest", lambda: t.WhisperModel(whisper_config())), ("images", lambda: clip().vision_model)
+])  # fmt: skip
+def test_kind_that_the_model_does_not_read(tmp_path: Path, reads: str, model: Callable[[], Any]) -> None:
+    paths = {"text": tmp_path / "a.txt", "manifest": tmp_path / "a.tsv", "images": tmp_path}
+    for kind in paths.keys() - {reads}:
+        if kind != "images":
+            paths[kind].touch()
+        with pytest.raises(CloverError, match=f"{paths[kind].name} holds {kind}, but .* reads {reads}"):
+            data.calibration_batches(paths[kind], model())
+
+
+@pytest.mark.parametrize("content", ["", "  \n", "w1"])
+def test_empty_calibration_text(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.txt").write_text(content)
+    with pytest.raises(CloverError, match=r"a\.txt is no calibration data"):
+        data.calibration_batches(tmp_path / "a.txt", llama(), processor=tokenizer())
+
+
+@pytest.mark.parametrize("options", [{"limit": 0}, {"sequences": 0}, {"length": 1}, {"batch": -1}])
+def test_counts_must_be_positive(tmp_path: Path, options: dict[str, int]) -> None:
+    with pytest.raises(CloverError, match="must be positive"):
+        data.calibration_batches(text_file(tmp_path, 9), llama(), processor=tokenizer(), **options)
+
+
+def test_model_without_a_tokenizer(tmp_path: Path) -> None:
+    path = text_file(tmp_path, 9)
+    with pytest.raises(CloverError, match="pass its tokenizer"):
+        data.calibration_batches(path, llama())
+    llama().save_pretrained(tmp_path / "model")
+    with pytest.raises(CloverError, match="no tokenizer can be loaded from"):
+        data.calibration_batches(path, t.LlamaForCausalLM.from_pretrained(tmp_path / "model"))
+
+
+def test_processor_without_a_vocabulary(tmp_path: Path) -> None:
+    whisper_processor().feature_extractor.save_pretrained(tmp_path)
+    whisper_config().save_pretrained(tmp_path)
+    with pytest.raises(CloverError, match="holds no tokenizer files"):
+        data.load_processor(tmp_path, "AutoProcessor")
+
+
+# --- real files ---
+
+
+def test_every_real_question_is_understood(commonsense: Path) -> None:
+    for path in sorted(commonsense.glob("[!h]*.test.jsonl.gz")):  # HellaSwag alone would take as long as the rest
+        questions = data.read_questions(path)
+        assert all(q.stem and all(q.texts) and len(q.texts) == len(q.labels) for q in questions), path
+        assert path.name.startswith("boolq") or all(q.texts != q.labels for q in questions), path
+
+
+def test_real_speech(whisper: Path, speech: Path) -> None:
+    model = t.WhisperForConditionalGeneration.from_pretrained(whisper)
+    (batch,) = data.calibration_batches(speech / "manifest.tsv", model, limit=1)
+    assert batch["input_features"].shape == (1, 80, 3000)
+    assert batch["decoder_input_ids"][0, :4].tolist() == [50258, 50259, 50359, 50363]
+
+
+def test_real_text(minilm: Path, wikitext2: Path) -> None:
+    batches = data.calibration_batches(wikitext2 / "test.txt.gz", t.BertModel.from_pretrained(minilm))
+    assert [b["input_ids"].shape for b in batches] == [(4, 512)] * 4
