@@ -10,7 +10,7 @@ whisper: ``clover.orthogonalize`` on a whole model of Whisper-large-v3's sizes, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from statistics import median
 
@@ -27,6 +27,7 @@ Pair = tuple[Tensor, Tensor]
 WIDTH, HEADS, SIZE = 4096, 32, 128
 ITERATIONS = 16
 REPEATS = 3
+ERROR_HEADS = 4  # of each pair, whose error is measured
 FULL_HEADS = 3  # timed by the full SVD; the first of them warms up
 LARGE_V3 = {
     "vocab_size": 51866, "num_mel_bins": 128, "d_model": 1280,
@@ -45,6 +46,10 @@ def random_pairs(width: int, heads: int, size: int) -> dict[str, Pair]:
         return (turn * torch.logspace(0, -2, size)) @ rows
 
     return {"qk": (projection(), projection()), "vo": (projection(), projection())}
+
+
+def by_head(pair: Pair) -> Iterable[Pair]:
+    return zip(*pair, strict=True)
 
 
 def find(pair: Pair) -> tuple[Tensor, Tensor]:
@@ -72,8 +77,7 @@ def full(product: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def low_rank_seconds(pairs: dict[str, Pair]) -> float:
     """Seconds in ``svd_lowrank`` for every head; forming the products is not counted."""
-    heads = [(x, y) for a, b in pairs.values() for x, y in zip(a, b, strict=True)]
-    return sum(timed(partial(low_rank, x.T @ y, len(x)))[1] for x, y in heads)
+    return sum(timed(partial(low_rank, a.T @ b, len(a)))[1] for pair in pairs.values() for a, b in by_head(pair))
 
 
 def error(a: Tensor, b: Tensor, new_a: Tensor, new_b: Tensor) -> float:
@@ -82,23 +86,15 @@ def error(a: Tensor, b: Tensor, new_a: Tensor, new_b: Tensor) -> float:
     return float((true - new_a.double().T @ new_b.double()).norm() / true.norm())
 
 
-def errors(pairs: dict[str, Pair], heads: int, method: str) -> float:
-    """Median error of a method over the first heads of both pairs."""
-    found = []
-    for a, b in pairs.values():
-        new_a, new_b = rewrite((a[:heads], b[:heads]))
-        for h in range(heads):
-            if method == "low_rank":
-                torch.manual_seed(SEED)  # svd_lowrank starts from random vectors
-                factors = low_rank(a[h].T @ b[h], a.shape[1])
-            else:
-                factors = new_a[h], new_b[h]
-            found.append(error(a[h], b[h], *factors))
-    return median(found)
+def errors(pairs: dict[str, Pair], method: Callable[[Pair], Iterable[Pair]]) -> float:
+    """Median error over the first heads of both pairs; ``method`` takes them to the new factors of each head."""
+    some = [(a[:ERROR_HEADS], b[:ERROR_HEADS]) for a, b in pairs.values()]
+    return median(error(*old, *new) for pair in some for old, new in zip(by_head(pair), method(pair), strict=True))
 
 
 def layer(width: int = WIDTH, heads: int = HEADS, size: int = SIZE, repeats: int = REPEATS) -> dict:
     pairs = random_pairs(width, heads, size)
+    torch.manual_seed(SEED)  # svd_lowrank starts from random vectors
     seconds = side_by_side(
         {
             "find": lambda: timed(lambda: [find(p) for p in pairs.values()])[1],
@@ -119,7 +115,8 @@ def layer(width: int = WIDTH, heads: int = HEADS, size: int = SIZE, repeats: int
         "speedup_over_svd_lowrank": {name: seconds["svd_lowrank"] / seconds[name] for name in ("find", "rewrite")},
         "speedup_over_full_svd": one_head * 2 * heads / seconds["rewrite"],
         "error": {
-            "this_project": errors(pairs, heads, "rewrite"), "svd_lowrank": errors(pairs, heads, "low_rank"),
+            "this_project": errors(pairs, lambda pair: by_head(rewrite(pair))),
+            "svd_lowrank": errors(pairs, lambda pair: [low_rank(a.T @ b, size) for a, b in by_head(pair)]),
             "full_svd": median(error(a[h], b[h], *factors) for h, (factors, _) in enumerate(runs)),
         },
     }  # fmt: skip

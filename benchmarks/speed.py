@@ -72,12 +72,12 @@ def encoder() -> dict:
 
 
 def stored(block: Block, plan: BlockPlan) -> int:
-    """Numbers that a cut block stores, by the plan alone: weights, biases, under RoPE a frequency for each column."""
+    """Numbers that a cut block stores, by the plan alone: weights, biases, under RoPE a frequency for each pair."""
     heads, n = block.heads(), plan.queries
     width, source, out = heads.q.shape[-1], heads.k.shape[-1], heads.o.shape[-2]
     q = n * plan.qk_kept * (width + (heads.q_bias is not None))
     k = plan.qk_kept * (source + (heads.k_bias is not None and heads.rotary > 0))
-    frequencies = (n + 1) * plan.qk_kept if heads.rotary else 0  # int32, as wide as the float32 weights
+    frequencies = (n + 1) * plan.qk_kept // 2 if heads.rotary else 0  # int32, as wide as the float32 weights
     return q + k + plan.vo_kept * (source + n * out) + plan.output_bias * out + frequencies
 
 

@@ -153,7 +153,7 @@ def test_prune_prints_a_table(llama: Path, tmp_path: Path) -> None:
 def test_prune_by_weights_warns_once(llama: Path, tmp_path: Path) -> None:
     sizes, said = succeed("prune", llama, tmp_path / "out", "--vo", 0.25)
     assert (sizes["qk_removed"], sizes["vo_removed"]) == (0, 0.25)
-    assert said.count("warning: ") == said.count("weights") == 1
+    assert said.count("warning: ") == said.count("by the weights alone") == 1
 
 
 def test_prune_to_a_basis_warns_of_nothing(llama: Path, tmp_path: Path) -> None:
@@ -170,6 +170,7 @@ def test_prune_by_threshold(llama: Path, text: Path, tmp_path: Path) -> None:
     assert 0 < sizes["vo_removed"] < 1
 
 
+@pytest.mark.filterwarnings("default::UserWarning")
 def test_prune_says_what_has_to_stay_and_what_is_missing(tmp_path: Path) -> None:
     build("qwen3", torch.float32)[0].save_pretrained(tmp_path / "qwen3")
     _, said = succeed("prune", tmp_path / "qwen3", tmp_path / "out", "--qk", 0.25, "--vo", 0.25)
@@ -258,7 +259,7 @@ def test_threshold_outside_its_range(value: object) -> None:
         ([], "Missing command"),
         (["prune"], "MODEL"),
         (["prune", "model"], "OUT"),
-        (["prune", "model", "out", "--qk", "much"], "'much' is not a valid"),
+        (["prune", "model", "out", "--qk", "much"], "--qk"),
         (["prune", "model", "out", "--part", "middle"], "'middle' is not one of"),
         (["prune", "model", "out", "--metric", "taste"], "'taste' is not one of"),
         (["prune", "model", "out", "--vo", "0.1", "--groups", "0"], "--groups"),
@@ -320,7 +321,9 @@ def test_calibration_without_use_is_pointed_out(llama: Path, text: Path, tmp_pat
 
 
 def test_corrupt_audio_is_named(tmp_path: Path) -> None:
-    build("whisper", torch.float32)[0].save_pretrained(tmp_path / "whisper")
+    model, _ = build("whisper", torch.float32)
+    model.generation_config.is_multilingual = False
+    model.save_pretrained(tmp_path / "whisper")
     whisper_processor().save_pretrained(tmp_path / "whisper")
     manifest, clip = tmp_path / "speech.tsv", tmp_path / "a.wav"
     manifest.write_text("file\ttext\na.wav\tone\n")
@@ -343,7 +346,7 @@ def test_unknown_family(tmp_path: Path) -> None:
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
     model.save_pretrained(tmp_path / "t5")
     said = refuse("prune", tmp_path / "t5", tmp_path / "out", "--vo", 0.5)
-    assert all(word in said for word in ("T5Attention", "LlamaAttention", "CONTRIBUTING.md"))
+    assert all(word in said for word in ("of class T5", "LlamaAttention", "CONTRIBUTING.md"))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

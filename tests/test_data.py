@@ -118,9 +118,6 @@ def questions_file(path: Path, *records: object) -> Path:
     return path
 
 
-# --- single files ---
-
-
 def test_text_is_read_plain_and_packed(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("\ufeffschön\r\n".encode())
     with gzip.open(tmp_path / "a.txt.gz", "wt", encoding="utf-8") as file:
@@ -241,9 +238,6 @@ def test_file_without_questions(tmp_path: Path, content: str, said: str) -> None
     (tmp_path / "q.jsonl").write_text(content)
     with pytest.raises(CloverError, match=said):
         data.read_questions(tmp_path / "q.jsonl")
-
-
-# --- calibration ---
 
 
 def test_text_windows_are_full_spread_and_run(tmp_path: Path) -> None:
@@ -386,11 +380,8 @@ def test_processor_without_a_vocabulary(tmp_path: Path) -> None:
         data.load_processor(tmp_path, "AutoProcessor")
 
 
-# --- real files ---
-
-
 def test_every_real_question_is_understood(commonsense: Path) -> None:
-    for path in sorted(commonsense.glob("[!h]*.test.jsonl.gz")):  # HellaSwag alone would take as long as the rest
+    for path in sorted(commonsense.glob("[bopw]*.test.jsonl.gz")):  # one of each template that is quick to read
         questions = data.read_questions(path)
         assert all(q.stem and all(q.texts) and len(q.texts) == len(q.labels) for q in questions), path
         assert path.name.startswith("boolq") or all(q.texts != q.labels for q in questions), path

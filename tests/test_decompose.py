@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from clover.decompose import decompose, square_root, weight_gram
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+
+from clover.decompose import decompose, square_root, weight_gram
 
 
 class Case(NamedTuple):

@@ -6,13 +6,14 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import clover
 import pytest
 import torch
 import transformers
+from torch import Tensor
+
+import clover
 from clover.data import calibration_batches, load_processor, read_text
 from clover.evaluate import perplexity
-from torch import Tensor
 
 PROMPT = "The history of mathematics is largely the history of"
 
@@ -26,8 +27,9 @@ def assert_same(new: Tensor, old: Tensor) -> None:
 
 @torch.no_grad()
 def greedy(model: Any, inputs: dict[str, Tensor]) -> list[int]:
-    """20 tokens, the cache in use."""
-    return model.generate(**inputs, max_new_tokens=20, min_new_tokens=20, do_sample=False, num_beams=1, use_cache=True)[0].tolist()
+    """20 tokens more, the cache in use."""
+    options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "num_beams": 1, "use_cache": True}
+    return model.generate(**inputs, **options)[0].tolist()
 
 
 @torch.no_grad()
@@ -71,7 +73,8 @@ def test_minilm_stays_the_same_model(minilm: Path) -> None:
 def test_calibration_beats_weights_alone(smollm2: Path, wikitext2: Path, shares: dict[str, float]) -> None:
     """A smoke test: 4 windows of 128 tokens are too few for good figures, and enough for the order."""
     dense = clover.load(smollm2, dtype=torch.float32)
-    text = load_processor(dense, "AutoTokenizer")(read_text(wikitext2 / "test.txt.gz")[:4000], return_tensors="pt").input_ids[0, :512]
+    tokenizer = load_processor(dense, "AutoTokenizer")
+    text = tokenizer(read_text(wikitext2 / "test.txt.gz")[:4000], return_tensors="pt").input_ids[0, :512]
     batches = calibration_batches(wikitext2 / "validation.txt.gz", dense, sequences=4, length=128)
     before = perplexity(dense, text, window=512).value
     blind = perplexity(clover.prune(copy.deepcopy(dense), **shares), text, window=512).value

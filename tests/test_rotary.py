@@ -6,11 +6,12 @@ from itertools import combinations
 
 import pytest
 import torch
-from clover.rotary import RIDGE, eliminate, features, fit_gains, transforms, white_gram
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from clover.rotary import RIDGE, eliminate, features, fit_gains, transforms, white_gram
 
 SEEDS = st.integers(0, 2**31)
 
@@ -37,7 +38,7 @@ def ridge_of(gram: Tensor) -> Tensor:
 
 
 def least_squares(f: Tensor, kept: list[int]) -> tuple[Tensor, float]:
-    """Gains ``(pairs, 2)`` of the kept pairs of one query head by ``lstsq`` on ``f`` (rows, 2 * pairs), and their cost."""
+    """Gains ``(pairs, 2)`` of one query head's kept pairs by ``lstsq`` on ``f`` (rows, 2 * pairs), and their cost."""
     pairs = f.shape[1] // 2
     columns = kept + [p + pairs for p in kept]
     ridge = float(ridge_of(gram_of(f))) ** 0.5
@@ -57,7 +58,7 @@ def least_squares(f: Tensor, kept: list[int]) -> tuple[Tensor, float]:
 def test_real_parts_sum_to_the_logit_of_transformers_rope(seed: int, pairs: int, offset: int) -> None:
     torch.manual_seed(seed)
     q, k = torch.randn(2, 4, 2 * pairs, dtype=torch.float64), torch.randn(2, 7, 2 * pairs, dtype=torch.float64)
-    angles = torch.outer(offset + torch.arange(7.0, dtype=torch.float64), 10000.0 ** -torch.rand(pairs).double()).repeat(1, 2)
+    angles = torch.outer(offset + torch.arange(7).double(), 10000.0 ** -torch.rand(pairs).double()).repeat(1, 2)
     q_turned, _ = apply_rotary_pos_emb(q, q, angles[3:].cos(), angles[3:].sin(), unsqueeze_dim=0)
     k_turned, _ = apply_rotary_pos_emb(k, k, angles.cos(), angles.sin(), unsqueeze_dim=0)
     real = features(q_turned, k_turned)[..., :pairs]

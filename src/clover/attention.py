@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,46 @@ from clover.families import Block, arguments
 from clover.plan import BlockPlan, Group
 
 
+SPAN = 8
+"""KV heads that a single new token reads as one: more would waste arithmetic, fewer would waste launches."""
+
+
+class _Span(NamedTuple):
+    """A stretch of neighbouring KV heads in the flat layout, see ``CloverAttention._attend_one``."""
+
+    first: int
+    heads: int
+    columns: tuple[slice, slice, slice]
+    """Of queries, keys and values."""
+    into_rows: Tensor
+    """Where each query column goes in the rows."""
+    from_rows: Tensor
+    """Where each output column comes from."""
+
+    @classmethod
+    def of(cls, sizes: list[tuple[int, int]], first: int, last: int, n: int, device: torch.device) -> _Span:
+        """The KV heads ``first`` to ``last`` of heads with (Q-K, V-O) ``sizes``, ``n`` queries each."""
+        before, inside = sizes[:first], sizes[first:last]
+        qk, value = (sum(s[i] for s in inside) for i in (0, 1))
+        at_qk, at_value = (sum(s[i] for s in before) for i in (0, 1))
+        index: list[list[int]] = [[], []]
+        for which, width in enumerate((qk, value)):
+            start = 0
+            for head, size in enumerate(inside):
+                rows = range(head * n, (head + 1) * n)
+                index[which] += [row * width + start + c for row in rows for c in range(size[which])]
+                start += size[which]
+        columns = slice(n * at_qk, n * (at_qk + qk)), slice(at_qk, at_qk + qk), slice(at_value, at_value + value)
+        into_rows, from_rows = (torch.tensor(i, device=device) for i in index)
+        return cls(first, last - first, columns, into_rows, from_rows)
+
+
 class CloverAttention(nn.Module):
     """Attention whose heads keep only the directions of a plan.
 
     Submodules: ``q_proj``, ``k_proj``, ``v_proj`` and, unless the model keeps it elsewhere, ``o_proj``: plain ``Linear``,
-    so quantisers and adapters find what they know. Buffer ``frequencies``: for each rotated column the column of the
-    model's cos and sin table that turns it, int32.
+    so quantisers and adapters find what they know. Buffer ``frequencies``, int32: for each pair of flat columns of queries,
+    then of keys, the number of its frequency in the model's table, or one past the last where it does not turn.
     """
 
     frequencies: Tensor
@@ -63,7 +97,8 @@ class CloverAttention(nn.Module):
         self.o_proj = nn.Identity() if family.core else linear(n * plan.vo_kept, out, plan.output_bias)
         for name in family.norms:
             setattr(self, name, copy.deepcopy(getattr(core, name)))
-        rotated = (n + 1) * plan.qk_kept if self.rotary else 0
+        rotated = (n + 1) * plan.qk_kept // 2 if self.rotary else 0
+        self._made_spans: list[_Span] = []
         self.register_buffer("frequencies", torch.zeros(rotated, dtype=torch.int32, device=device))
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -81,11 +116,14 @@ class CloverAttention(nn.Module):
         residual = call.pop("residual", None)
         for name in ("past_key_values", "key_value_states", "position_embeddings", "use_cache", "sliding_window"):
             call.pop(name, None)
+        if self._writes_one(x):
+            y = self.o_proj(self._attend_one(queries, keys, values, mask))
+            return (y if residual is None else y + residual), None
         outputs, weights = [], []
         for group, q, k, v, m in self._groups(queries, keys, values, mask):
-            size = max(group.qk, group.value)
-            if q.shape[2] > 1 and self.config._attn_implementation != "eager":
-                # The fused kernels want one head size; the slow fallback costs far more than a few zero columns.
+            if self.config._attn_implementation != "eager":
+                # The fused kernels want one head size; their fallback costs far more than a few zero columns.
+                size = max(group.qk, group.value)
                 q, k, v = (_pad(t, size) for t in (q, k, v))
             out, weight = interface(
                 self, q, k, v, m, scaling=self.scaling, sliding_window=self.sliding_window,
@@ -102,7 +140,6 @@ class CloverAttention(nn.Module):
     def _project(self, x: Tensor, call: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Flat queries ``(batch, tokens, columns)``, and keys and values with whatever the cache holds before them."""
         cache = call.get("past_key_values")
-        table = self._rotation(call.get("position_embeddings"))
         queries = self.q_proj(x)
         cached = False
         if isinstance(cache, EncoderDecoderCache):
@@ -113,11 +150,11 @@ class CloverAttention(nn.Module):
             else:
                 cache = cache.self_attention_cache
         if cached:
-            return self._turn(queries, table, 0), cache.layers[self.layer_idx].keys[:, 0], cache.layers[self.layer_idx].values[:, 0]
+            return queries, cache.layers[self.layer_idx].keys[:, 0], cache.layers[self.layer_idx].values[:, 0]
         source = x if (other := call.get("key_value_states")) is None else other
         keys, values = self.k_proj(source), self.v_proj(source)
         queries, keys = self._normed(queries, keys)
-        queries, keys = self._turn(queries, table, 0), self._turn(keys, table, queries.shape[-1])
+        queries, keys = self._rotate(queries, keys, call.get("position_embeddings"))
         if cache is not None:
             keys, values = (t[:, 0] for t in cache.update(keys[:, None], values[:, None], self.layer_idx))
         return queries, keys, values
@@ -125,43 +162,78 @@ class CloverAttention(nn.Module):
     def _normed(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         if not self.family.norms:
             return queries, keys
-        norms = [getattr(self, name) for name in self.family.norms]
-        size = self.clover.qk
-        return tuple(n(t.unflatten(-1, (-1, size))).flatten(-2) for n, t in zip(norms, (queries, keys), strict=True))  # type: ignore[return-value]
+        # A norm takes its heads in their original order, halves apart; behind it the halves are paired for the rotation.
+        sizes, half = self.clover.qk, self.rotary // 2
+        heads = [t.unflatten(-1, (-1, sizes)) for t in (queries, keys)]
+        normed = [getattr(self, name)(t) for name, t in zip(self.family.norms, heads, strict=True)]
+        paired = [t[..., : 2 * half].unflatten(-1, (2, half)).transpose(-1, -2).flatten(-2) for t in normed]
+        return tuple(torch.cat([p, t[..., 2 * half :]], -1).flatten(-2) for p, t in zip(paired, normed, strict=True))  # type: ignore[return-value]
 
-    def _rotation(self, position_embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
-        """Cos and signed sin for each flat column of queries and keys, gathered from the model's table."""
+    def _rotate(self, queries: Tensor, keys: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Turn every pair of columns by its own frequency, as one complex product over queries and keys together."""
         if not self.rotary:
-            return None
+            return queries, keys
         if position_embeddings is None:
             raise TypeError("attention with rotary positions was called without position_embeddings")
-        cos, sin = position_embeddings
-        half = self.rotary // 2
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
-        if self.clover.qk > self.rotary:  # the last column of the table stands for directions that do not turn
-            cos, sin = nn.functional.pad(cos, (0, 1), value=1.0), nn.functional.pad(sin, (0, 1))
-        return cos.index_select(-1, self.frequencies), sin.index_select(-1, self.frequencies)
-
-    def _turn(self, x: Tensor, table: tuple[Tensor, Tensor] | None, start: int) -> Tensor:
-        """Rotate pairs of columns as (real, imaginary) by the columns of the table that begin at ``start``."""
-        if table is None:
-            return x
-        cos, sin = (t[..., start : start + x.shape[-1]] for t in table)
-        apart = self.rotary // 2 if self.family.norms else 1  # norms keep their heads in the original order
-        swapped = x.unflatten(-1, (-1, 2, apart)).flip(-2).flatten(-3)
-        return torch.addcmul(x * cos, swapped, sin)
+        half, dtype = self.rotary // 2, queries.dtype
+        cos, sin = (t[..., :half] for t in position_embeddings)
+        table = torch.stack([cos, sin], -1)
+        if self.clover.qk > self.rotary:  # columns that do not turn find a 1 at the end
+            table = torch.cat([table, torch.eye(2, dtype=table.dtype, device=table.device)[:1].expand(*table.shape[:-2], 1, 2)], -2)
+        x = torch.cat([queries, keys], -1)
+        x = x.view(*x.shape[:-1], -1, 2)
+        if dtype.itemsize < 4:  # there are no complex numbers of half precision to rely on
+            x, table = x.float(), table.float()
+        turned = torch.view_as_complex(x) * torch.view_as_complex(table).index_select(-1, self.frequencies)
+        flat = torch.view_as_real(turned).flatten(-2).to(dtype)
+        return flat.split([queries.shape[-1], keys.shape[-1]], -1)  # type: ignore[return-value]
 
     def _groups(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None):  # noqa: ANN202
         """Each group with its queries, keys, values ``(batch, heads, tokens, columns)`` and its mask."""
         n, at_qk, at_v = self.clover.queries, 0, 0
         for group in self.clover.groups:
             kv = len(group.heads)
-            q = queries[..., n * at_qk : n * (at_qk + kv * group.qk)].unflatten(-1, (kv * n, group.qk))
-            k = keys[..., at_qk : at_qk + kv * group.qk].unflatten(-1, (kv, group.qk))
-            v = values[..., at_v : at_v + kv * group.value].unflatten(-1, (kv, group.value))
+            q = _heads(queries, n * at_qk, n * kv, group.qk)
+            k, v = _heads(keys, at_qk, kv, group.qk), _heads(values, at_v, kv, group.value)
             m = mask if mask is None or mask.shape[1] == 1 else mask[:, self._query_heads(group)]
-            yield group, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), m
+            yield group, q, k, v, m
             at_qk, at_v = at_qk + kv * group.qk, at_v + kv * group.value
+
+    def _writes_one(self, x: Tensor) -> bool:
+        """Whether this is one new token for heads that no fused kernel can take together."""
+        uneven = len(self.clover.groups) > 1 or self.clover.groups[0].qk != self.clover.groups[0].value
+        return uneven and x.shape[1] == 1 and not self.training and self.config._attn_implementation == "sdpa"
+
+    def _attend_one(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """One token against the flat cache, all heads at once: ``(batch, 1, columns)``.
+
+        Reading the cache is what takes the time, so it is read once and as it lies: each query stands in a row as wide as
+        all keys, zero outside its own head's columns, and of each row of results only its own head's columns are taken.
+        """
+        n, results = self.clover.queries, []
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask[:, [h for group in self.clover.groups for h in self._query_heads(group)]]
+        for span in self._spans(queries.device):
+            q, k, v = (x[..., part] for x, part in zip((queries, keys, values), span.columns, strict=True))
+            rows = q.new_zeros(len(q), span.heads * n * k.shape[-1])
+            rows.index_copy_(1, span.into_rows, q.flatten(1) * self.scaling)
+            logits = rows.view(len(q), span.heads * n, -1) @ k.mT
+            if mask is not None:
+                m = mask[:, :, 0] if mask.shape[1] == 1 else mask[:, span.first * n : (span.first + span.heads) * n, 0]
+                logits = logits.masked_fill(~m, -torch.inf) if m.dtype == torch.bool else logits + m
+            weights = logits.softmax(-1, dtype=torch.float32).to(v.dtype)
+            results.append((weights @ v).flatten(1).index_select(1, span.from_rows))
+        return (torch.cat(results, -1) if len(results) > 1 else results[0]).unsqueeze(1)
+
+    def _spans(self, device: torch.device) -> list[_Span]:
+        """The heads in stretches of at most ``SPAN``, made once for a device."""
+        if not self._made_spans or self._made_spans[0].into_rows.device != device:
+            sizes = [(g.qk, g.value) for g in self.clover.groups for _ in g.heads]
+            self._made_spans = [
+                _Span.of(sizes, first, min(first + SPAN, len(sizes)), self.clover.queries, device)
+                for first in range(0, len(sizes), SPAN)
+            ]
+        return self._made_spans
 
     def _query_heads(self, group: Group) -> list[int]:
         n = self.clover.queries
@@ -185,6 +257,12 @@ class CloverAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{len(g.heads)} kv heads of {g.qk}/{g.value}" for g in self.clover.groups)
+
+
+def _heads(flat: Tensor, start: int, heads: int, size: int) -> Tensor:
+    """``heads`` heads of ``size`` columns from ``start`` on: ``(batch, heads, tokens, size)``, a view."""
+    batch, tokens, _ = flat.shape
+    return flat.narrow(-1, start, heads * size).view(batch, tokens, heads, size).transpose(1, 2)
 
 
 def keeps_key_bias(block: Block) -> bool:

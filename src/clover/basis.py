@@ -117,17 +117,14 @@ class Basis:
         return torch.cat([t_q, plain_q.expand(n, -1, -1)], 1), torch.cat([t_k, plain_k])
 
     def _frequencies(self, plan: BlockPlan) -> Tensor:
-        """For each flat column of the queries, then of the keys, the column of the cos and sin table that turns it."""
-        half, rotary = self.heads.rotary // 2, self.heads.rotary
-        columns = {}
-        for group in plan.groups:
-            for head in group.heads:
-                kept = self._kept_pairs(head, group)
-                turned = torch.stack([kept, kept + half], 0 if self.block.normed else -1).flatten()
-                columns[head] = torch.cat([turned, turned.new_full((group.plain,), rotary)])
+        """Number of the frequency of each pair of flat columns; one past the last for columns that do not turn."""
+        pairs = {
+            head: torch.nn.functional.pad(self._kept_pairs(head, group), (0, group.plain // 2), value=self.heads.pairs)
+            for group in plan.groups
+            for head in group.heads
+        }
         order = [h for g in plan.groups for h in g.heads]
-        queries = [columns[h] for h in order for _ in range(plan.queries)]
-        return torch.cat(queries + [columns[h] for h in order]).int()
+        return torch.cat([pairs[h] for h in [h for h in order for _ in range(plan.queries)] + order]).int()
 
     def _output(self, plan: BlockPlan) -> tuple[Tensor, Tensor, Tensor | None]:
         """Value projection ``(columns of the KV heads, C)``, output projection ``(M, columns)`` and its bias."""

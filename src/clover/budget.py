@@ -138,8 +138,8 @@ def make_plan(
     limits = limits or Limits()
     parties = _parties(costs, qk, vo, granularity, limits)
     ranks = _ranks(costs, parties, qk, vo, limits)
-    gone = _Size(0, 0, 0)
-    return Plan(tuple(_block_plan(c, [ranks.get((b, h), gone) for h in range(c.kv_heads)]) for b, c in enumerate(costs)))
+    sizes = ([ranks.get((b, h), _Size(0, 0, 0)) for h in range(c.kv_heads)] for b, c in enumerate(costs))
+    return Plan(tuple(_block_plan(c, of_block) for c, of_block in zip(costs, sizes, strict=True)))
 
 
 @dataclass(frozen=True)

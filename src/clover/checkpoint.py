@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from clover.errors import CloverError
-from clover.families import Block, blocks
+from clover.families import FAMILIES, Block, blocks
 from clover.plan import Plan
 from clover.surgery import install, skeleton
 
@@ -86,11 +87,15 @@ class _ModelMixin:
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        ours = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "clover"))
-        wrong = [*info["mismatched_keys"], *(k for k in sorted(info["missing_keys"]) if k.startswith(ours))]
+        prefix = f"{model.base_model_prefix}."
+        ours = tuple(f"{name}." for name, m in model.named_modules() if hasattr(m, "clover") or type(m).__name__ in FAMILIES)
+        lost = [k for k in sorted(info["missing_keys"]) if k.startswith(ours)]
+        # A block that the plan forgot: its tensors are there, but in another basis than the original class expects.
+        extra = [k for k in sorted(info["unexpected_keys"]) if k.startswith(ours) or k.removeprefix(prefix).startswith(ours)]
+        wrong = [*info["mismatched_keys"], *lost, *extra]
         if wrong:
             first = wrong[0]
-            what = f"{first[0]} has shape {tuple(first[1])}, the plan says {tuple(first[2])}" if isinstance(first, tuple) else f"{first} is missing"
+            what = f"{first[0]} has shape {tuple(first[1])}, the plan says {tuple(first[2])}" if isinstance(first, tuple) else f"{first} is {'missing' if first in lost else 'not in the plan'}"
             raise CloverError(f"the tensors in {path} contradict the plan in its config.json: {what}; restore the checkpoint")
         return (model, info) if wants_info else model
 
@@ -201,8 +206,9 @@ def save(model: PreTrainedModel, path: str | os.PathLike[str], *, beside: tuple[
         _sync(draft)
         draft.chmod(0o755)
         draft.rename(target)
-    except OSError as error:
-        raise CloverError(f"{target} can't be written: {error.strerror or error}; free space or choose another place") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CloverError(f"{target} can't be written: {reason}; free space or choose another place") from error
     finally:
         if draft is not None and draft.exists():
             shutil.rmtree(draft, ignore_errors=True)

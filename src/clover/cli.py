@@ -173,14 +173,15 @@ def prune(
 
     check_writable(out)
     rules = _rule("qk", qk, qk_threshold), _rule("vo", vo, vo_threshold)
-    if not any((qk, vo, qk_threshold, vo_threshold)) and None in (qk, vo):
+    cuts = any((qk, vo, qk_threshold, vo_threshold))
+    if not cuts and None in (qk, vo):
         raise CloverError(
             "nothing is to be removed; give --qk, --vo or a threshold (--qk 0 --vo 0 only turns the basis)"
         )
     _check_metric(metric, calibration)
     if report:
         _check_figure(report)
-    if "weights" in (metric, "weights" if calibration is None else None):
+    if cuts and (metric == "weights" or calibration is None):
         _note("warning: pruning by the weights alone breaks most modern models; give --calibration FILE instead")
 
     loaded, dtype = _load(model)

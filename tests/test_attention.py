@@ -1,0 +1,217 @@
+"""The attention module at work: caches, batches, padding, windows, positions, attention weights, implementations."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import clover
+from clover.attention import CloverAttention
+from families import CASES, GENERATIVE, build, outputs, pruned
+
+ROTARY = [n for n in GENERATIVE if n not in ("gpt2", "opt", "bloom")]
+NEW = 9
+Case = tuple[Any, dict[str, torch.Tensor]]
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Stock BLOOM in float64 gives NaN where a row is masked whole: its mask overflows in the softmax's float32."""
+    return torch.float32 if name == "bloom" else torch.float64
+
+
+@cache
+def case(name: str, kind: str) -> Case:
+    """A dense, orthogonalised or pruned model; for reading only."""
+    if kind == "pruned":
+        return pruned(name, dtype=dtype_of(name))
+    model, batch = build(name, dtype_of(name))
+    return (clover.orthogonalize(model) if kind == "orthogonal" else model), batch
+
+
+def prompts(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Two prompts, one padded on the left; for speech the batch as it is."""
+    if "input_features" in batch:
+        return {"input_features": batch["input_features"]}
+    ids = batch["input_ids"].clone()
+    ids[0, :4] = 0
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def generate(name: str, kind: str, **kwargs: Any) -> torch.Tensor:
+    model, batch = case(name, kind)
+    # Always as many tokens: an early end would hide what comes after it.
+    fixed = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+    return model.generate(**prompts(batch), **fixed, **kwargs)
+
+
+# --- generation ---
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "pruned"])
+@pytest.mark.parametrize("name", [*GENERATIVE, "whisper"])
+def test_cached_generation_equals_uncached(name: str, kind: str) -> None:
+    plain = generate(name, kind, use_cache=False)
+    assert len(set(plain[:, -NEW:].flatten().tolist())) > 2, "a constant would prove nothing"
+    assert torch.equal(generate(name, kind), plain)
+    assert torch.equal(generate(name, kind, cache_implementation="static"), plain)
+    if kind == "orthogonal":
+        assert torch.equal(plain, generate(name, "dense", use_cache=False))
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "pruned"])
+@pytest.mark.parametrize("name", [*GENERATIVE, "whisper"])
+def test_beam_search(name: str, kind: str) -> None:
+    beams = generate(name, kind, num_beams=3)
+    assert torch.equal(beams, generate(name, kind, num_beams=3, use_cache=False))
+    if kind == "orthogonal":
+        assert torch.equal(beams, generate(name, "dense", num_beams=3))
+
+
+@pytest.mark.parametrize("name", GENERATIVE)
+def test_left_padding_changes_nothing(name: str) -> None:
+    model, batch = case(name, "pruned")
+    padded = generate(name, "pruned")[0, -NEW:]
+    alone = model.generate(
+        input_ids=batch["input_ids"][:1, 4:],
+        attention_mask=torch.ones(1, 8).long(),
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+    )
+    assert torch.equal(alone[0, -NEW:], padded)
+
+
+@pytest.mark.parametrize("name", GENERATIVE)
+def test_prompt_in_pieces(name: str) -> None:
+    model, batch = case(name, "pruned")
+    ids, past = batch["input_ids"], DynamicCache(config=model.config)
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits
+        pieces = []
+        for piece in (ids[:, :5], ids[:, 5:6], ids[:, 6:]):
+            seen = past.get_seq_length()
+            mask = torch.ones(2, seen + piece.shape[1]).long()
+            pieces.append(model(input_ids=piece, attention_mask=mask, past_key_values=past, use_cache=True).logits)
+    assert whole.isfinite().all()
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_window_hides_what_is_beyond_it() -> None:
+    """Mistral's window is 8: the last of 12 tokens sees two layers of it, 15 tokens back at most; one layer sees 8."""
+    model, batch = pruned("mistral")
+    ids = batch["input_ids"]
+    seen: list[torch.Tensor] = []
+    attention = next(m for m in model.modules() if isinstance(m, CloverAttention))
+    hook = attention.register_forward_hook(lambda _, __, output: seen.append(output[0]))
+    other = ids.clone()
+    other[:, :4] = (ids[:, :4] + 1) % 50 + 3
+    with torch.no_grad():
+        model(input_ids=ids)
+        model(input_ids=other)
+    hook.remove()
+    before, after = seen
+    torch.testing.assert_close(before[:, 11], after[:, 11])
+    assert (before[:, 10] - after[:, 10]).abs().max() > 1e-6
+
+
+# --- positions ---
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "pruned"])
+@pytest.mark.parametrize("name", ROTARY)
+def test_rotary_models_only_see_distances(name: str, kind: str) -> None:
+    model, batch = case(name, kind)
+    positions = torch.arange(12).expand(2, -1)
+    with torch.no_grad():
+        here = model(**batch, position_ids=positions).logits
+        there = model(**batch, position_ids=positions + 97).logits
+        stretched = model(**batch, position_ids=positions * 3).logits
+    torch.testing.assert_close(there, here, atol=1e-3, rtol=1e-3)  # the table of angles is float32
+    assert (stretched - here).abs().max() > 1e-2
+    if kind == "orthogonal":
+        dense = case(name, "dense")[0](**batch, position_ids=positions * 3).logits
+        torch.testing.assert_close(stretched, dense)
+
+
+# --- attention weights and implementations ---
+
+
+def weights(model: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Eager attention weights of every block that the outputs tell of."""
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = model(**batch, output_attentions=True)
+    fields = ("encoder_attentions", "decoder_attentions", "cross_attentions", "attentions")
+    parts = [out] if "text_model_output" not in out else [out["text_model_output"], out["vision_model_output"]]
+    return [w for part in parts for f in fields for w in part.get(f) or ()]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_weights_in_the_order_of_the_heads(name: str) -> None:
+    dense, batch = case(name, "dense")
+    truth, found = weights(dense, batch), weights(case(name, "orthogonal")[0], batch)
+    assert len(found) == len(truth) == {"whisper": 6, "clip": 4}.get(name, 2)
+    for a, b in zip(truth, found, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-5)
+    model, batch = case(name, "pruned")
+    for a, b in zip(truth, weights(model, batch), strict=True):
+        assert a.shape == b.shape
+        total = b.sum(-1)  # 1, or 0 for a head that is gone
+        assert ((total - 1).abs().minimum(total.abs()) < 1e-5).all()
+
+
+def test_heads_that_are_gone_have_no_weights() -> None:
+    model, batch = build("gpt2")
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.c_attn.weight[:, 96:112] *= 1e-6  # values of the first two of six heads
+            block.attn.c_attn.bias[96:112] = 0
+    clover.prune(model, vo=0.4, calibration=[batch])
+    for block, found in zip(clover.plan_of(model).blocks, weights(model, batch), strict=True):
+        kept = {h for g in block.groups for h in g.heads}
+        assert not kept & {0, 1}
+        for head in range(6):
+            assert found[:, head].sum(-1).allclose(torch.full((), float(head in kept), dtype=found.dtype))
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "llama-gqa"])
+def test_attention_weights_asked_for_before_pruning(name: str) -> None:
+    """Transformers hooks the attention modules at the first request; the hooks must follow the modules."""
+    model, batch = build(name)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        before = model(**batch, output_attentions=True, output_hidden_states=True)
+        clover.orthogonalize(model)
+        after = model(**batch, output_attentions=True, output_hidden_states=True)
+    assert len(after.attentions) == len(before.attentions) == 2
+    assert len(after.hidden_states) == len(before.hidden_states) == 3
+    torch.testing.assert_close(after.attentions[1], before.attentions[1])
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n != "bloom"])  # BLOOM knows eager only
+def test_implementations_agree(name: str) -> None:
+    model, batch = case(name, "pruned")
+    found = []
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        found.append(outputs(model, batch))
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "whisper"])
+def test_dropout_only_in_training(name: str) -> None:
+    model, batch = pruned(name)
+    attention = [m for m in model.modules() if isinstance(m, CloverAttention)]
+    for a in attention:
+        a.attention_dropout = 0.5
+    calm = outputs(model, batch)
+    assert torch.equal(calm, outputs(model, batch))
+    for a in attention:
+        a.train()
+    assert not torch.equal(outputs(model, batch), outputs(model, batch))

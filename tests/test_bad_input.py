@@ -1,0 +1,324 @@
+"""A user's mistakes: each is refused in one sentence that names it, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import errno
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+from torch import nn
+
+import clover
+from clover.errors import CloverError, UnsupportedModelError
+from clover.families import blocks
+from families import build, outputs
+
+
+@contextmanager
+def refused(model: Any, batch: dict[str, torch.Tensor], match: str) -> Iterator[None]:
+    """The body raises a one-line CloverError that matches; class, weights and outputs of the model stay as they were."""
+    kind, state, before = type(model), {k: v.clone() for k, v in model.state_dict().items()}, outputs(model, batch)
+    grads = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(CloverError, match=match) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+    assert type(model) is kind and not hasattr(model.config, "clover") and not model.training
+    after = model.state_dict()
+    assert list(after) == list(state)
+    assert all(torch.equal(after[k], v) or v.isnan().any() for k, v in state.items())
+    assert [p.requires_grad for p in model.parameters()] == grads
+    assert torch.equal(outputs(model, batch).nan_to_num(), before.nan_to_num())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+# --- requests ---
+
+
+@pytest.mark.parametrize("which", ["qk", "vo"])
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, 25.0, math.nan, math.inf])
+def test_ratio_outside_its_range(which: str, ratio: float) -> None:
+    model, batch = build("llama-gqa")
+    with refused(model, batch, rf"share to remove is {ratio}; it must be at least 0 and less than 1"):
+        clover.prune(model, **{which: ratio})
+
+
+@pytest.mark.parametrize("which", ["qk", "vo"])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_threshold_that_is_none(which: str, value: float) -> None:
+    model, batch = build("gpt2")
+    with refused(model, batch, rf"threshold is {value}; it must be a finite number"):
+        clover.prune(model, **{f"{which}_threshold": value})
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, 1.1, math.nan])
+def test_energy_outside_its_range(value: float) -> None:
+    model, batch = build("gpt2")
+    with refused(model, batch, rf"energy to keep is {value}; it must be more than 0 and at most 1"):
+        clover.prune(model, vo_energy=value)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gpt-neox"])
+@pytest.mark.parametrize("which", ["qk", "vo"])
+def test_threshold_that_removes_everything(name: str, which: str) -> None:
+    model, batch = build(name)
+    with refused(model, batch, r"would lose every.*; lower the (ratio or the )?threshold"):
+        clover.prune(model, **{f"{which}_threshold": 1e9})
+
+
+def test_two_rules_for_one_thing() -> None:
+    model, batch = build("gpt2")
+    with refused(model, batch, "qk is given a share and a threshold; give one"):
+        clover.prune(model, qk=0.1, qk_threshold=0.1)
+
+
+def test_part_that_the_model_lacks() -> None:
+    model, batch = build("gpt2")
+    with refused(model, batch, "no attention block in part 'cross'; it has decoder, or all"):
+        clover.prune(model, part="cross")
+    with refused(model, batch, "no attention block in part 'middle'"):
+        blocks(model, "middle")
+
+
+# --- calibration ---
+
+
+def test_activations_without_calibration() -> None:
+    model, batch = build("gpt2")
+    with refused(model, batch, "metric 'activations' needs calibration data; give some, or choose metric 'weights'"):
+        clover.prune(model, metric="activations")
+
+
+@pytest.mark.parametrize("batches", [list, lambda: iter(())], ids=["list", "generator"])
+def test_empty_calibration(batches: Callable[[], Any]) -> None:
+    model, batch = build("gpt2")
+    with refused(model, batch, "calibration data is empty; give at least one batch"):
+        clover.prune(model, vo=0.3, calibration=batches())
+
+
+def test_calibration_that_misses_a_part() -> None:
+    torch.manual_seed(0)
+    config = t.GPT2Config(vocab_size=60, n_embd=48, n_layer=2, n_head=6, n_positions=32, add_cross_attention=True)
+    model, batch = t.GPT2LMHeadModel(config).eval(), {"input_ids": torch.randint(3, 60, (2, 12))}
+    with refused(model, batch, r"no calibration batch reached transformer\.h\.0\.crossattention"):
+        clover.prune(model, vo=0.3, calibration=[batch])  # no other sequence to attend to
+
+
+def test_calibration_with_values_that_are_not_finite() -> None:
+    model, batch = build("vit")
+    bad = {"pixel_values": batch["pixel_values"].clone()}
+    bad["pixel_values"][0, 0, 0, 0] = math.nan
+    with refused(model, batch, r"calibration moment of \w+ is not finite; check the data"):
+        clover.prune(model, vo=0.3, calibration=[batch, bad])
+
+
+def test_calibration_that_the_model_refuses() -> None:
+    """The error is the model's own; hooks and weights are put back all the same."""
+    model, batch = build("gpt2")
+    before = outputs(model, batch)
+    with pytest.raises(TypeError, match="pictures"):
+        clover.prune(model, vo=0.3, calibration=[batch, {"pictures": batch["input_ids"]}])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert torch.equal(outputs(model, batch), before)
+
+
+# --- models ---
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "match"),
+    [
+        (
+            "llama-gqa",
+            "model.layers.1.self_attn.k_proj.weight",
+            r"model\.layers\.1\.self_attn: the weights of k contain",
+        ),
+        ("gpt2", "transformer.h.0.attn.c_attn.bias", r"transformer\.h\.0\.attn: the weights of q_bias contain"),
+        ("bloom", "transformer.h.1.self_attention.dense.weight", r"h\.1\.self_attention: the weights of o contain"),
+        ("bert", "encoder.layer.0.attention.output.dense.bias", r"layer\.0\.attention: the weights of o_bias contain"),
+    ],
+)
+@pytest.mark.parametrize(("value", "what"), [(math.nan, "NaN"), (math.inf, "infinite"), (-math.inf, "infinite")])
+def test_weights_that_are_not_finite(name: str, path: str, match: str, value: float, what: str) -> None:
+    model, batch = build(name)
+    with torch.no_grad():
+        model.get_parameter(path).view(-1)[7] = value
+    with refused(model, batch, f"{match} {what}.*repair or reload"):
+        clover.prune(model, vo=0.3, calibration=[batch])
+
+
+def test_weights_that_are_not_there() -> None:
+    with torch.device("meta"):
+        model = t.GPT2LMHeadModel(t.GPT2Config(vocab_size=60, n_embd=48, n_layer=1, n_head=6))
+    with pytest.raises(CloverError, match=r"h\.0\.attn: q is on the meta device; load the model's weights first"):
+        clover.prune(model, vo=0.3)
+
+
+def test_cut_that_overflows_its_dtype() -> None:
+    model, batch = build("gpt2", torch.float16)
+    with torch.no_grad():  # both biases fit; the value bias folded into the output's does not
+        model.transformer.h[1].attn.c_proj.bias.fill_(6e4)
+        model.transformer.h[1].attn.c_attn.bias[96:] = 6e3
+    with refused(model, batch, r"h\.1\.attn: o_proj\.bias overflows torch\.float16; load the model in"):
+        clover.prune(model, vo=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "match"),
+    [
+        ("llama-gqa", {"num_key_value_heads": 4}, r"6 query heads can't share 4 KV heads; correct the head counts"),
+        ("llama-gqa", {"num_key_value_heads": 0}, r"6 query heads can't share 0 KV heads; correct the head counts"),
+        (
+            "llama-gqa",
+            {"num_key_value_heads": 3},
+            r"has 16 rows, but 6 query heads and 3 KV heads of 8 make 24; correct",
+        ),
+        (
+            "llama-mha",
+            {"num_attention_heads": 12},
+            r"has 96 rows, but 12 query heads and 6 KV heads of 16 make 192; correct",
+        ),
+        ("phi3", {"num_key_value_heads": 6}, r"has 80 rows, but 6 query heads and 6 KV heads of 8 make 144; correct"),
+    ],
+)
+def test_wrong_head_counts_in_the_config(name: str, change: dict[str, int], match: str) -> None:
+    model, _ = build(name)
+    for key, value in change.items():
+        setattr(model.config, key, value)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(CloverError, match=match):
+        clover.prune(model, vo=0.3)
+    assert list(model.state_dict()) == list(state) and not hasattr(model.config, "clover")
+
+
+def _t5() -> Any:
+    return t.T5ForConditionalGeneration(t.T5Config(
+        vocab_size=60, d_model=48, d_kv=8, d_ff=64, num_layers=1, num_heads=6, decoder_start_token_id=0))  # fmt: skip
+
+
+def _gptj() -> Any:
+    return t.GPTJForCausalLM(t.GPTJConfig(vocab_size=60, n_embd=48, n_layer=1, n_head=6, rotary_dim=4, n_positions=32))
+
+
+@pytest.mark.parametrize(("make", "attention"), [(_t5, "T5Attention"), (_gptj, "GPTJAttention")])
+def test_unknown_family(make: Callable[[], Any], attention: str) -> None:
+    model = make()
+    with pytest.raises(UnsupportedModelError, match=rf"{attention}.*supported are .*LlamaAttention.*CONTRIBUTING\.md"):
+        clover.prune(model, vo=0.3)
+    assert not hasattr(model.config, "clover")
+
+
+def test_namesake_from_elsewhere() -> None:
+    """A class of one's own that is only called like one of transformers is no known family."""
+    model, _ = build("llama-gqa")
+    own = type("LlamaAttention", (type(model.model.layers[0].self_attn),), {"__module__": "somewhere"})
+    model.model.layers[0].self_attn.__class__ = own
+    with pytest.raises(UnsupportedModelError, match="LlamaAttention"):
+        clover.prune(model, vo=0.3)
+
+
+def test_no_attention_at_all() -> None:
+    with pytest.raises(UnsupportedModelError, match="no attention block of a known class"):
+        clover.prune(t.MobileNetV1Model(t.MobileNetV1Config(image_size=32, depth_multiplier=0.25)))
+
+
+@pytest.mark.parametrize("again", [clover.prune, clover.orthogonalize, clover.inspect])
+def test_pruned_twice(again: Callable[[Any], Any]) -> None:
+    model, batch = build("llama-gqa")
+    clover.prune(model, vo=0.3)
+    before, plan = outputs(model, batch), clover.plan_of(model)
+    with pytest.raises(CloverError, match=r"self_attn was rewritten by clover before; start from the original model"):
+        again(model)
+    assert torch.equal(outputs(model, batch), before) and clover.plan_of(model) == plan
+
+
+def test_never_pruned() -> None:
+    with pytest.raises(CloverError, match="was not rewritten by clover; prune or orthogonalize it first"):
+        clover.summary(build("gpt2")[0])
+
+
+def test_quantised_projection() -> None:
+    class Linear8bit(nn.Linear):
+        """Stands for the classes of quantisers: a Linear whose weight is not its matrix."""
+
+    model, batch = build("llama-gqa")
+    model.model.layers[1].self_attn.q_proj.__class__ = Linear8bit
+    with refused(model, batch, r"layers\.1\.self_attn: a projection is a Linear8bit.*prune before quantising"):
+        clover.prune(model, vo=0.3)
+
+
+def test_adapter_that_is_not_merged() -> None:
+    peft = pytest.importorskip("peft")
+    model, batch = build("llama-gqa")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    before = outputs(wrapped, batch)
+    with pytest.raises(CloverError, match=r"self_attn: a projection is a Linear, not.*merge adapters first"):
+        clover.prune(model, vo=0.3)
+    assert torch.equal(outputs(wrapped, batch), before)
+
+
+# --- output folders ---
+
+
+def test_output_folder_that_exists(tmp_path: Path) -> None:
+    model, _ = build("gpt2")
+    (tmp_path / "kept").write_text("precious")
+    with pytest.raises(CloverError, match=f"{tmp_path} exists; remove it or choose another folder"):
+        clover.save(model, tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["kept"]
+    with pytest.raises(CloverError, match="kept exists"):
+        clover.save(model, tmp_path / "kept")
+    assert (tmp_path / "kept").read_text() == "precious"
+
+
+def test_parent_that_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(CloverError, match=r"file/model can't be written: .*; choose another place"):
+        clover.save(build("gpt2")[0], tmp_path / "file/model")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_parent_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)  # a root user's tests can't take the right away in earnest
+    with pytest.raises(CloverError, match="can't be written; choose another place"):
+        clover.save(build("gpt2")[0], tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", ["transformers.modeling_utils.safe_save_file", "os.fsync", "pathlib.Path.rename"])
+def test_disk_that_is_full(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model, batch = build("gpt2")
+    clover.prune(model, vo=0.3)
+    before = outputs(model, batch)
+    monkeypatch.setattr(where, full)
+    with pytest.raises(
+        CloverError, match="model can't be written: No space left on device; free space or choose another"
+    ):
+        clover.save(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(outputs(model, batch), before)
+    monkeypatch.undo()
+    clover.save(model, tmp_path / "model")
+
+
+def test_disk_quota_in_earnest(tmp_path: Path) -> None:
+    """The limit is the system's; safetensors reports it by an exception of its own, which is no OSError."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    model, _ = build("gpt2")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(CloverError, match=r"model can't be written: .*too large.*; free space or choose another"):
+            clover.save(model, tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())

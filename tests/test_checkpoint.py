@@ -1,0 +1,302 @@
+"""Saving and loading: equal outputs here and in a new process, and nothing that runs on garbage."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import clover
+from clover.errors import CloverError
+from families import CASES, build, outputs, pruned
+
+NEW_PROCESS = ["llama-gqa", "qwen3", "phi3-partial", "gpt-neox", "gpt2", "bloom", "bert", "clip", "whisper"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pruned models of several families, each beside a batch and the outputs that it should give."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in NEW_PROCESS:
+        model, batch = pruned(name)
+        clover.save(model, folder / name, max_shard_size="20KB")
+        torch.save((batch, outputs(model, batch)), folder / f"{name}.pt")
+    return folder
+
+
+def python(code: str, *args: Any) -> subprocess.CompletedProcess[str]:
+    """Run code in a new process, where warnings are not errors, as at a user's."""
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(tests.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, env=env, timeout=300
+    )
+
+
+def edit(folder: Path, change: Any) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+# --- round trip ---
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_round_trip(name: str, tmp_path: Path) -> None:
+    model, batch = pruned(name)
+    kind, before = type(model), outputs(model, batch)
+    clover.save(model, tmp_path / "model", max_shard_size="20KB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+    loaded = clover.load(tmp_path / "model")
+    assert type(loaded) is kind and loaded.dtype == torch.float64
+    assert torch.equal(outputs(loaded, batch), before)
+    assert clover.plan_of(loaded) == clover.plan_of(model)
+    assert clover.summary(loaded) == clover.summary(model)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "whisper"])
+def test_saved_again_after_loading(name: str, tmp_path: Path) -> None:
+    model, batch = pruned(name)
+    clover.save(model, tmp_path / "first")
+    clover.save(clover.load(tmp_path / "first"), tmp_path / "second")
+    assert (tmp_path / "first/config.json").read_text() == (tmp_path / "second/config.json").read_text()
+    assert torch.equal(outputs(clover.load(tmp_path / "second"), batch), outputs(model, batch))
+
+
+def test_save_pretrained_and_from_pretrained(tmp_path: Path) -> None:
+    """The methods that every user of transformers knows do the same."""
+    model, batch = pruned("llama-gqa")
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(again, transformers.LlamaForCausalLM)
+    assert torch.equal(outputs(again.eval(), batch), outputs(model, batch))
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt-neox", "bloom"])
+def test_base_model_of_a_language_model(name: str, tmp_path: Path) -> None:
+    model, batch = pruned(name)
+    clover.save(model, tmp_path / "model")
+    base = AutoModel.from_pretrained(tmp_path / "model").eval()
+    assert torch.equal(outputs(base, batch), outputs(model.base_model, batch))
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_language_model_of_a_base_model(name: str, tmp_path: Path) -> None:
+    """A head that the checkpoint lacks is a new one, as in transformers; the attention comes from the checkpoint."""
+    model, batch = pruned(name)
+    clover.save(model.base_model if name == "bert" else model, tmp_path / "model")
+    wanted = transformers.AutoModelForMaskedLM if name == "bert" else transformers.AutoModelForSequenceClassification
+    with torch.no_grad():
+        loaded = wanted.from_pretrained(tmp_path / "model").eval().base_model(**batch).last_hidden_state
+        assert torch.equal(loaded, model.base_model(**batch).last_hidden_state)
+
+
+def test_config_describes_itself(saved: Path) -> None:
+    config = json.loads((saved / "llama-gqa/config.json").read_text())
+    assert config["base_model_type"] == "llama"
+    assert config["hidden_size"] == 48 and config["num_attention_heads"] == 6
+    block = config["clover"]["blocks"][0]
+    assert block["name"] == "model.layers.0.self_attn" and block["groups"]
+    assert AutoConfig.from_pretrained(saved / "llama-gqa").model_type == "llama"
+
+
+def test_dtype_is_kept(tmp_path: Path) -> None:
+    model, _ = pruned("gpt2", dtype=torch.bfloat16)
+    clover.save(model, tmp_path / "model")
+    assert clover.load(tmp_path / "model").dtype == torch.bfloat16
+    assert clover.load(tmp_path / "model", dtype=torch.float32).dtype == torch.float32
+
+
+def test_what_lies_beside_is_saved(tmp_path: Path) -> None:
+    model, _ = pruned("vit")
+    clover.save(model, tmp_path / "deep/model", beside=(transformers.GenerationConfig(max_new_tokens=3),))
+    assert json.loads((tmp_path / "deep/model/generation_config.json").read_text())["max_new_tokens"] == 3
+
+
+def test_load_takes_models_that_were_never_cut(tmp_path: Path) -> None:
+    model, batch = build("gpt2")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs(clover.load(tmp_path), batch), outputs(model, batch))
+
+
+# --- new processes ---
+
+
+def test_round_trip_into_a_new_process(saved: Path) -> None:
+    code = """
+import sys, torch, clover
+from pathlib import Path
+from families import outputs
+for name in sys.argv[2:]:
+    batch, truth = torch.load(Path(sys.argv[1]) / f"{name}.pt")
+    model = clover.load(Path(sys.argv[1]) / name)
+    torch.testing.assert_close(outputs(model, batch), truth, atol=1e-9, rtol=0)
+    if hasattr(model, "generate") and "input_ids" in batch and name != "clip" and name != "bert":
+        args = {"max_new_tokens": 4, "do_sample": False}
+        assert torch.equal(model.generate(**batch, **args), model.generate(**batch, **args, use_cache=False))
+    print(name)
+"""
+    done = python(code, saved, *NEW_PROCESS)
+    assert done.stdout.split() == NEW_PROCESS, done.stderr[-3000:]
+
+
+def test_without_clover_it_says_what_to_do(saved: Path) -> None:
+    code = """
+import sys, transformers
+for kind in sys.argv[2:]:
+    try:
+        getattr(transformers, kind).from_pretrained(sys.argv[1])
+    except Exception as error:
+        assert "clover" not in sys.modules
+        print(kind, "refused:", str(error).replace("\\n", " "))
+    else:
+        print(kind, "ran")
+"""
+    kinds = ["AutoModelForCausalLM", "AutoModel", "AutoConfig", "LlamaForCausalLM", "LlamaModel"]
+    done = python(code, saved / "llama-gqa", *kinds)
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == kinds, done.stderr[-3000:]
+    for line in lines:
+        assert "refused" in line and "import clover" in line and "pip install clover-attention" in line
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_killed_while_saving_leaves_nothing_under_the_name(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+import transformers.modeling_utils as m, clover
+from families import pruned
+def half(tensors, file, *args, **kwargs):
+    open(file, "wb").write(b"half of a file")
+    os.kill(os.getpid(), signal.SIGKILL)
+m.safe_save_file = half
+clover.save(pruned("gpt2")[0], sys.argv[1])
+"""
+    done = python(code, tmp_path / "model")
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert not (tmp_path / "model").exists()
+    left = list(tmp_path.iterdir())  # a hidden draft at most, which holds up nobody
+    assert all(f.name.startswith(".model.") for f in left)
+    assert any(f.read_bytes() == b"half of a file" for f in tmp_path.rglob("*.safetensors"))
+    model, batch = pruned("gpt2")
+    clover.save(model, tmp_path / "model")
+    assert torch.equal(outputs(clover.load(tmp_path / "model"), batch), outputs(model, batch))
+
+
+# --- checkpoints that contradict themselves ---
+
+
+def _other_value(config: dict[str, Any]) -> None:
+    config["clover"]["blocks"][0]["groups"][0]["value"] -= 1
+
+
+def _other_qk(config: dict[str, Any]) -> None:
+    config["clover"]["blocks"][1]["groups"][0]["pairs" if config["base_model_type"] == "llama" else "plain"] -= 1
+
+
+def _other_heads(config: dict[str, Any]) -> None:
+    for key in ("num_key_value_heads", "n_head", "num_attention_heads"):
+        if key in config:
+            config[key] = 3
+
+
+def _other_block(config: dict[str, Any]) -> None:
+    block = config["clover"]["blocks"][0]
+    block["name"] = block["name"].replace("0", "7")
+
+
+def _fewer_blocks(config: dict[str, Any]) -> None:
+    config["clover"]["blocks"] = config["clover"]["blocks"][1:]
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "bert"])
+@pytest.mark.parametrize("change", [_other_value, _other_qk, _other_heads, _other_block, _fewer_blocks])
+def test_plan_that_contradicts_the_tensors(name: str, change: Any, tmp_path: Path) -> None:
+    model, _ = build(name)
+    clover.save(clover.orthogonalize(model), tmp_path / "model")  # full rank: shapes alone give nothing away
+    edit(tmp_path / "model", change)
+    with pytest.raises(CloverError, match=r"contradict|restore config\.json"):
+        clover.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "bert"])
+def test_tensor_that_is_missing(name: str, tmp_path: Path) -> None:
+    model, _ = pruned(name)
+    clover.save(model, tmp_path / "model")
+    file = tmp_path / "model/model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    gone = next(k for k in tensors if k.endswith("k_proj.weight"))
+    del tensors[gone]
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CloverError, match=f"contradict the plan.*{gone} is missing"):
+        clover.load(tmp_path / "model")
+
+
+def _no_blocks(config: dict[str, Any]) -> None:
+    del config["clover"]["blocks"]
+
+
+def _no_groups(config: dict[str, Any]) -> None:
+    del config["clover"]["blocks"][0]["groups"]
+
+
+def _unknown_field(config: dict[str, Any]) -> None:
+    config["clover"]["blocks"][0]["colour"] = "blue"
+
+
+def _twice_the_same_head(config: dict[str, Any]) -> None:
+    group = config["clover"]["blocks"][0]["groups"][0]
+    group["heads"] = [*group["heads"], group["heads"][0]]
+
+
+def _word_for_a_number(config: dict[str, Any]) -> None:
+    config["clover"]["blocks"][0]["groups"][0]["value"] = "many"
+
+
+def _no_plan(config: dict[str, Any]) -> None:
+    del config["clover"]
+
+
+def _unknown_base(config: dict[str, Any]) -> None:
+    config["base_model_type"] = "nonsense"
+
+
+DAMAGE = [_no_blocks, _no_groups, _unknown_field, _twice_the_same_head, _word_for_a_number, _no_plan, _unknown_base]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_plan(damage: Any, tmp_path: Path) -> None:
+    model, _ = pruned("llama-gqa")
+    clover.save(model, tmp_path / "model")
+    edit(tmp_path / "model", damage)
+    with pytest.raises(CloverError, match="restore"):
+        clover.load(tmp_path / "model")
+
+
+def test_no_model_there(tmp_path: Path) -> None:
+    with pytest.raises(CloverError, match="nowhere"):
+        clover.load(tmp_path / "nowhere")
+    with pytest.raises(CloverError, match="no model that can be loaded"):
+        clover.load(tmp_path)
+
+
+def test_half_a_file(tmp_path: Path) -> None:
+    model, _ = pruned("gpt2")
+    clover.save(model, tmp_path / "model")
+    file = tmp_path / "model/model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CloverError, match="can't be loaded"):
+        clover.load(tmp_path / "model")
