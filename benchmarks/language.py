@@ -1,6 +1,7 @@
 """SmolLM2 on WikiText-2: perplexity of the whole test split, dense and pruned without training.
 
-    python benchmarks/language.py [CONFIG ...]     CONFIG: dense, vo25, vo50, qk25, qk50, both25, both50 (all when left out)
+    python benchmarks/language.py [CONFIG ...]     CONFIG: dense, vo25, vo50, qk25, qk50, both25, both50 (all when
+    left out)
 
 Calibrated on 32 sequences of 512 tokens, evenly spread over the train split.
 """
@@ -11,15 +12,20 @@ import sys
 import time
 
 import torch
-from common import MODELS, SEED, record, text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import clover
 from clover.budget import Share
 from clover.evaluate import perplexity
 from clover.pruning import apply, find_bases, plan_ranks
+from common import MODELS, SEED, record, text
 
-SHARES = {"dense": None, "vo25": (0, 0.25), "vo50": (0, 0.5), "qk25": (0.25, 0), "qk50": (0.5, 0), "both25": (0.25, 0.25), "both50": (0.5, 0.5)}  # fmt: skip
+SHARES = {
+    "dense": None,
+    "vo25": (0, 0.25), "vo50": (0, 0.5),
+    "qk25": (0.25, 0), "qk50": (0.5, 0),
+    "both25": (0.25, 0.25), "both50": (0.5, 0.5),
+}  # fmt: skip
 SEQUENCES, LENGTH = 32, 512
 
 

@@ -22,7 +22,7 @@ from families import build, outputs
 
 @contextmanager
 def refused(model: Any, batch: dict[str, torch.Tensor], match: str) -> Iterator[None]:
-    """The body raises a one-line CloverError that matches; class, weights and outputs of the model stay as they were."""
+    """The body raises a one-line CloverError that matches; class, weights and outputs of the model stay as is."""
     kind, state, before = type(model), {k: v.clone() for k, v in model.state_dict().items()}, outputs(model, batch)
     grads = [p.requires_grad for p in model.parameters()]
     with pytest.raises(CloverError, match=match) as caught:

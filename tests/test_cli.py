@@ -322,7 +322,7 @@ def test_calibration_without_use_is_pointed_out(llama: Path, text: Path, tmp_pat
 
 def test_corrupt_audio_is_named(tmp_path: Path) -> None:
     model, _ = build("whisper", torch.float32)
-    model.generation_config.is_multilingual = False
+    model.generation_config = transformers.GenerationConfig(is_multilingual=False, decoder_start_token_id=1)
     model.save_pretrained(tmp_path / "whisper")
     whisper_processor().save_pretrained(tmp_path / "whisper")
     manifest, clip = tmp_path / "speech.tsv", tmp_path / "a.wav"

@@ -15,7 +15,7 @@ from clover.families import FAMILIES
 SOURCE = Path(__file__).resolve().parents[1] / "src/clover"
 ORDER = [
     "errors", "progress", "plan", "decompose", "rotary", "heads", "families", "budget",
-    "calibrate", "basis", "attention", "surgery", "checkpoint", "pruning", "data", "cost",
+    "calibrate", "refit", "basis", "attention", "surgery", "checkpoint", "pruning", "data", "cost",
     "evaluate", "report", "demo", "cli",
 ]  # fmt: skip
 """A module may import only from modules to its left."""

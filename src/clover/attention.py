@@ -1,14 +1,16 @@
 """The attention module of a rewritten model: any ranks, any family, through transformers' attention interface.
 
-Heads of equal sizes form groups. A token's queries (and keys, values) lie flat, group by group, head by head, so a layer
-is four plain ``Linear`` modules and one call of the attention function a group; the cache holds exactly the columns that
+Heads of equal sizes form groups. A token's queries (and keys, values) lie flat, group by group, head by head, so a
+layer
+is four plain ``Linear`` modules and one call of the attention function a group; the cache holds exactly the columns
+that
 are kept, as one "head" of ``(batch, 1, tokens, columns)``. A rotated pair takes two neighbouring columns.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clover.families import Block, arguments
 from clover.plan import BlockPlan, Group
-
 
 SPAN = 8
 """KV heads that a single new token reads as one: more would waste arithmetic, fewer would waste launches."""
@@ -57,8 +58,10 @@ class _Span(NamedTuple):
 class CloverAttention(nn.Module):
     """Attention whose heads keep only the directions of a plan.
 
-    Submodules: ``q_proj``, ``k_proj``, ``v_proj`` and, unless the model keeps it elsewhere, ``o_proj``: plain ``Linear``,
-    so quantisers and adapters find what they know. Buffer ``frequencies``, int32: for each pair of flat columns of queries,
+    Submodules: ``q_proj``, ``k_proj``, ``v_proj`` and, unless the model keeps it elsewhere, ``o_proj``: plain
+    ``Linear``,
+    so quantisers and adapters find what they know. Buffer ``frequencies``, int32: for each pair of flat columns of
+    queries,
     then of keys, the number of its frequency in the model's table, or one past the last where it does not turn.
     """
 
@@ -149,7 +152,7 @@ class CloverAttention(nn.Module):
                 cache = cache.cross_attention_cache
             else:
                 cache = cache.self_attention_cache
-        if cached:
+        if cache is not None and cached:
             return queries, cache.layers[self.layer_idx].keys[:, 0], cache.layers[self.layer_idx].values[:, 0]
         source = x if (other := call.get("key_value_states")) is None else other
         keys, values = self.k_proj(source), self.v_proj(source)
@@ -162,14 +165,18 @@ class CloverAttention(nn.Module):
     def _normed(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         if not self.family.norms:
             return queries, keys
-        # A norm takes its heads in their original order, halves apart; behind it the halves are paired for the rotation.
+        # A norm takes its heads in their original order, halves apart; behind it the halves are paired for the
+        # rotation.
         sizes, half = self.clover.qk, self.rotary // 2
         heads = [t.unflatten(-1, (-1, sizes)) for t in (queries, keys)]
         normed = [getattr(self, name)(t) for name, t in zip(self.family.norms, heads, strict=True)]
         paired = [t[..., : 2 * half].unflatten(-1, (2, half)).transpose(-1, -2).flatten(-2) for t in normed]
-        return tuple(torch.cat([p, t[..., 2 * half :]], -1).flatten(-2) for p, t in zip(paired, normed, strict=True))  # type: ignore[return-value]
+        q, k = (torch.cat([p, t[..., 2 * half :]], -1).flatten(-2) for p, t in zip(paired, normed, strict=True))
+        return q, k
 
-    def _rotate(self, queries: Tensor, keys: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def _rotate(
+        self, queries: Tensor, keys: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
         """Turn every pair of columns by its own frequency, as one complex product over queries and keys together."""
         if not self.rotary:
             return queries, keys
@@ -179,16 +186,18 @@ class CloverAttention(nn.Module):
         cos, sin = (t[..., :half] for t in position_embeddings)
         table = torch.stack([cos, sin], -1)
         if self.clover.qk > self.rotary:  # columns that do not turn find a 1 at the end
-            table = torch.cat([table, torch.eye(2, dtype=table.dtype, device=table.device)[:1].expand(*table.shape[:-2], 1, 2)], -2)
+            table = torch.cat(
+                [table, torch.eye(2, dtype=table.dtype, device=table.device)[:1].expand(*table.shape[:-2], 1, 2)], -2
+            )
         x = torch.cat([queries, keys], -1)
         x = x.view(*x.shape[:-1], -1, 2)
         if dtype.itemsize < 4:  # there are no complex numbers of half precision to rely on
             x, table = x.float(), table.float()
         turned = torch.view_as_complex(x) * torch.view_as_complex(table).index_select(-1, self.frequencies)
         flat = torch.view_as_real(turned).flatten(-2).to(dtype)
-        return flat.split([queries.shape[-1], keys.shape[-1]], -1)  # type: ignore[return-value]
+        return flat.split([queries.shape[-1], keys.shape[-1]], -1)
 
-    def _groups(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None):  # noqa: ANN202
+    def _groups(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Iterator[tuple]:
         """Each group with its queries, keys, values ``(batch, heads, tokens, columns)`` and its mask."""
         n, at_qk, at_v = self.clover.queries, 0, 0
         for group in self.clover.groups:
@@ -207,7 +216,8 @@ class CloverAttention(nn.Module):
     def _attend_one(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """One token against the flat cache, all heads at once: ``(batch, 1, columns)``.
 
-        Reading the cache is what takes the time, so it is read once and as it lies: each query stands in a row as wide as
+        Reading the cache is what takes the time, so it is read once and as it lies: each query stands in a row as
+        wide as
         all keys, zero outside its own head's columns, and of each row of results only its own head's columns are taken.
         """
         n, results = self.clover.queries, []

@@ -5,7 +5,7 @@ Weights alone or calibrated, with or without RoPE, grouped queries or not: all d
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -47,7 +47,9 @@ class Basis:
         scale = self.block.get(self.block.family.scale)
         half_square = 0.5 * scale**2 if self.moments else 1.0  # nats, or the published units
         q, k = _energies(heads)
-        pair_norm = ((q[..., :rotary].unflatten(-1, (2, -1)).sum((1, -2))) * k[:, :rotary].unflatten(-1, (2, -1)).sum(-2)).sqrt()
+        pair_norm = (
+            (q[..., :rotary].unflatten(-1, (2, -1)).sum((1, -2))) * k[:, :rotary].unflatten(-1, (2, -1)).sum(-2)
+        ).sqrt()
         q_plain = (self.plain.t_a.unsqueeze(1) @ _extended(heads.q, heads.q_bias)[:, :, rotary:]).square().sum((1, -1))
         k_plain = (self.plain.t_b @ heads.k[:, rotary:]).square().sum(-1)
         v = (self.value.t_a @ heads.v).square().sum(-1)
@@ -71,7 +73,7 @@ class Basis:
             qk_norms=_rows((q.sum(1) * k).sqrt()), vo_norms=_rows((v * o).sqrt()),
         )  # fmt: skip
 
-    def cut(self, plan: BlockPlan) -> dict[str, Tensor]:
+    def cut(self, plan: BlockPlan) -> dict[str, Tensor | None]:
         """The weights and biases of the block at the ranks of ``plan``: the state of its ``CloverAttention``, float64.
 
         At full rank the block's function is unchanged. With moments, values and output projection are refitted over all
@@ -89,8 +91,13 @@ class Basis:
                 if heads.k_bias is not None:
                     parts["k_bias"].append(t_k @ heads.k_bias[head])
         values, output, bias = self._output(plan)
-        state = {"q_proj.weight": torch.cat(parts["q"]), "k_proj.weight": torch.cat(parts["k"]),
-                 "v_proj.weight": values, "o_proj.weight": output, "o_proj.bias": bias}  # fmt: skip
+        state: dict[str, Tensor | None] = {
+            "q_proj.weight": torch.cat(parts["q"]),
+            "k_proj.weight": torch.cat(parts["k"]),
+            "v_proj.weight": values,
+            "o_proj.weight": output,
+            "o_proj.bias": bias,
+        }
         if heads.q_bias is not None:
             state["q_proj.bias"] = torch.cat(parts["q_bias"])
         if heads.k_bias is not None:
@@ -103,7 +110,7 @@ class Basis:
         return self.pair_order[head, : group.pairs].sort().values
 
     def _qk_transforms(self, head: int, group: Group) -> tuple[Tensor, Tensor]:
-        """``(n, qk, d)`` for the queries and ``(qk, d)`` for the key of one KV head: rotary pairs first, then the rest."""
+        """``(n, qk, d)`` for the queries and ``(qk, d)`` for the key of one KV head: pairs first."""
         n, width, rotary = self.heads.q.shape[1], self.heads.q.shape[2], self.heads.rotary
         if self.block.normed:
             eye = torch.eye(width, dtype=torch.float64, device=self.heads.q.device)
@@ -158,9 +165,7 @@ def find_basis(block: Block, moments: Moments | None = None) -> Basis:
     heads = block.heads()
     heads.check_finite(block.name)
     heads = heads.double()
-    moments = None if moments is None else replace(
-        moments, **{k: v.to(heads.q.device) for k, v in vars(moments).items() if isinstance(v, Tensor)}
-    )  # fmt: skip
+    moments = moments and moments.to(heads.q.device)
     kv, n, _, _ = heads.q.shape
     rotary, e = heads.rotary, heads.v.shape[1]
     if moments is None:
@@ -201,7 +206,9 @@ def _energies(heads: Heads) -> tuple[Tensor, Tensor]:
 
 def _ridged(gram: Tensor) -> Tensor:
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1) if gram.shape[-1] else gram.new_zeros(gram.shape[:-2])
-    return gram + CALIBRATION_RIDGE * mean[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return gram + CALIBRATION_RIDGE * mean[..., None, None] * torch.eye(
+        gram.shape[-1], dtype=gram.dtype, device=gram.device
+    )
 
 
 def _rows(values: Tensor) -> tuple[tuple[float, ...], ...]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -29,7 +29,8 @@ Head = tuple[int, int]
 class Costs:
     """What cutting costs in one block: a row per KV head, directions best first.
 
-    ``*_cost[h, i]`` is the price of cutting direction ``i`` of head ``h`` once all after it are cut: nats of the attention
+    ``*_cost[h, i]`` is the price of cutting direction ``i`` of head ``h`` once all after it are cut: nats of the
+    attention
     distribution for Q-K, squared error of the block's output for V-O. ``*_norm`` is the paper's product of row norms
     after the change of basis.
     """
@@ -158,7 +159,8 @@ def _block_plan(costs: Costs, sizes: list[_Size]) -> BlockPlan:
     ordered = sorted(groups.items(), key=lambda item: item[1])
     return BlockPlan(
         costs.name, costs.part, costs.queries, costs.kv_heads, costs.qk, costs.count("value"),
-        tuple(Group(heads, size.pairs, size.plain, size.value) for size, heads in ordered), costs.output_bias, costs.parameters,
+        tuple(Group(heads, size.pairs, size.plain, size.value) for size, heads in ordered), costs.output_bias,
+        costs.parameters,
     )  # fmt: skip
 
 
@@ -184,7 +186,7 @@ def _parties(
 
 def _cluster(sizes: dict[Head, _Size], count: int) -> list[tuple[Head, ...]]:
     """At most ``count`` parties of heads of near sizes (Ward's criterion); heads that go whole are in none."""
-    sets = [(head,) for head, size in sizes.items() if size.value]
+    sets: list[tuple[Head, ...]] = [(head,) for head, size in sizes.items() if size.value]
     points = {head: (2 * size.pairs, size.plain, size.value) for head, size in sizes.items()}
 
     def centre(party: tuple[Head, ...]) -> list[float]:
@@ -226,15 +228,16 @@ class _Curve:
 def _ranks(
     costs: Sequence[Costs], parties: Sequence[tuple[Head, ...]], qk: Rule, vo: Rule, limits: Limits
 ) -> dict[Head, _Size]:
-    value = _choose(costs, [_curve(costs, p, "value", limits) for p in parties], ["value"] * len(parties), vo)
+    values: list[Kind] = ["value"] * len(parties)
+    value = _choose(costs, [_curve(costs, p, "value", limits) for p in parties], values, vo)
     alive = {head for p, kept in zip(parties, value, strict=True) if kept for head in p}
-    kinds: list[Kind] = ["pair"] * len(parties) + ["plain"] * len(parties)
-    curves = [_curve(costs, p, kind, limits, gone=p[0] not in alive) for p, kind in zip([*parties] * 2, kinds, strict=True)]
+    kinds: list[Kind] = [kind for kind in get_args(Kind)[:2] for _ in parties]
+    curves = [
+        _curve(costs, p, kind, limits, gone=p[0] not in alive) for p, kind in zip([*parties] * 2, kinds, strict=True)
+    ]
     both = _choose(costs, curves, kinds, qk)
     pairs, plain = both[: len(parties)], both[len(parties) :]
-    return {
-        head: _Size(p, s, e) for party, p, s, e in zip(parties, pairs, plain, value, strict=True) for head in party
-    }
+    return {head: _Size(p, s, e) for party, p, s, e in zip(parties, pairs, plain, value, strict=True) for head in party}
 
 
 def _curve(costs: Sequence[Costs], party: tuple[Head, ...], kind: Kind, limits: Limits, gone: bool = False) -> _Curve:
@@ -257,8 +260,12 @@ def _curve(costs: Sequence[Costs], party: tuple[Head, ...], kind: Kind, limits: 
 def _choose(costs: Sequence[Costs], curves: Sequence[_Curve], kinds: Sequence[Kind], rule: Rule) -> list[int]:
     """Directions of each curve that the rule keeps."""
     if isinstance(rule, Share):
-        whole = sum(c.count("value") * c.kv_heads if "value" in kinds else c.qk * c.kv_heads * (not c.fixed_qk) for c in costs)
-        fixed = sum(sum(map(c.size, range(c.least))) for c in curves if costs[c.party[0][0]].fixed_qk and "value" not in kinds)
+        whole = sum(
+            c.count("value") * c.kv_heads if "value" in kinds else c.qk * c.kv_heads * (not c.fixed_qk) for c in costs
+        )
+        fixed = sum(
+            sum(map(c.size, range(c.least))) for c in curves if costs[c.party[0][0]].fixed_qk and "value" not in kinds
+        )
         return _spend(curves, fixed + (1 - rule.share) * whole, keep_one="value" in kinds)
     wanted = [
         max(_rank(costs[b], h, kind, rule) for b, h in curve.party) if len(curve.bounds) > 1 else 0

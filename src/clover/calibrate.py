@@ -1,6 +1,7 @@
 """Second moments of what flows through the heads, gathered by hooks over a few batches.
 
-What is kept of a block is small, ``O(D^2)``: moments of queries, attention-weighted covariances of keys (under RoPE: of the
+What is kept of a block is small, ``O(D^2)``: moments of queries, attention-weighted covariances of keys (under RoPE:
+of the
 pairs' contributions to the logits), the second moment of the head outputs, and that of the gradient of the model's own
 log-likelihood at the block's output, which says what an error there costs (the Fisher information; no labels are
 needed, they are drawn from the model). The model is left as it was.
@@ -9,7 +10,7 @@ needed, they are drawn from the model). The model is left as it was.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,13 +24,14 @@ from clover.progress import track
 from clover.rotary import features
 
 SOFTMAX_WEIGHT = 0.5
-"""Share of the softmax in a key's weight; the rest is uniform over the visible keys, which catches keys that a cut could
+"""Share of the softmax in a key's weight; the rest is uniform over the visible keys, which catches keys that a cut
+could
 make jump up and that a purely local estimate can't see."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Statistics of one block, float64. ``s`` unrotated columns, ``r`` rotated ones, ``z`` columns of all heads together."""
+    """Statistics of one block, float64. ``s`` unrotated columns, ``r`` rotated ones, ``z`` columns of all heads."""
 
     query: Float[Tensor, "kv s s"]
     """``E[q q^T]``, summed over the query heads of a KV head."""
@@ -41,8 +43,14 @@ class Moments:
     """Covariance of the head outputs in front of the output projection."""
     mean: Float[Tensor, " z"]
     gradient: Float[Tensor, "M M"]
-    """``E[g g^T]`` of the gradient ``g`` at the block's output: an error ``e`` there costs ``1/2 E[(g . e)^2]`` nats a token."""
+    """``E[g g^T]`` of the gradient ``g`` at the block's output: an error ``e`` there costs ``1/2 E[(g . e)^2]`` nats
+    a token."""
     tokens: int
+
+    def to(self, device: torch.device) -> Moments:
+        """The same on another device."""
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def calibrate(
@@ -69,7 +77,11 @@ def calibrate(
         seen = 0
         for batch in track(batches, "calibrate"):
             batch = _to(batch, device)
-            padding = [m for name, m in batch.items() if name.endswith("attention_mask")] if isinstance(batch, Mapping) else []
+            padding = (
+                [m for name, m in batch.items() if name.endswith("attention_mask")]
+                if isinstance(batch, Mapping)
+                else []
+            )
             masks = [m.bool() for m in padding if m.dim() == 2]
             for watcher in watchers:
                 watcher.masks = masks
@@ -169,7 +181,7 @@ class _Watcher:
         mask, alibi = call.get("attention_mask"), call.get("alibi")
         if alibi is not None:
             alibi = alibi.unflatten(0, (x.shape[0], -1))
-        table = call.get("position_embeddings")
+        table = call.get("position_embeddings", ())
         for b, valid in enumerate(_valid(x, self.masks)):
             rows = self._sample(valid)
             if not len(rows):
@@ -208,15 +220,30 @@ class _Watcher:
             raise CloverError(f"no calibration batch reached {name}; give batches that run that part of the model")
         kv, n, d, _ = self.heads.q.shape
         rotary = self.heads.rotary
-        shapes = {"query": (kv, d - rotary, d - rotary), "key": (kv, d - rotary, d - rotary), "pair": (kv, n, rotary, rotary)}
-        found = {k: self.sums[k] / self.rows if k in self.sums else torch.zeros(s, dtype=torch.float64) for k, s in shapes.items()}
+        shapes = {
+            "query": (kv, d - rotary, d - rotary),
+            "key": (kv, d - rotary, d - rotary),
+            "pair": (kv, n, rotary, rotary),
+        }
+        found = {
+            k: self.sums[k] / self.rows if k in self.sums else torch.zeros(s, dtype=torch.float64)
+            for k, s in shapes.items()
+        }
         mean = self.sums["mean"] / self.tokens
         output = self.sums["output"] / self.tokens - mean.outer(mean)
         gradient = self.sums["gradient"] / self.tokens
         for key, value in {**found, "output": output, "gradient": gradient}.items():
             if not value.isfinite().all():
-                raise CloverError(f"{name}: the calibration moment of {key} is not finite; check the data, or run the model in float32")
-        return Moments(**{k: v.double() for k, v in found.items()}, output=output.double(), mean=mean.double(), gradient=gradient.double(), tokens=self.tokens)
+                raise CloverError(
+                    f"{name}: the calibration moment of {key} is not finite; check the data, or use float32"
+                )
+        return Moments(
+            **{k: v.double() for k, v in found.items()},
+            output=output.double(),
+            mean=mean.double(),
+            gradient=gradient.double(),
+            tokens=self.tokens,
+        )
 
 
 def _apply(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -234,9 +261,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _bias(mask: Tensor | None, alibi: Tensor | None, b: int, rows: Tensor, keys: int, causal: bool) -> Tensor:
-    """What is added to the logits of sequence ``b``: ``(heads or 1, rows, keys)`` float32, ``-inf`` where a key is hidden."""
+    """What is added to the logits of sequence ``b``: ``(heads or 1, rows, keys)`` float32, ``-inf`` if hidden."""
     if mask is None:
-        hidden = torch.arange(keys, device=rows.device) > rows[:, None] if causal else rows.new_zeros(len(rows), keys).bool()
+        hidden = (
+            torch.arange(keys, device=rows.device) > rows[:, None] if causal else rows.new_zeros(len(rows), keys).bool()
+        )
         bias = torch.zeros(1, len(rows), keys, device=rows.device).masked_fill(hidden, -torch.inf)
     else:
         piece = mask[min(b, len(mask) - 1)]
@@ -256,8 +285,8 @@ def _weights(logits: Tensor, bias: Tensor) -> Tensor:
 
 
 def _feature_covariance(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
-    """Sum over queries of the covariance of the rotary features, ``(kv, n, r, r)``; a KV head at a time to bound memory."""
-    total = []
+    """Sum over queries of the covariance of the rotary features, ``(kv, n, r, r)``."""
+    total = []  # a KV head at a time, to bound memory
     for head in range(len(k)):
         f = features(q[head], k[head].unsqueeze(0))
         w = weights[head].unsqueeze(-1)

@@ -12,6 +12,7 @@ import copy
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ class CloverConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         base = config_dict.get("base_model_type")
         if base not in transformers.CONFIG_MAPPING or "clover" not in config_dict:
-            raise CloverError(f"config.json names no known base_model_type ({base!r}) or has no clover plan; restore the file")
+            raise CloverError(
+                f"config.json names no known base_model_type ({base!r}) or has no clover plan; restore the file"
+            )
         return config_class(transformers.CONFIG_MAPPING[base]).from_dict(config_dict, **kwargs)
 
 
@@ -50,7 +53,6 @@ class _ConfigMixin:
     """Adds the plan to a family's config. ``clover`` is the plan as plain data."""
 
     model_type = MODEL_TYPE
-
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -78,7 +80,7 @@ class _ModelMixin:
     """Rebuilds the attention of a model from the plan in its config."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         rebuild(self, Plan.from_dict(config.clover))  # type: ignore[arg-type]
 
     @classmethod
@@ -87,21 +89,35 @@ class _ModelMixin:
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        prefix = f"{model.base_model_prefix}."
-        ours = tuple(f"{name}." for name, m in model.named_modules() if hasattr(m, "clover") or type(m).__name__ in FAMILIES)
-        lost = [k for k in sorted(info["missing_keys"]) if k.startswith(ours)]
-        # A block that the plan forgot: its tensors are there, but in another basis than the original class expects.
-        extra = [k for k in sorted(info["unexpected_keys"]) if k.startswith(ours) or k.removeprefix(prefix).startswith(ours)]
-        wrong = [*info["mismatched_keys"], *lost, *extra]
-        if wrong:
-            first = wrong[0]
-            what = f"{first[0]} has shape {tuple(first[1])}, the plan says {tuple(first[2])}" if isinstance(first, tuple) else f"{first} is {'missing' if first in lost else 'not in the plan'}"
-            raise CloverError(f"the tensors in {path} contradict the plan in its config.json: {what}; restore the checkpoint")
+        if wrong := _contradiction(model, info):
+            raise CloverError(
+                f"the tensors in {path} contradict the plan in its config.json: {wrong}; restore the files"
+            )
         return (model, info) if wants_info else model
 
 
+def _contradiction(model: PreTrainedModel, info: dict[str, Any]) -> str | None:
+    """What in the tensors, as ``from_pretrained`` reports on them, contradicts the plan."""
+    prefix = f"{model.base_model_prefix}."
+    attention = [
+        n for n, module in model.named_modules() if hasattr(module, "clover") or type(module).__name__ in FAMILIES
+    ]
+
+    def inside(keys: Iterable[str]) -> list[str]:
+        blocks = tuple(f"{name}." for name in attention)
+        return sorted(k for k in keys if k.startswith(blocks) or k.removeprefix(prefix).startswith(blocks))
+
+    for key, found, planned in info["mismatched_keys"]:
+        return f"{key} has shape {tuple(found)}, the plan says {tuple(planned)}"
+    for key in inside(info["missing_keys"]):
+        return f"{key} is missing"
+    for key in inside(info["unexpected_keys"]):  # a block that the plan forgot: its weights are in another basis
+        return f"{key} is not in it"
+    return None
+
+
 @cache
-def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+def config_class(base: Any) -> Any:
     """The subclass of a family's config that carries a plan; its models become known to the Auto classes."""
     made = type(f"Clover{base.__name__}", (_ConfigMixin, base), {"__module__": __name__})
     for auto in vars(modeling_auto).values():
@@ -114,7 +130,7 @@ def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 
 @cache
-def model_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+def model_class(base: Any, config: Any) -> Any:
     """The subclass of a model class that rebuilds its attention from the plan."""
     return type(f"Clover{base.__name__}", (_ModelMixin, base), {"config_class": config, "__module__": __name__})
 
@@ -125,10 +141,10 @@ AutoConfig.register(MODEL_TYPE, CloverConfig, exist_ok=True)
 def adopt(model: PreTrainedModel, plan: Plan) -> None:
     """Make a model that has been operated on one that saves and loads with its plan."""
     base = model.config.model_type
-    config = config_class(type(model.config))
+    config = config_class(model.config.__class__)
     model.config.__class__ = config
     _mark(model.config, plan, base)
-    kind = model_class(type(model), config)
+    kind = model_class(model.__class__, config)
     # The constructor is where transformers notes which outputs (attentions, hidden states) a class can record.
     PreTrainedModel.__init__(kind.__new__(kind), copy.deepcopy(model.config))
     model.__class__ = kind
@@ -143,13 +159,18 @@ def rebuild(model: nn.Module, plan: Plan) -> None:
     found: dict[str, Block] = {block.name: block for block in blocks(model)}
     prefix = getattr(model, "base_model_prefix", "") + "."
     for part in plan.blocks:
-        block = next((found[n] for n in (part.name, part.name.removeprefix(prefix), prefix + part.name) if n in found), None)
+        block = next(
+            (found[n] for n in (part.name, part.name.removeprefix(prefix), prefix + part.name) if n in found), None
+        )
         if block is None:
-            raise CloverError(f"the plan cuts {part.name}, which {type(model).__name__} does not have; restore config.json")
+            raise CloverError(
+                f"the plan cuts {part.name}, which {type(model).__name__} does not have; restore config.json"
+            )
         kv, n, d, _ = block.heads().q.shape
         if (part.kv_heads, part.queries, part.qk, part.vo) != (kv, n, d, block.heads().v.shape[1]):
             raise CloverError(
-                f"the plan of {part.name} is for {part.kv_heads} KV heads of {part.qk}, but config.json gives {kv} of {d}; restore config.json"
+                f"the plan of {part.name} is for {part.kv_heads} KV heads of {part.qk}, but config.json gives "
+                f"{kv} of {d}; restore config.json"
             )
         install(model, block, *skeleton(block, part))
 
@@ -164,7 +185,9 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     Raises:
         CloverError: no model there, or a checkpoint that contradicts itself.
     """
-    config_args = {k: kwargs[k] for k in ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only") if k in kwargs}
+    config_args = {
+        k: kwargs[k] for k in ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only") if k in kwargs
+    }
     try:
         config = AutoConfig.from_pretrained(path, **config_args)
     except (OSError, ValueError) as error:
@@ -175,7 +198,7 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     base = getattr(transformers, names[0], None) if names else None
     kind: Any = transformers.AutoModel if base is None else base
     if base is not None and hasattr(config, "clover"):
-        kind = model_class(base, type(config))
+        kind = model_class(base, type(config))  # type: ignore[arg-type]
     try:
         model = kind.from_pretrained(path, **kwargs)
     except CloverError:
@@ -185,7 +208,9 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def save(model: PreTrainedModel, path: str | os.PathLike[str], *, beside: tuple[Any, ...] = (), max_shard_size: str = "5GB") -> Path:
+def save(
+    model: PreTrainedModel, path: str | os.PathLike[str], *, beside: tuple[Any, ...] = (), max_shard_size: str = "5GB"
+) -> Path:
     """Write a model folder whole or not at all: to a hidden name beside it, then renamed.
 
     Args:

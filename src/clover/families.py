@@ -67,7 +67,8 @@ FAMILIES: dict[str, Family] = {
         rename={"layer_past": "past_key_values"},
     ),
     "GPT2Attention": Family(
-        q="q_attn", fused="c_attn", o="c_proj", heads="num_heads", dropout="attn_dropout", output_dropout="resid_dropout",
+        q="q_attn", fused="c_attn", o="c_proj", heads="num_heads", dropout="attn_dropout",
+        output_dropout="resid_dropout",
         cross=("crossattention",), rename={"encoder_hidden_states": "key_value_states"},
     ),
     "BloomAttention": Family(
@@ -116,7 +117,9 @@ class Block:
         heads = self.get(self.family.heads)
         kv = self.get(self.family.kv_heads) if self.family.kv_heads else heads
         if kv < 1 or heads % kv:
-            raise CloverError(f"{self.name}: {heads} query heads can't share {kv} KV heads; correct the head counts in config.json")
+            raise CloverError(
+                f"{self.name}: {heads} query heads can't share {kv} KV heads; correct the head counts in config.json"
+            )
         return heads // kv
 
     @property
@@ -151,7 +154,8 @@ class Block:
         o, o_bias = _weight(self.projection("o"), self.name)
         if o.shape[1] != h * d:
             raise CloverError(
-                f"{self.name}: the output projection reads {o.shape[1]} columns, but the config's {h} heads of {d} make {h * d}; "
+                f"{self.name}: the output projection reads {o.shape[1]} columns, but the config's {h} heads of {d} "
+                f"make {h * d}; "
                 "correct the head counts in config.json"
             )
         per_head = o.unflatten(1, (h // n, n, d)).permute(1, 2, 0, 3)
@@ -174,7 +178,8 @@ class Block:
             rows = sum(counts[m] for m in members) * d
             if weight.shape[0] != rows:
                 raise CloverError(
-                    f"{self.name}: the projection of {', '.join(members)} has {weight.shape[0]} rows, but {heads} query heads and "
+                    f"{self.name}: the projection of {', '.join(members)} has {weight.shape[0]} rows, but "
+                    f"{heads} query heads and "
                     f"{kv} KV heads of {d} make {rows}; correct the head counts in config.json"
                 )
             for member, w, b in self._split(members, counts, d, weight, bias):
@@ -199,7 +204,7 @@ class Block:
 
 
 def arguments(family: Family, cross: bool, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Name the arguments of an attention ``forward`` as this project does; drop the other sequence where it is not read."""
+    """Name the arguments of an attention ``forward`` as this project does."""
     names = dict(zip(family.positional, args, strict=False)) | kwargs
     call = {family.rename.get(name, name): value for name, value in names.items()}
     if not cross:
@@ -234,7 +239,9 @@ def blocks(model: nn.Module, part: str = "all") -> list[Block]:
     chosen = [b for b in found if part in ("all", b.part)]
     if not chosen:
         parts = sorted({b.part for b in found})
-        raise CloverError(f"{type(model).__name__} has no attention block in part {part!r}; it has {', '.join(parts)}, or all")
+        raise CloverError(
+            f"{type(model).__name__} has no attention block in part {part!r}; it has {', '.join(parts)}, or all"
+        )
     return chosen
 
 
@@ -268,7 +275,8 @@ def _weight(module: nn.Module, block: str) -> tuple[Tensor, Tensor | None]:
         return module.weight.T, module.bias
     if type(module) is not nn.Linear:
         raise CloverError(
-            f"{block}: a projection is a {type(module).__name__}, not a plain Linear; prune before quantising, and merge adapters first"
+            f"{block}: a projection is a {type(module).__name__}, not a plain Linear; prune before quantising, "
+            "and merge adapters first"
         )
     return module.weight, module.bias
 

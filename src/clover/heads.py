@@ -15,7 +15,8 @@ class Heads:
     """The projections of one attention block, query heads filed under the KV head that they read.
 
     Sizes: ``kv`` KV heads, ``n`` query heads each, head sizes ``d`` (query, key) and ``e`` (value), model widths
-    ``D`` in and ``M`` out; keys and values may read another sequence, of width ``C``. Weights act from the left, ``q = W x``.
+    ``D`` in and ``M`` out; keys and values may read another sequence, of width ``C``. Weights act from the left, ``q
+    = W x``.
     """
 
     q: Float[Tensor, "kv n d D"]

@@ -100,7 +100,8 @@ def _possible(block: BlockPlan) -> bool:
     """Whether every group has heads, each its own, and sizes that the block's heads have."""
     heads = [h for g in block.groups for h in g.heads]
     sizes = all(
-        g.heads and min(g.pairs, g.plain) >= 0 and 0 < g.qk <= block.qk and 0 < g.value <= block.vo for g in block.groups
+        g.heads and min(g.pairs, g.plain) >= 0 and 0 < g.qk <= block.qk and 0 < g.value <= block.vo
+        for g in block.groups
     )
     return bool(heads) and sizes and len(set(heads)) == len(heads) and set(heads) <= set(range(block.kv_heads))
 

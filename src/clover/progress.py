@@ -14,4 +14,4 @@ console = Console(stderr=True)
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """Yield ``items`` under a progress bar named ``what``; silent where standard error is no terminal."""
-    return _track(items, what, total=total, console=console, transient=True, disable=not console.is_terminal)
+    yield from _track(items, what, total=total, console=console, transient=True, disable=not console.is_terminal)

@@ -116,7 +116,8 @@ def plan_ranks(
     fixed = sum(c.fixed_qk for c in costs)
     if fixed and qk != Share(0.0):
         warnings.warn(
-            f"Q-K of {fixed} of {len(costs)} blocks stays whole: a norm stands between their projections and logits", stacklevel=3
+            f"Q-K of {fixed} of {len(costs)} blocks stays whole: a norm stands between their projections and logits",
+            stacklevel=3,
         )
     return make_plan(costs, qk, vo, granularity=granularity, limits=limits)
 
@@ -140,7 +141,11 @@ def _rule(name: str, share: float | None, threshold: float | None, energy: float
 
 
 def inspect(
-    model: PreTrainedModel, *, part: Part = "all", calibration: Iterable[Any] | None = None, metric: Metric | None = None
+    model: PreTrainedModel,
+    *,
+    part: Part = "all",
+    calibration: Iterable[Any] | None = None,
+    metric: Metric | None = None,
 ) -> list[Spectrum]:
     """The spectra of all heads, beside the norms of the original directions. Arguments as in ``prune``."""
     return [b.spectrum() for b in find_bases(model, part=part, calibration=calibration, metric=metric)]
@@ -162,7 +167,8 @@ def summary(model: nn.Module) -> dict[str, float | int]:
     """What was removed from a rewritten model.
 
     Returns:
-        ``qk_removed`` and ``vo_removed`` (shares of the head directions of the blocks in the plan), parameter counts of those
+        ``qk_removed`` and ``vo_removed`` (shares of the head directions of the blocks in the plan), parameter counts
+        of those
         blocks and of the model, and bytes of keys and values cached for each token (in decoder and cross-attention, at
         the dtype of the weights), before and after.
     """
@@ -191,5 +197,3 @@ def _attention_parameters(model: nn.Module, name: str) -> int:
     if attention.family.core:
         count += sum(p.numel() for p in module.get_submodule(attention.family.o).parameters())
     return count - sum(p.numel() for n in attention.family.norms for p in getattr(attention, n).parameters())
-
-

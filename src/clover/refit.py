@@ -1,8 +1,10 @@
 """After the cut: what is kept is fitted, over all heads of a block at once, to what the whole block put out.
 
-The cut block computes ``U D z`` from the head outputs ``z``, where the uncut one computes ``W z``: ``D`` takes each head to
+The cut block computes ``U D z`` from the head outputs ``z``, where the uncut one computes ``W z``: ``D`` takes each
+head to
 its kept directions (one basis for all query heads of a KV head), ``U`` is the new output projection. Both are least
-squares problems when the other is held, in the metric of the calibration: ``E[(g^T (W - U D) z)^2]``, ``g`` the gradient.
+squares problems when the other is held, in the metric of the calibration: ``E[(g^T (W - U D) z)^2]``, ``g`` the
+gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ ROUNDS, STEPS = 4, 12
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each kept direction of a KV head stands: row of ``bases``, rows and columns of ``D`` for each query head."""
+    """Where each kept direction of a KV head stands: row of ``bases``, its rows and columns in ``D``."""
 
     rows: Int[Tensor, "n kept"]
     columns: Int[Tensor, "n kept e"]
@@ -85,9 +87,7 @@ def _fit_output(whole: Tensor, cut: Tensor, down: Tensor, covariance: Tensor) ->
     return cut + torch.linalg.solve(gram, missing.mT).mT
 
 
-def _fit_bases(
-    whole: Tensor, cut: Tensor, bases: Tensor, layout: Layout, covariance: Tensor, metric: Tensor
-) -> Tensor:
+def _fit_bases(whole: Tensor, cut: Tensor, bases: Tensor, layout: Layout, covariance: Tensor, metric: Tensor) -> Tensor:
     """Conjugate gradients on the normal equations, from where the bases are."""
     left = cut.mT @ metric
     square = left @ cut

@@ -1,7 +1,9 @@
 """Q-K under rotary positions (RoPE): which pairs to keep, and the complex gains that make up for the rest.
 
-A logit is a sum over pairs of ``Re(z_q conj(z_k) e^{i(m-n)phi})``, one complex number for each pair, and the only linear
-maps that commute with every rotation are complex gains, one for each pair. So frequencies can't be mixed, but a pair can
+A logit is a sum over pairs of ``Re(z_q conj(z_k) e^{i(m-n)phi})``, one complex number for each pair, and the only
+linear
+maps that commute with every rotation are complex gains, one for each pair. So frequencies can't be mixed, but a pair
+can
 be dropped and the gains of the others refitted, to change the attention distribution least. "Least" is measured by the
 Gram of the pairs' contributions, centred under each query's attention: half its quadratic form is a KL divergence.
 """
@@ -16,9 +18,7 @@ RIDGE = 1e-3
 """Pull of the refitted gains towards 1, relative to the mean energy of a feature."""
 
 
-def features(
-    q: Float[Tensor, "*#batch m r"], k: Float[Tensor, "*#batch t r"]
-) -> Float[Tensor, "*#batch m t r"]:
+def features(q: Float[Tensor, "*#batch m r"], k: Float[Tensor, "*#batch t r"]) -> Float[Tensor, "*#batch m t r"]:
     """What each pair adds to each logit: real parts, then imaginary parts.
 
     Args:
@@ -29,9 +29,7 @@ def features(
     return torch.cat([q_re * k_re + q_im * k_im, q_im * k_re - q_re * k_im], -1)
 
 
-def white_gram(
-    q: Float[Tensor, "kv n r D"], k: Float[Tensor, "kv r C"]
-) -> Float[Tensor, "kv n r r"]:
+def white_gram(q: Float[Tensor, "kv n r D"], k: Float[Tensor, "kv r C"]) -> Float[Tensor, "kv n r r"]:
     """The Gram of ``features`` where no data is at hand: white input, query and key independent, any distance."""
     half = k.shape[1] // 2
     energy = [t.double().square().sum(-1) for t in (q, k)]
@@ -61,7 +59,9 @@ def eliminate(gram: Float[Tensor, "kv n r r"]) -> tuple[Int[Tensor, "kv p"], Flo
     both = torch.stack([torch.arange(pairs), torch.arange(pairs) + pairs], -1).to(gram.device)  # columns of each pair
     for _ in range(pairs):
         core = inverse[:, :, both.unsqueeze(-1), both.unsqueeze(-2)]  # kv n p 2 2
-        price = torch.einsum("gnpi,gnpij,gnpj->gp", gains[..., both], torch.linalg.pinv(core, hermitian=True), gains[..., both])
+        price = torch.einsum(
+            "gnpi,gnpij,gnpj->gp", gains[..., both], torch.linalg.pinv(core, hermitian=True), gains[..., both]
+        )
         worst = price.masked_fill(gone, torch.inf).argmin(-1)
         order.append(worst)
         cost.append(price[rows, worst].clamp_min(0))
@@ -83,7 +83,7 @@ def eliminate(gram: Float[Tensor, "kv n r r"]) -> tuple[Int[Tensor, "kv p"], Flo
 
 
 def fit_gains(gram: Float[Tensor, "n r r"], kept: Int[Tensor, " p"]) -> Float[Tensor, "n p 2"]:
-    """Real and imaginary gain of each kept pair: least squares for the sum of all pairs' real parts, ridge towards 1."""
+    """Real and imaginary gain of each kept pair: least squares for the sum of all pairs' real parts."""
     n, width, _ = gram.shape
     pairs = width // 2
     if len(kept) == pairs:
@@ -100,9 +100,12 @@ def fit_gains(gram: Float[Tensor, "n r r"], kept: Int[Tensor, " p"]) -> Float[Te
 def transforms(
     gains: Float[Tensor, "n p 2"], kept: Int[Tensor, " p"], rotary: int, width: int
 ) -> tuple[Float[Tensor, "n 2*p d"], Float[Tensor, "2*p d"]]:
-    """Rows that take a query and a key of ``width`` columns, the first ``rotary`` of them rotated, to the kept pairs, (real, imaginary) side by side.
+    """Rows that take a query and a key to the kept pairs, (real, imaginary) side by side.
 
-    A gain ``(alpha, beta)`` weighs the pair's real and imaginary contribution: it multiplies ``z_q`` by ``alpha - i beta``.
+    The head has ``width`` columns, the first ``rotary`` of them rotated.
+
+    A gain ``(alpha, beta)`` weighs the pair's real and imaginary contribution: it multiplies ``z_q`` by ``alpha - i
+    beta``.
     """
     n, p, _ = gains.shape
     t_q = gains.new_zeros(n, p, 2, width)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clover.attention import CloverAttention
 from clover.basis import Basis
@@ -25,8 +26,12 @@ def operate(model: nn.Module, bases: Sequence[Basis], plan: Plan) -> None:
         raise CloverError("the plan was made for other blocks than those to cut; make it from the same model and part")
     here = {block.name: block for block in blocks(model)}  # of this very model, which may be a copy of the one measured
     if missing := [b.name for b in bases if b.name not in here]:
-        raise CloverError(f"{type(model).__name__} has no block {missing[0]}; cut the model that the bases were found in")
-    ready = [(here[b.name], _filled(here[b.name], b, block_plan)) for b, block_plan in zip(bases, plan.blocks, strict=True)]
+        raise CloverError(
+            f"{type(model).__name__} has no block {missing[0]}; cut the model that the bases were found in"
+        )
+    ready = [
+        (here[b.name], _filled(here[b.name], b, block_plan)) for b, block_plan in zip(bases, plan.blocks, strict=True)
+    ]
     for block, (attention, output) in ready:
         install(model, block, attention, output)
 
@@ -39,17 +44,19 @@ def _filled(block: Block, basis: Basis, plan: BlockPlan) -> tuple[CloverAttentio
         module, _, leaf = name.rpartition(".")
         target = owner.get(module) or (attention.get_submodule(module) if module else attention)
         parameter = getattr(target, leaf)
-        if parameter is None:
+        if parameter is None or value is None:
             continue
         parameter.copy_(value)
         if not parameter.isfinite().all():
-            raise CloverError(f"{basis.name}: {name} overflows {parameter.dtype}; load the model in float32 or bfloat16")
+            raise CloverError(
+                f"{basis.name}: {name} overflows {parameter.dtype}; load the model in float32 or bfloat16"
+            )
     return attention, output
 
 
 def skeleton(block: Block, plan: BlockPlan) -> tuple[CloverAttention, nn.Linear | None]:
     """The module for a block, weights not yet set, and the output projection where it lives outside of it."""
-    weight: Tensor = block.projection("o").weight
+    weight: Any = block.projection("o").weight
     kind = type(block.core)
     # Whatever looks for the original class (output recorders, device maps) still finds it.
     attention = type(f"Clover{kind.__name__}", (CloverAttention, kind), {})(block, plan, weight.dtype, weight.device)
@@ -57,7 +64,11 @@ def skeleton(block: Block, plan: BlockPlan) -> tuple[CloverAttention, nn.Linear 
     if not block.family.core:
         return attention, None
     output = nn.Linear(
-        plan.queries * plan.vo_kept, block.heads().o.shape[-2], bias=plan.output_bias, dtype=weight.dtype, device=weight.device
+        plan.queries * plan.vo_kept,
+        block.heads().o.shape[-2],
+        bias=plan.output_bias,
+        dtype=weight.dtype,
+        device=weight.device,
     )
     return attention, output
 
