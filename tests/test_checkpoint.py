@@ -44,6 +44,11 @@ def python(code: str, *args: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
+def same(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Equal but for the last digits: convolutions sum in an order that depends on where the weights lie in memory."""
+    torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
 def edit(folder: Path, change: Any) -> None:
     file = folder / "config.json"
     config = json.loads(file.read_text())
@@ -62,7 +67,7 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
     loaded = clover.load(tmp_path / "model")
     assert type(loaded) is kind and loaded.dtype == torch.float64
-    assert torch.equal(outputs(loaded, batch), before)
+    same(outputs(loaded, batch), before)
     assert clover.plan_of(loaded) == clover.plan_of(model)
     assert clover.summary(loaded) == clover.summary(model)
 
@@ -73,7 +78,7 @@ def test_saved_again_after_loading(name: str, tmp_path: Path) -> None:
     clover.save(model, tmp_path / "first")
     clover.save(clover.load(tmp_path / "first"), tmp_path / "second")
     assert (tmp_path / "first/config.json").read_text() == (tmp_path / "second/config.json").read_text()
-    assert torch.equal(outputs(clover.load(tmp_path / "second"), batch), outputs(model, batch))
+    same(outputs(clover.load(tmp_path / "second"), batch), outputs(model, batch))
 
 
 def test_save_pretrained_and_from_pretrained(tmp_path: Path) -> None:

@@ -137,6 +137,9 @@ def make_plan(
         CloverError: a rule removes everything from a block, or the granularity is unknown or does not fit the model.
     """
     limits = limits or Limits()
+    norms = [norm for c in costs if not c.fixed_qk for norm in (c.pair_norm, c.plain_norm)]
+    if isinstance(qk, Threshold) and norms and all((norm <= qk.value).all() for norm in norms):
+        raise CloverError(f"the model would lose every Q-K direction at {qk.value}; lower the threshold")
     parties = _parties(costs, qk, vo, granularity, limits)
     ranks = _ranks(costs, parties, qk, vo, limits)
     sizes = ([ranks.get((b, h), _Size(0, 0, 0)) for h in range(c.kv_heads)] for b, c in enumerate(costs))

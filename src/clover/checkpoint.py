@@ -203,7 +203,7 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
         model = kind.from_pretrained(path, **kwargs)
     except CloverError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CloverError(f"{path} can't be loaded: {str(error).strip().splitlines()[0]}") from error
     return model.eval()
 

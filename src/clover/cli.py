@@ -42,7 +42,8 @@ class _Group(TyperGroup):
         except Exception as error:
             if not hasattr(error, "format_message"):  # only what the parser raises has it
                 raise
-            _fail(f"{error.format_message().rstrip('.')}; see clover --help")
+            command = getattr(getattr(error, "ctx", None), "command_path", "clover")
+            _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
         if code == INTERRUPTED:
             _note("interrupted; nothing was written")
         sys.exit(code or 0)
