@@ -73,7 +73,8 @@ def run(model: str | None = None, out: str | os.PathLike[str] = "clover-demo") -
 
         _say("2/4 calibrating and pruning: 25 % of Q-K and of V-O")
         pruned = copy.deepcopy(dense)
-        bases = find_bases(pruned, calibration=calibration_batches(calibration, pruned, processor=tokenizer))
+        batches = calibration_batches(calibration, pruned, processor=tokenizer, batch=1)  # for small memories
+        bases = find_bases(pruned, calibration=batches)
         apply(pruned, bases, plan_ranks(bases, Share(SHARE), Share(SHARE)))
 
         _say("3/4 measuring perplexity and speed")
