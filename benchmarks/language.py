@@ -1,14 +1,16 @@
 """SmolLM2 on WikiText-2: perplexity of the whole test split, dense and pruned without training.
 
-    python benchmarks/language.py [CONFIG ...]     CONFIG: dense, vo25, vo50, qk25, qk50, both25, both50 (all when
-    left out)
+    python benchmarks/language.py [--first N] [CONFIG ...]
+
+CONFIG: dense, vo25, vo50, qk25, qk50, both25, both50 (all when left out). With --first only the first N tokens are
+scored, under names of their own: a quick look.
 
 Calibrated on 32 sequences of 512 tokens, evenly spread over the train split.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 
 import torch
@@ -38,7 +40,7 @@ def calibration(tokens: torch.Tensor) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": tokens[s : s + LENGTH][None]} for s in starts]
 
 
-def main(names: list[str]) -> None:
+def main(first: int | None, names: list[str]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "smollm2")
     test = tokenizer(text("test"), return_tensors="pt").input_ids[0]
     bases = None
@@ -56,8 +58,13 @@ def main(names: list[str]) -> None:
                 "calibration": f"{SEQUENCES} sequences of {LENGTH} tokens of the train split",
                 "seconds_to_prune": round(time.perf_counter() - started, 1),
             }
-        record(f"language-{name}", perplexity(model, test).to_dict() | result)
+        kind = f"language-first-{first}" if first else "language"
+        record(f"{kind}-{name}", perplexity(model, test, limit=first).to_dict() | result)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--first", type=int, metavar="N", help="score only the first N tokens (a quick look)")
+    parser.add_argument("names", nargs="*", metavar="CONFIG", help=", ".join(SHARES))
+    options = parser.parse_args()
+    main(options.first, options.names)

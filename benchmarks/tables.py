@@ -36,14 +36,16 @@ def mib(count: float) -> str:
     return f"{count / 2**20:.2f} MiB"
 
 
-def language(results: Results) -> str:
-    dense = results["language-dense"]["result"]
+def language(results: Results, kind: str = "language") -> str:
+    dense = results[f"{kind}-dense"]["result"]
     rows = [["none", f"{dense['value']:.2f}", "", "", ""]]
     for name, cut in CUTS.items():
-        if entry := results.get(f"language-{name}"):
+        if entry := results.get(f"{kind}-{name}"):
             r = entry["result"]
             left = (r[f"{k}_after"] / r[f"{k}_before"] for k in ("attention_parameters", "kv_bytes_per_token"))
             rows.append([cut, f"{r['value']:.2f}", f"{r['value'] / dense['value']:.3f}", *map(percent, left)])
+    if len(rows) == 1:
+        raise KeyError(f"{kind}-vo25")  # the dense model alone is no result
     p = dense["protocol"]
     about = (
         f"SmolLM2-135M-Instruct on WikiText-2 test ({p['scored']:,} tokens, windows of {p['window']}), no training. "
@@ -158,8 +160,10 @@ def decomposition(results: Results) -> str:
 
 
 Section = Callable[[Results], str]
+QUICK = "language-first-24576"
 SECTIONS: dict[str, tuple[Section, str]] = {
-    "Language": (language, "language-"),
+    "Language": (language, "language-(dense|vo|qk|both)"),
+    "Language, a quick look": (lambda results: language(results, QUICK), f"{QUICK}-"),
     "Speech": (speech, "speech-(dense|vanilla|weights|calibrated)"),
     "Speech: the other parts of the model": (speech_parts, "speech-(decoder|cross|thresholds)"),
     "Embeddings": (embedding, "embedding-"),
@@ -168,7 +172,7 @@ SECTIONS: dict[str, tuple[Section, str]] = {
     "Decomposition": (decomposition, "decompose-"),
 }
 """Title -> (what makes the section, pattern of the result files that it reads)."""
-README = ("Language", "Speech", "Speed", "Decomposition")
+README = ("Language", "Language, a quick look", "Speech", "Speed", "Decomposition")
 
 
 def sections(results: Results) -> dict[str, str]:

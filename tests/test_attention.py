@@ -45,7 +45,9 @@ def prompts(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def generate(name: str, kind: str, **kwargs: Any) -> torch.Tensor:
     model, batch = case(name, kind)
     # Always as many tokens: an early end would hide what comes after it.
-    fixed = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+    fixed: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+    if name == "whisper":  # left alone it says one word over and over, which would hide a difference
+        fixed["no_repeat_ngram_size"] = 1
     return model.generate(**prompts(batch), **fixed, **kwargs)
 
 
@@ -191,7 +193,7 @@ def test_attention_weights_asked_for_before_pruning(name: str) -> None:
         after = model(**batch, output_attentions=True, output_hidden_states=True)
     assert len(after.attentions) == len(before.attentions) == 2
     assert len(after.hidden_states) == len(before.hidden_states) == 3
-    torch.testing.assert_close(after.attentions[1], before.attentions[1])
+    torch.testing.assert_close(after.attentions[1], before.attentions[1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n != "bloom"])  # BLOOM knows eager only

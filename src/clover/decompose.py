@@ -26,8 +26,12 @@ class Bases(NamedTuple):
 
 def square_root(gram: Float[Tensor, "*batch d d"]) -> Float[Tensor, "*batch d d"]:
     """A matrix ``L`` with ``L @ L.mT == gram``, for any positive semi-definite ``gram``, of full rank or not."""
-    eigenvalues, vectors = torch.linalg.eigh(gram)
-    return vectors * eigenvalues.clamp_min(0).sqrt().unsqueeze(-2)
+    root, failed = torch.linalg.cholesky_ex(gram)
+    if failed.any():  # of deficient rank, where Cholesky stops; eigenvectors take it, for twenty times the time
+        eigenvalues, vectors = torch.linalg.eigh(gram)
+        spectral = vectors * eigenvalues.clamp_min(0).sqrt().unsqueeze(-2)
+        root = torch.where(failed.bool()[..., None, None], spectral, root)
+    return root
 
 
 def decompose(gram_a: Float[Tensor, "*batch d d"], gram_b: Float[Tensor, "*batch d d"]) -> Bases:
@@ -54,5 +58,6 @@ def decompose(gram_a: Float[Tensor, "*batch d d"], gram_b: Float[Tensor, "*batch
 
 def weight_gram(weight: Float[Tensor, "*batch d n"], bias: Float[Tensor, "*batch d"] | None = None) -> Tensor:
     """Gram of a projection under white input, ``W W^T (+ b b^T)``: the metric of the paper. Shape ``(..., d, d)``."""
-    gram = weight.double() @ weight.double().mT
+    weight = weight.double()
+    gram = weight @ weight.mT
     return gram if bias is None else gram + bias.double().unsqueeze(-1) * bias.double().unsqueeze(-2)

@@ -19,6 +19,8 @@ RIDGE = 1e-3
 """Pull of the refitted output projection towards the cut one, relative to the mean energy of a kept direction."""
 ROUNDS, STEPS = 4, 12
 """Alternations of the two problems, and conjugate gradient steps for the bases in each."""
+TOLERANCE = 1e-10
+"""Residual of the bases' problem, relative to its right-hand side, that counts as solved."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,17 @@ def _fit_bases(whole: Tensor, cut: Tensor, bases: Tensor, layout: Layout, covari
     """Conjugate gradients on the normal equations, from where the bases are."""
     left = cut.mT @ metric
     square = left @ cut
-    residual = layout.gather(left @ (whole - cut @ layout.spread(bases)) @ covariance)
+    target = layout.gather(left @ whole @ covariance)
+    residual = target - layout.gather(square @ layout.spread(bases) @ covariance)
     direction, energy = residual, residual.square().sum()
     for _ in range(STEPS):
+        if energy <= TOLERANCE**2 * target.square().sum():
+            break  # what is left is rounding; with little data the curvature along it may be zero or negative
         image = layout.gather(square @ layout.spread(direction) @ covariance)
-        step = energy / (direction * image).sum().clamp_min(torch.finfo(energy.dtype).tiny)
+        step = energy / (direction * image).sum()
         bases = bases + step * direction
         residual = residual - step * image
         fresh = residual.square().sum()
-        direction = residual + fresh / energy.clamp_min(torch.finfo(energy.dtype).tiny) * direction
+        direction = residual + fresh / energy * direction
         energy = fresh
     return bases
