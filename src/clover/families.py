@@ -275,8 +275,8 @@ def _weight(module: nn.Module, block: str) -> tuple[Tensor, Tensor | None]:
         return module.weight.T, module.bias
     if type(module) is not nn.Linear:
         raise CloverError(
-            f"{block}: a projection is a {type(module).__name__}, not a plain Linear; prune before quantising, "
-            "and merge adapters first"
+            f"{block}: a projection is a {type(module).__module__}.{type(module).__name__}, not torch's Linear; "
+            "prune before quantising, and merge adapters first"
         )
     return module.weight, module.bias
 
