@@ -142,7 +142,7 @@ class Basis:
         cut = torch.cat([heads.o[h, i] @ self.value.t_b[h, :r].mT for h, r in ranks for i in range(n)], -1)
         whole = heads.o.permute(2, 0, 1, 3).flatten(1)
         bias = torch.zeros(len(cut), dtype=cut.dtype, device=cut.device) if heads.o_bias is None else heads.o_bias
-        if moments is not None:
+        if moments is not None and plan.vo_kept < plan.kv_heads * plan.vo:
             cut, bases = refit(whole, cut, bases, layout, moments.output, moments.gradient)
             bias = bias + (whole - cut @ layout.spread(bases)) @ moments.mean
         if heads.v_bias is not None:

@@ -218,6 +218,10 @@ class _Watcher:
         name = self.block.name
         if not self.tokens:
             raise CloverError(f"no calibration batch reached {name}; give batches that run that part of the model")
+        if "gradient" not in self.sums:
+            raise CloverError(
+                f"{name} does not influence the model's output on the calibration data; prune another part"
+            )
         kv, n, d, _ = self.heads.q.shape
         rotary = self.heads.rotary
         shapes = {

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -279,8 +278,3 @@ def _weight(module: nn.Module, block: str) -> tuple[Tensor, Tensor | None]:
             "prune before quantising, and merge adapters first"
         )
     return module.weight, module.bias
-
-
-def buffers_device(module: nn.Module) -> torch.device:
-    """Where a module's weights live."""
-    return next(module.parameters()).device
