@@ -1,10 +1,9 @@
 """The attention module of a rewritten model: any ranks, any family, through transformers' attention interface.
 
 Heads of equal sizes form groups. A token's queries (and keys, values) lie flat, group by group, head by head, so a
-layer
-is four plain ``Linear`` modules and one call of the attention function a group; the cache holds exactly the columns
-that
-are kept, as one "head" of ``(batch, 1, tokens, columns)``. A rotated pair takes two neighbouring columns.
+layer is four plain ``Linear`` modules and one call of the attention function a group; the cache holds exactly the
+columns that are kept, as one "head" of ``(batch, 1, tokens, columns)``. A rotated pair takes two neighbouring
+columns.
 """
 
 from __future__ import annotations
@@ -59,10 +58,9 @@ class CloverAttention(nn.Module):
     """Attention whose heads keep only the directions of a plan.
 
     Submodules: ``q_proj``, ``k_proj``, ``v_proj`` and, unless the model keeps it elsewhere, ``o_proj``: plain
-    ``Linear``,
-    so quantisers and adapters find what they know. Buffer ``frequencies``, int32: for each pair of flat columns of
-    queries,
-    then of keys, the number of its frequency in the model's table, or one past the last where it does not turn.
+    ``Linear``, so quantisers and adapters find what they know. Buffer ``frequencies``, int32: for each pair of flat
+    columns of queries, then of keys, the number of its frequency in the model's table, or one past the last where it
+    does not turn.
     """
 
     frequencies: Tensor

@@ -1,10 +1,9 @@
 """Second moments of what flows through the heads, gathered by hooks over a few batches.
 
 What is kept of a block is small, ``O(D^2)``: moments of queries, attention-weighted covariances of keys (under RoPE:
-of the
-pairs' contributions to the logits), the second moment of the head outputs, and that of the gradient of the model's own
-log-likelihood at the block's output, which says what an error there costs (the Fisher information; no labels are
-needed, they are drawn from the model). The model is left as it was.
+of the pairs' contributions to the logits), the second moment of the head outputs, and that of the gradient of the
+model's own log-likelihood at the block's output, which says what an error there costs (the Fisher information; no
+labels are needed, they are drawn from the model). The model is left as it was.
 """
 
 from __future__ import annotations

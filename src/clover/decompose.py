@@ -1,10 +1,9 @@
 """The decomposition: two Gram matrices in, a pair of bases and the singular values between them out.
 
-A head's query and key (or its value output and a column of its output projection) meet only in an inner product
-``a . b``. CLOVER (arXiv 2411.17426) picks the basis in which that product is diagonal and ordered. Everything here
-works
-on ``d x d`` matrices, ``d`` the head size; the ``D x D`` product of the projections is never formed. What the Grams
-are made of (weights alone, or activations) is the caller's choice and does not change the algorithm.
+A head's query and key (or its value output and a column of its output projection) meet only in an inner product ``a .
+b``. CLOVER (arXiv 2411.17426) picks the basis in which that product is diagonal and ordered. Everything here works on
+``d x d`` matrices, ``d`` the head size; the ``D x D`` product of the projections is never formed. What the Grams are
+made of (weights alone, or activations) is the caller's choice and does not change the algorithm.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """After the cut: what is kept is fitted, over all heads of a block at once, to what the whole block put out.
 
 The cut block computes ``U D z`` from the head outputs ``z``, where the uncut one computes ``W z``: ``D`` takes each
-head to
-its kept directions (one basis for all query heads of a KV head), ``U`` is the new output projection. Both are least
-squares problems when the other is held, in the metric of the calibration: ``E[(g^T (W - U D) z)^2]``, ``g`` the
+head to its kept directions (one basis for all query heads of a KV head), ``U`` is the new output projection. Both are
+least squares problems when the other is held, in the metric of the calibration: ``E[(g^T (W - U D) z)^2]``, ``g`` the
 gradient.
 """
 

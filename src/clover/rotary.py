@@ -1,11 +1,10 @@
 """Q-K under rotary positions (RoPE): which pairs to keep, and the complex gains that make up for the rest.
 
 A logit is a sum over pairs of ``Re(z_q conj(z_k) e^{i(m-n)phi})``, one complex number for each pair, and the only
-linear
-maps that commute with every rotation are complex gains, one for each pair. So frequencies can't be mixed, but a pair
-can
-be dropped and the gains of the others refitted, to change the attention distribution least. "Least" is measured by the
-Gram of the pairs' contributions, centred under each query's attention: half its quadratic form is a KL divergence.
+linear maps that commute with every rotation are complex gains, one for each pair. So frequencies can't be mixed, but
+a pair can be dropped and the gains of the others refitted, to change the attention distribution least. "Least" is
+measured by the Gram of the pairs' contributions, centred under each query's attention: half its quadratic form is a
+KL divergence.
 """
 
 from __future__ import annotations
