@@ -1,4 +1,6 @@
-"""CLOVER: make the attention of trained transformers smaller in its own latent space (arXiv 2411.17426)."""
+"""CLOVER: make the attention of trained transformers smaller and tunable in its own latent space (arXiv 2411.17426)."""
+
+from importlib.util import find_spec
 
 from clover.budget import Limits
 from clover.checkpoint import load, save
@@ -6,8 +8,19 @@ from clover.errors import CloverError, UnsupportedModelError
 from clover.plan import Plan
 from clover.pruning import inspect, orthogonalize, plan_of, prune, summary
 
+if find_spec("peft"):  # peft then loads adapters of this method by their name
+    from clover.tuner import CloverConfig
+else:
+
+    def __getattr__(name: str) -> object:
+        if name == "CloverConfig":
+            raise ImportError("clover.CloverConfig needs peft; pip install 'clover-attention[tune]'")
+        raise AttributeError(f"module 'clover' has no attribute {name!r}")
+
+
 __version__ = "0.1.0"
 __all__ = [
+    "CloverConfig",
     "CloverError",
     "Limits",
     "Plan",

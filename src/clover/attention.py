@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,38 @@ from clover.plan import BlockPlan, Group
 
 SPAN = 8
 """KV heads that a single new token reads as one: more would waste arithmetic, fewer would waste launches."""
+SHORT = 2**18
+"""Up to this many logits a head, heads of unequal sizes are padded into one call: launches cost more than sums."""
+NOTHING = 1e-30
+"""Attention weights below this are zero: they change no float32 sum, and denormal numbers are slow on CPUs."""
+
+
+class _Padding(NamedTuple):
+    """Where the flat columns of all heads go when every head is padded to the same size."""
+
+    size: int
+    queries: Tensor
+    """For each flat column, its padded one; the padded columns without one are zero."""
+    keys: Tensor
+    """For each padded column, a flat one: the head's own, or any, since it meets a zero."""
+    values: Tensor
+    outputs: Tensor
+    """For each flat column of the output, its padded one."""
+
+    @classmethod
+    def of(cls, sizes: list[tuple[int, int]], n: int, device: torch.device) -> _Padding:
+        """Heads of (Q-K, V-O) ``sizes``, ``n`` queries each."""
+        size = max(max(s) for s in sizes)
+
+        def spread(widths: list[int], repeats: int) -> tuple[Tensor, Tensor]:
+            widths = [w for w in widths for _ in range(repeats)]
+            into = torch.cat([head * size + torch.arange(w) for head, w in enumerate(widths)])
+            source = torch.zeros(len(widths) * size, dtype=torch.int64)
+            source[into] = torch.arange(len(into))
+            return into.to(device), source.to(device)
+
+        qk, value = ([s[i] for s in sizes] for i in (0, 1))
+        return cls(size, spread(qk, n)[0], spread(qk, 1)[1], spread(value, 1)[1], spread(value, n)[0])
 
 
 class _Span(NamedTuple):
@@ -100,6 +133,7 @@ class CloverAttention(nn.Module):
             setattr(self, name, copy.deepcopy(getattr(core, name)))
         rotated = (n + 1) * plan.qk_kept // 2 if self.rotary else 0
         self._made_spans: list[_Span] = []
+        self._made_padding: _Padding | None = None
         self.register_buffer("frequencies", torch.zeros(rotated, dtype=torch.int32, device=device))
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -120,19 +154,15 @@ class CloverAttention(nn.Module):
         if self._writes_one(x):
             y = self.o_proj(self._attend_one(queries, keys, values, mask))
             return (y if residual is None else y + residual), None
-        outputs, weights = [], []
-        for group, q, k, v, m in self._groups(queries, keys, values, mask):
-            if self.config._attn_implementation != "eager":
-                # The fused kernels want one head size; their fallback costs far more than a few zero columns.
-                size = max(group.qk, group.value)
-                q, k, v = (_pad(t, size) for t in (q, k, v))
-            out, weight = interface(
-                self, q, k, v, m, scaling=self.scaling, sliding_window=self.sliding_window,
-                dropout=self.attention_dropout if self.training else 0.0, **call,
-            )  # fmt: skip
-            outputs.append(out[..., : group.value].flatten(2))
-            weights.append(weight)
-        z = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+        attend = partial(
+            interface, self, scaling=self.scaling, sliding_window=self.sliding_window,
+            dropout=self.attention_dropout if self.training else 0.0, **call,
+        )  # fmt: skip
+        weights: list[Tensor | None] = [None]
+        if self._is_short(queries, keys):
+            z = self._attend_padded(attend, queries, keys, values, mask)
+        else:
+            z, weights = self._attend_by_group(attend, queries, keys, values, mask)
         y = nn.functional.dropout(self.o_proj(z), self.output_dropout, self.training)
         if residual is not None:
             y = y + residual
@@ -195,6 +225,41 @@ class CloverAttention(nn.Module):
         flat = torch.view_as_real(turned).flatten(-2).to(dtype)
         return flat.split([queries.shape[-1], keys.shape[-1]], -1)
 
+    def _is_short(self, queries: Tensor, keys: Tensor) -> bool:
+        """Whether one padded call is cheaper than one for each group."""
+        fused = self.config._attn_implementation != "eager"
+        return fused and len(self.clover.groups) > 1 and queries.shape[1] * keys.shape[1] <= SHORT
+
+    def _attend_padded(
+        self, attend: Callable, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """All heads in one call, padded to the largest: ``(batch, tokens, columns)``."""
+        if self._made_padding is None or self._made_padding.queries.device != queries.device:
+            self._made_padding = _Padding.of(self._sizes(), self.clover.queries, queries.device)
+        size, q_to, k_from, v_from, out_from = self._made_padding
+        kv, n = len(v_from) // size, self.clover.queries
+        wide = queries.new_zeros(*queries.shape[:2], kv * n * size).index_copy(-1, q_to, queries)
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask[:, [h for group in self.clover.groups for h in self._query_heads(group)]]
+        k, v = (t.index_select(-1, order) for t, order in ((keys, k_from), (values, v_from)))
+        out, _ = attend(_heads(wide, 0, kv * n, size), _heads(k, 0, kv, size), _heads(v, 0, kv, size), mask)
+        return out.flatten(2).index_select(-1, out_from)
+
+    def _attend_by_group(
+        self, attend: Callable, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """One call a group: ``(batch, tokens, columns)``, and the weights of each group."""
+        outputs, weights = [], []
+        for group, q, k, v, m in self._groups(queries, keys, values, mask):
+            if self.config._attn_implementation != "eager":
+                # The fused kernels want one head size; their fallback costs far more than a few zero columns.
+                size = max(group.qk, group.value)
+                q, k, v = (_pad(t, size) for t in (q, k, v))
+            out, weight = attend(q, k, v, m)
+            outputs.append(out[..., : group.value].flatten(2))
+            weights.append(weight)
+        return torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0], weights
+
     def _groups(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Iterator[tuple]:
         """Each group with its queries, keys, values ``(batch, heads, tokens, columns)`` and its mask."""
         n, at_qk, at_v = self.clover.queries, 0, 0
@@ -215,8 +280,8 @@ class CloverAttention(nn.Module):
         """One token against the flat cache, all heads at once: ``(batch, 1, columns)``.
 
         Reading the cache is what takes the time, so it is read once and as it lies: each query stands in a row as
-        wide as
-        all keys, zero outside its own head's columns, and of each row of results only its own head's columns are taken.
+        wide as all keys, zero outside its own head's columns, and of each row of results only its own head's columns
+        are taken.
         """
         n, results = self.clover.queries, []
         if mask is not None and mask.shape[1] > 1:
@@ -229,19 +294,24 @@ class CloverAttention(nn.Module):
             if mask is not None:
                 m = mask[:, :, 0] if mask.shape[1] == 1 else mask[:, span.first * n : (span.first + span.heads) * n, 0]
                 logits = logits.masked_fill(~m, -torch.inf) if m.dtype == torch.bool else logits + m
-            weights = logits.softmax(-1, dtype=torch.float32).to(v.dtype)
+            weights = logits.softmax(-1, dtype=torch.float32)
+            weights = nn.functional.threshold(weights, NOTHING, 0.0, inplace=True).to(v.dtype)
             results.append((weights @ v).flatten(1).index_select(1, span.from_rows))
         return (torch.cat(results, -1) if len(results) > 1 else results[0]).unsqueeze(1)
 
     def _spans(self, device: torch.device) -> list[_Span]:
         """The heads in stretches of at most ``SPAN``, made once for a device."""
         if not self._made_spans or self._made_spans[0].into_rows.device != device:
-            sizes = [(g.qk, g.value) for g in self.clover.groups for _ in g.heads]
+            sizes = self._sizes()
             self._made_spans = [
                 _Span.of(sizes, first, min(first + SPAN, len(sizes)), self.clover.queries, device)
                 for first in range(0, len(sizes), SPAN)
             ]
         return self._made_spans
+
+    def _sizes(self) -> list[tuple[int, int]]:
+        """Q-K and V-O columns of every KV head that is left, in the order of the flat layout."""
+        return [(g.qk, g.value) for g in self.clover.groups for _ in g.heads]
 
     def _query_heads(self, group: Group) -> list[int]:
         n = self.clover.queries

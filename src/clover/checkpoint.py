@@ -34,7 +34,7 @@ GUARD = "unknown before `import clover` (pip install clover-attention); then loa
 """Stands in the config's ``dtype``: the first thing that a loader which ignores the model type stumbles over."""
 
 
-class CloverConfig(PreTrainedConfig):
+class RewrittenConfig(PreTrainedConfig):
     """What a config of this model type is read as first; gives way to the subclass of the original config."""
 
     model_type = MODEL_TYPE
@@ -135,7 +135,7 @@ def model_class(base: Any, config: Any) -> Any:
     return type(f"Clover{base.__name__}", (_ModelMixin, base), {"config_class": config, "__module__": __name__})
 
 
-AutoConfig.register(MODEL_TYPE, CloverConfig, exist_ok=True)
+AutoConfig.register(MODEL_TYPE, RewrittenConfig, exist_ok=True)
 
 
 def adopt(model: PreTrainedModel, plan: Plan) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -45,40 +46,43 @@ class Family:
     positional: tuple[str, ...] = ("hidden_states",)
     rename: Mapping[str, str] = field(default_factory=dict)
     """This class's argument names -> the ones that we use."""
+    up: tuple[str, ...] = ("mlp.up_proj",)
+    """First projections of the MLP beside the attention, as paths from their common parent; tuning can take them."""
+    gate: tuple[str, ...] = ()
 
 
-_LLAMA = Family(kv_heads="config.num_key_value_heads", rotary=True)
+_LLAMA = Family(kv_heads="config.num_key_value_heads", rotary=True, gate=("mlp.gate_proj",))
 _BERT = Family(
     q="query", k="key", v="value", o="output.dense", core="self", heads="num_attention_heads",
     head_dim="attention_head_size", dropout="dropout", cross=("crossattention",),
-    rename={"encoder_hidden_states": "key_value_states"},
+    rename={"encoder_hidden_states": "key_value_states"}, up=("intermediate.dense",),
 )  # fmt: skip
-_BART = Family(o="out_proj", heads="num_heads", dropout="dropout")
+_BART = Family(o="out_proj", heads="num_heads", dropout="dropout", up=("fc1",))
 
 FAMILIES: dict[str, Family] = {
     "LlamaAttention": _LLAMA,
     "MistralAttention": _LLAMA,
     "Qwen2Attention": _LLAMA,
     "Qwen3Attention": replace(_LLAMA, norms=("q_norm", "k_norm")),
-    "Phi3Attention": replace(_LLAMA, fused="qkv_proj"),
+    "Phi3Attention": replace(_LLAMA, fused="qkv_proj", up=("mlp.gate_up_proj",), gate=()),
     "GPTNeoXAttention": Family(
         fused="query_key_value", interleaved=True, o="dense", head_dim="head_size", rotary=True,
-        rename={"layer_past": "past_key_values"},
+        rename={"layer_past": "past_key_values"}, up=("mlp.dense_h_to_4h",),
     ),
     "GPT2Attention": Family(
         q="q_attn", fused="c_attn", o="c_proj", heads="num_heads", dropout="attn_dropout",
         output_dropout="resid_dropout",
-        cross=("crossattention",), rename={"encoder_hidden_states": "key_value_states"},
+        cross=("crossattention",), rename={"encoder_hidden_states": "key_value_states"}, up=("mlp.c_fc",),
     ),
     "BloomAttention": Family(
         fused="query_key_value", interleaved=True, o="dense", heads="num_heads", scale="inv_norm_factor",
         dropout="attention_dropout", output_dropout="hidden_dropout", positional=("hidden_states", "residual"),
-        rename={"layer_past": "past_key_values"},
+        rename={"layer_past": "past_key_values"}, up=("mlp.dense_h_to_4h",),
     ),
     "OPTAttention": _BART,
     "WhisperAttention": replace(_BART, cross=("encoder_attn",)),
-    "CLIPAttention": replace(_BART, scale="scale"),
-    "ViTAttention": Family(positional=("hidden_states", "attention_mask")),
+    "CLIPAttention": replace(_BART, scale="scale", up=("mlp.fc1",)),
+    "ViTAttention": Family(positional=("hidden_states", "attention_mask"), up=("mlp.fc1",)),
     "BertAttention": _BERT,
     "RobertaAttention": _BERT,
 }  # fmt: skip
@@ -164,6 +168,15 @@ class Block:
             k_bias=biases["k"], v_bias=biases["v"], o_bias=o_bias, rotary=self.rotary,
         )  # fmt: skip
 
+    def rows(self, which: str) -> Tensor:
+        """Where the rows of ``q``, ``k`` or ``v`` stand in the weight of their projection: ``(heads, d)``, int64."""
+        heads, d = self.get(self.family.heads), self.get(self.family.head_dim)
+        counts = {"q": heads, "k": heads // self.queries, "v": heads // self.queries}
+        holder = self.projection(which)
+        members = [m for m in counts if self.projection(m) is holder]
+        rows = torch.arange(sum(counts[m] for m in members) * d)
+        return next(w for member, w, _ in self._split(members, counts, d, rows, None) if member == which)
+
     def _projections(self, heads: int, kv: int, d: int) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
         """Weights ``(heads, d, D)`` and biases ``(heads, d)`` of q, k and v."""
         counts = {"q": heads, "k": kv, "v": kv}
@@ -228,8 +241,8 @@ def blocks(model: nn.Module, part: str = "all") -> list[Block]:
         kind = type(module)
         if hasattr(module, "clover"):
             raise CloverError(f"{name} was rewritten by clover before; start from the original model")
-        if kind.__name__ in FAMILIES and kind.__module__.startswith("transformers."):
-            found.append(_block(model, name, module))
+        if is_attention(module):
+            found.append(block_of(model, name, module))
             covered.append(name + ".")
         elif kind.__name__.endswith("Attention") and not name.startswith(tuple(covered)):
             raise _unsupported(f"{type(model).__name__} has attention of class {kind.__name__}")
@@ -244,7 +257,13 @@ def blocks(model: nn.Module, part: str = "all") -> list[Block]:
     return chosen
 
 
-def _block(model: nn.Module, name: str, module: nn.Module) -> Block:
+def is_attention(module: nn.Module) -> bool:
+    """Whether a row describes the class of this module."""
+    return type(module).__name__ in FAMILIES and type(module).__module__.startswith("transformers.")
+
+
+def block_of(model: nn.Module, name: str, module: nn.Module) -> Block:
+    """The block of an attention module, see ``is_attention``; ``name`` is its path in ``model``."""
     family = FAMILIES[type(module).__name__]
     core = module.get_submodule(family.core)
     part = "decoder" if getattr(core, "is_causal", True) else "encoder"

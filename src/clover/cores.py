@@ -1,0 +1,210 @@
+"""A tunable core: the change of the singular values of a stack of blocks, between two frozen orthonormal bases.
+
+A block's weight ``W`` (or its product with a partner across the layer) is ``U S V^T``. CLOVER trains ``S``, a full
+``d x d`` matrix that starts at ``diag(values)``, and keeps ``U`` and ``V`` (arXiv 2411.17426). With ``V^T = right @ W``
+and ``U`` likewise on the other side, replacing ``diag(values)`` by ``S`` is replacing ``W`` by ``(I + E) W`` where
+``E = left @ (S - diag(values)) @ right``. So the base weight is never touched, quantised or not, and merging is one
+small product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from clover.decompose import Bases
+
+SAME_BASE = 0.01
+"""Relative difference of fingerprints up to which two weights are the same: bfloat16 rounding makes 0.002."""
+SAME_QUANTISED = 0.25
+"""The same for a quantised base: four bits make about 0.1."""
+
+
+class Core(nn.Module):
+    """The trained change of ``b`` blocks of ``d`` rows and the bases that it lives in.
+
+    Attributes:
+        change: parameter, ``S - diag(values)``; ``(b, d, d)``, or ``(b, d)`` if only the diagonal is trained.
+        left, right: buffers ``(b, d, d)``, float32.
+        values: buffer ``(b, d)``, the singular values at the start.
+        fingerprint: buffer ``(b,)``, of the base weight.
+    """
+
+    left: Tensor
+    right: Tensor
+    values: Tensor
+    fingerprint: Tensor
+
+    def __init__(
+        self,
+        blocks: int,
+        size: int,
+        *,
+        diagonal: bool,
+        dropout: float,
+        base: Float[Tensor, " b"] | None,
+        quantised: bool,
+        device: torch.device,
+    ) -> None:
+        """Make a core without bases: ``start`` computes them, or a saved state brings them.
+
+        Args:
+            base: the fingerprint of the weight that the core is for; None if it is not at hand.
+            quantised: that weight is rounded to a few bits, so fingerprints agree less well.
+            dropout: share of the entries of the change left out in each training step.
+        """
+        super().__init__()
+        self.dropout, self.quantised, self.base, self.ready = dropout, quantised, base, False
+        self.change = nn.Parameter(torch.zeros((blocks, size) if diagonal else (blocks, size, size), device=device))
+        empty = torch.zeros(blocks, size, size, device=device)
+        self.register_buffer("left", empty)
+        self.register_buffer("right", empty.clone())
+        self.register_buffer("values", torch.zeros(blocks, size, device=device))
+        self.register_buffer("fingerprint", torch.zeros(blocks, device=device))
+
+    @torch.no_grad()
+    def start(self, bases: Bases, identity: bool = True) -> int:
+        """Take up the bases; the change starts at zero, or at random when not ``identity``.
+
+        Returns:
+            How many directions have no singular value. They can't be tuned: what is not in the weight can't be
+            turned into something.
+        """
+        empty = bases.values <= bases.values[..., :1] * bases.values.shape[-1] * torch.finfo(torch.float32).eps
+        shrink = torch.where(empty, 0, bases.values.clamp_min(torch.finfo(torch.float64).tiny).rsqrt())
+        self.right.copy_(shrink.unsqueeze(-1) * bases.t_a)
+        self.left.copy_(bases.t_b.mT * shrink.unsqueeze(-2))
+        self.values.copy_(bases.values)
+        if self.base is not None:
+            self.fingerprint.copy_(self.base)
+        if not identity:
+            scale = 0.3 * self.values.mean(-1, keepdim=True)
+            noise = torch.randn_like(self.change)
+            self.change.copy_(
+                noise * (scale if self.change.dim() == 2 else scale.unsqueeze(-1) / noise.shape[-1] ** 0.5)
+            )
+        self.ready = True
+        return int(empty.sum())
+
+    def extra_repr(self) -> str:
+        return f"blocks={self.values.shape[0]}, size={self.values.shape[1]}, diagonal={self.change.dim() == 2}"
+
+    def transform(self) -> Float[Tensor, "b d d"]:
+        """``E``: the block's new weight is ``(I + E) W``. float32, whatever autocast says.
+
+        Raises:
+            RuntimeError: the bases have not been loaded.
+        """
+        if not self.ready:
+            raise RuntimeError(
+                "this core has no bases yet: its config was read from a saved adapter, whose weights were not loaded; "
+                "load it with PeftModel.from_pretrained, or make a new CloverConfig"
+            )
+        with torch.autocast(self.change.device.type, enabled=False):
+            left, right, change = _wide(self.left), _wide(self.right), _wide(self.change)
+            if self.training and self.dropout:
+                change = nn.functional.dropout(change, self.dropout)
+            return left @ (change @ right if change.dim() == 3 else change.unsqueeze(-1) * right)
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, meta: Any, strict: Any, missing: Any,
+                              unexpected: Any, errors: list[str]) -> None:  # fmt: skip
+        stored = state.get(prefix + "fingerprint")
+        if stored is not None and self.base is not None and stored.shape == self.base.shape:
+            allowed = SAME_QUANTISED if self.quantised else SAME_BASE
+            difference = distance(stored, self.base)
+            if not difference <= allowed:
+                errors.append(
+                    f"{prefix.rstrip('.')} was tuned on another base model: the fingerprint of its weight differs by "
+                    f"{difference:.1%}; load it on the model that it was made for (unmerged, unpruned if that was)"
+                )
+                return
+        super()._load_from_state_dict(state, prefix, meta, strict, missing, unexpected, errors)
+        if prefix + "left" in state and prefix + "right" in state:
+            self.ready = True
+
+
+def fingerprint(weight: Float[Tensor, "b d n"]) -> Float[Tensor, " b"]:
+    """One number for each block that another weight, even of another training run, would not give.
+
+    A projection on fixed pseudo-random directions: rounding moves it little, other weights move it by their distance.
+    """
+
+    def signs(n: int) -> Tensor:
+        return torch.cos(torch.arange(1, n + 1, dtype=torch.float64, device=weight.device) ** 2 * 0.7390851332151607)
+
+    return (weight.double() @ signs(weight.shape[-1]) @ signs(weight.shape[-2])).float()
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Relative distance of two fingerprints."""
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    return float((a - b).norm() / b.norm().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def turn(
+    y: Float[Tensor, "*batch n"],
+    transform: Float[Tensor, "b d d"],
+    bias: Float[Tensor, " n"] | None = None,
+    *,
+    invertible: bool = False,
+) -> Float[Tensor, "*batch n"]:
+    """Outputs of a projection whose weight is ``(I + E) W``, from its outputs ``y = W x + bias``.
+
+    Args:
+        y: outputs, ``n = b * d``.
+        transform: ``E`` for each block of ``d`` outputs.
+        bias: added to ``y`` and not transformed.
+        invertible: keep the result for the backward pass in place of ``y`` and solve for ``y``. The result is mostly
+            kept by what comes next as well, so nothing is stored twice; needs an ``I + E`` that is well conditioned.
+    """
+    return _Turn.apply(y, transform, bias, invertible)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: the small matrices are never computed in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, transform: Tensor, bias: Tensor | None, invertible: bool) -> Tensor:
+        b, d, _ = transform.shape
+        rows = y.reshape(-1, b, d)
+        blocks, matrix = rows.transpose(0, 1), transform.mT.to(y.dtype)
+        if bias is None:
+            change = torch.bmm(blocks, matrix)
+        else:
+            shift = -(bias.to(y.dtype).view(b, 1, d) @ matrix)
+            change = torch.baddbmm(shift, blocks, matrix)
+        result = (rows + change.transpose(0, 1)).view(y.shape)
+        ctx.save_for_backward(result if invertible else y, transform, bias)
+        ctx.invertible = invertible
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        kept, transform, bias = ctx.saved_tensors
+        b, d, _ = transform.shape
+        rows = grad.reshape(-1, b, d)
+        blocks = rows.transpose(0, 1)
+        needs_y, needs_transform, needs_bias, _ = ctx.needs_input_grad
+        total = _wide(rows.sum(0)).unsqueeze(-1) if bias is not None else None
+        grad_y = grad_transform = grad_bias = None
+        if needs_transform:
+            grad_transform = _wide(torch.bmm(blocks.mT, kept.reshape(-1, b, d).transpose(0, 1)))
+            if total is not None:
+                grad_transform = grad_transform - total * _wide(bias).view(b, 1, d)
+            if ctx.invertible:
+                eye = torch.eye(d, dtype=transform.dtype, device=transform.device)
+                inverse, _ = torch.linalg.solve_ex(eye + transform, grad_transform.mT)
+                grad_transform = inverse.mT
+        if needs_y:
+            change = torch.bmm(blocks, transform.to(grad.dtype))
+            grad_y = (rows + change.transpose(0, 1)).view(grad.shape)
+        if needs_bias and total is not None:
+            grad_bias = -(transform.mT @ total).flatten().to(bias.dtype)
+        return grad_y, grad_transform, grad_bias, None

@@ -1,0 +1,174 @@
+"""Which weights of a model can be tuned in their own latent space, and the decomposition that each starts from.
+
+A *slot* is a stack of equal blocks of rows in the weight of one module: the value rows of every KV head, the key
+rows, rows of an MLP projection in blocks. Each block of ``d`` rows gets one ``d x d`` core. Slots of dense and of
+pruned models look alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from clover.decompose import Bases, decompose, weight_gram
+from clover.errors import CloverError
+from clover.families import block_of, is_attention
+
+Part = Literal["qk", "q", "vo", "up", "gate"]
+PARTS: tuple[Part, ...] = ("qk", "q", "vo", "up", "gate")
+Read = Callable[[nn.Module], Tensor]
+"""Gives the weight ``(out, in)`` of a projection, whatever it is wrapped, sharded or quantised in."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Blocks of rows of one weight that are tuned alike."""
+
+    part: str
+    rows: Int[Tensor, "b d"]
+    partner: Callable[[Read], Float[Tensor, "b d d"]] | None = None
+    """The Gram matrix of what the blocks are multiplied with, across the layer; absent for a decomposition of the
+    weight alone (arXiv 2411.17426, section 3: under RoPE nothing can be moved across Q-K)."""
+
+    def decompose(self, weight: Float[Tensor, "out in"], read: Read) -> Bases:
+        """Singular values of every block, or of its product with its partner, and the directions on the block's side.
+
+        Returns:
+            ``t_a`` acts on the block's outputs, see ``decompose``; float64.
+        """
+        gram = weight_gram(weight[self.rows.to(weight.device)])
+        if self.partner is None:
+            eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+            return decompose(gram, eye.expand_as(gram))
+        return decompose(gram, self.partner(read).to(gram.device))
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Attention heads of equal sizes: where their rows (for ``o``: columns) stand in which module."""
+
+    kv: int
+    q: tuple[str, nn.Module, Tensor]
+    k: tuple[str, nn.Module, Tensor]
+    v: tuple[str, nn.Module, Tensor]
+    o: tuple[nn.Module, Tensor]
+    crosses: bool
+    """Nothing stands between queries and keys, so Q-K is one product."""
+
+    def slots(self) -> Iterator[tuple[str, Slot]]:
+        def outputs(read: Read) -> Tensor:
+            module, columns = self.o
+            weight = read(module)
+            return _stacked_gram(weight.T[columns.to(weight.device)], self.kv)
+
+        def queries(read: Read) -> Tensor:
+            weight = read(self.q[1])
+            return _stacked_gram(weight[self.q[2].to(weight.device)], self.kv)
+
+        if self.q[2].shape[1]:
+            yield self.q[0], Slot("q", self.q[2])
+            yield self.k[0], Slot("qk", self.k[2], queries if self.crosses else None)
+        if self.v[2].shape[1]:
+            yield self.v[0], Slot("vo", self.v[2], outputs)
+
+
+def _stacked_gram(rows: Float[Tensor, "heads d n"], kv: int) -> Float[Tensor, "kv d d"]:
+    """Gram of all query heads of each KV head together."""
+    return weight_gram(rows.unflatten(0, (kv, -1)).transpose(1, 2).flatten(2))
+
+
+def find_slots(model: nn.Module, block_size: int) -> dict[str, list[Slot]]:
+    """Every slot of the model's known attention blocks and of the MLPs beside them, by the path of its module.
+
+    Args:
+        block_size: rows in a block of an MLP projection.
+
+    Raises:
+        CloverError: an MLP projection that ``block_size`` doesn't divide.
+    """
+    found: dict[str, list[Slot]] = {}
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        for heads in _heads(model, name, module):
+            for path, slot in heads.slots():
+                found.setdefault(path, []).append(slot)
+        for path, part in _mlp(modules, name, module):
+            found[path] = [rows_in_blocks(path, modules[path], block_size, part)]
+    return found
+
+
+def rows_in_blocks(name: str, module: nn.Module, size: int, part: str = "block") -> Slot:
+    """All rows of a projection in blocks of ``size``, each decomposed alone.
+
+    Raises:
+        CloverError: ``size`` does not divide the rows.
+    """
+    rows = out_features(module)
+    if rows % size:
+        raise CloverError(
+            f"{name} has {rows} rows, which blocks of {size} don't divide; choose a block_size that does "
+            f"(a divisor of {rows}), or leave the module out"
+        )
+    return Slot(part, torch.arange(rows).unflatten(0, (-1, size)))
+
+
+def out_features(module: Any) -> int:
+    """Rows of a projection; GPT-2's transposed Conv1D calls them ``nf``."""
+    return module.nf if hasattr(module, "nf") else module.out_features
+
+
+def _heads(model: nn.Module, name: str, module: Any) -> Iterator[_Heads]:
+    if hasattr(module, "clover"):
+        yield from _pruned_heads(model, name, module)
+        return
+    if not is_attention(module):
+        return
+    block = block_of(model, name, module)
+    if hasattr(block.core, "clover"):
+        return  # the core, found on its own, speaks for the block
+    names = {id(m): f"{name}.{path}" for path, m in module.named_modules()}
+    q, k, v = ((names[id(block.projection(w))], block.projection(w), block.rows(w)) for w in ("q", "k", "v"))
+    columns = torch.arange(q[2].numel()).view_as(q[2])
+    crosses = not block.rotary and not block.normed
+    yield _Heads(len(k[2]), q, k, v, (block.projection("o"), columns), crosses)
+
+
+def _pruned_heads(model: nn.Module, name: str, module: Any) -> Iterator[_Heads]:
+    """The groups of a pruned block, each of its own size; columns lie group by group, head by head."""
+    plan = module.clover
+    o = module.o_proj
+    if isinstance(o, nn.Identity):
+        o = model.get_submodule(name.removesuffix("." + module.family.core) + "." + module.family.o)
+    crosses = not module.rotary and not module.family.norms
+    at_qk = at_v = 0
+    for group in plan.groups:
+        kv, n = len(group.heads), plan.queries
+
+        def rows(start: int, heads: int, size: int) -> Tensor:
+            return torch.arange(start, start + heads * size).view(heads, size)
+
+        q = (f"{name}.q_proj", module.q_proj, rows(n * at_qk, n * kv, group.qk))
+        k = (f"{name}.k_proj", module.k_proj, rows(at_qk, kv, group.qk))
+        v = (f"{name}.v_proj", module.v_proj, rows(at_v, kv, group.value))
+        yield _Heads(kv, q, k, v, (o, rows(n * at_v, n * kv, group.value)), crosses)
+        at_qk, at_v = at_qk + kv * group.qk, at_v + kv * group.value
+
+
+def _mlp(modules: dict[str, nn.Module], name: str, module: Any) -> Iterator[tuple[str, str]]:
+    """Paths of the MLP projections beside an attention block, with their part."""
+    if not is_attention(module) and not hasattr(module, "clover"):
+        return
+    family = module.family if hasattr(module, "clover") else block_of(modules[""], name, module).family
+    if hasattr(module, "clover") and family.core:
+        name = name.removesuffix("." + family.core)
+    parent = name.rpartition(".")[0]
+    for part, paths in (("up", family.up), ("gate", family.gate)):
+        for path in paths:
+            full = f"{parent}.{path}" if parent else path
+            if full in modules:
+                yield full, part

@@ -1,0 +1,385 @@
+"""CLOVER fine-tuning as a method of peft: ``CloverConfig`` is the one new word for whoever knows ``LoraConfig``.
+
+The base weights stay as they are, quantised or not; each targeted projection is wrapped, and its outputs are turned by
+the cores (see ``cores``). The adapter file holds the cores and their bases, so loading computes no decomposition.
+Importing this module makes the method known to peft.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import PeftType, register_peft_method
+from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from clover.cores import Core, fingerprint, turn
+from clover.errors import CloverError, UnsupportedModelError
+from clover.families import FAMILIES
+from clover.targets import PARTS, Slot, find_slots, out_features, rows_in_blocks
+
+NAME = "CLOVER"
+
+
+def _extend_enum() -> PeftType:
+    """The method's member of peft's enum: methods outside it are refused, so it is added where peft lacks it."""
+    if NAME not in PeftType.__members__:
+        member = str.__new__(PeftType, NAME)
+        member._name_, member._value_ = NAME, NAME
+        PeftType._member_names_.append(NAME)
+        PeftType._member_map_[NAME] = member
+        PeftType._value2member_map_[NAME] = member
+    return PeftType.__members__[NAME]
+
+
+@dataclass
+class CloverConfig(PeftConfig):
+    """What to tune, and how.
+
+    Without ``target_modules`` the projections of every supported attention block and of the MLP beside it are taken,
+    as far as ``parts`` asks for them.
+
+    Raises:
+        CloverError: a value that can't be used, named with its remedy.
+    """
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names or a regular expression of modules, or 'all-linear'. Default: all that `parts` asks "
+                  "for. Projections that are no part of a known attention block are tuned in blocks of rows."},
+    )  # fmt: skip
+    parts: Sequence[str] = field(
+        default=("qk", "vo", "up"),
+        metadata={"help": "What to tune: 'vo' (value and output projections, across the layer), 'qk' (across the "
+                  "layer, or the keys alone where positions or a norm stand between), 'q' (queries alone), 'up' and "
+                  "'gate' (the first projections of the MLP)."},
+    )  # fmt: skip
+    core: str = field(
+        default="full", metadata={"help": "'full' trains a d x d matrix a head, 'diagonal' its singular values alone."}
+    )
+    block_size: int = field(default=64, metadata={"help": "Rows in a block outside attention."})
+    clover_dropout: float = field(
+        default=0.0, metadata={"help": "Share of the entries of the trained change that a training step leaves out."}
+    )
+    bias: str = field(
+        default="none", metadata={"help": "Biases to train: 'none', 'all' or 'clover_only' (of the modules wrapped)."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names of modules to leave out."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layers."})
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers, if `layers_to_transform` can't find it."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train and save whole beside the cores, such as a classifier."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "Start as the identity. False starts at random, which only tests want."}
+    )
+    bases_stored: bool = field(
+        default=False, metadata={"help": "Set in saved configs: the bases come from the adapter's file."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType[NAME]
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self.parts = tuple([self.parts] if isinstance(self.parts, str) else self.parts)
+        if not self.parts or set(self.parts) - set(PARTS):
+            raise CloverError(f"parts is {self.parts!r}; choose among {', '.join(map(repr, PARTS))}")
+        for name, allowed in (("core", ("full", "diagonal")), ("bias", ("none", "all", "clover_only"))):
+            if getattr(self, name) not in allowed:
+                raise CloverError(f"{name} is {getattr(self, name)!r}; choose among {', '.join(map(repr, allowed))}")
+        if self.block_size < 1:
+            raise CloverError(f"block_size is {self.block_size}; a block needs at least 1 row")
+        if not 0 <= self.clover_dropout < 1:
+            raise CloverError(f"clover_dropout is {self.clover_dropout}; choose at least 0 and less than 1")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise CloverError("layers_pattern says where layers_to_transform counts; give layers_to_transform as well")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As in peft; the copy on disk says that the bases lie beside it."""
+        stored = copy.copy(self)
+        stored.bases_stored = True
+        PeftConfig.save_pretrained(stored, save_directory, **kwargs)
+
+
+class CloverLayer(nn.Module, BaseTunerLayer):
+    """A projection (Linear, Conv1D or a quantised linear) whose outputs are turned by the cores of its adapters.
+
+    Active adapters add up: the weight is ``(I + E_1 + E_2 + ...) W``.
+    """
+
+    adapter_layer_names = ("clover_cores",)
+    other_param_names = ()
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, slots: list[Slot], config: CloverConfig, **backend: Any
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **backend)
+        self.clover_cores = nn.ModuleDict({})
+        self.slots: dict[str, list[Slot]] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        base: Any = self.get_base_layer()
+        self.out_features = out_features(base)
+        self.in_features = base.nx if isinstance(base, Conv1D) else base.in_features
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, slots, config)
+
+    def update_layer(self, adapter_name: str, slots: list[Slot], config: CloverConfig) -> None:
+        """Add an adapter: its cores, with their bases unless those will be loaded."""
+        if self.merged:
+            raise CloverError(
+                f"adapter {adapter_name!r} can't be added while {', '.join(self.merged_adapters)} is merged; "
+                "call unmerge_adapter first"
+            )
+        weight = _peek(self.get_base_layer())
+        base: Any = self.get_base_layer()
+        device = base.weight.device
+        options: dict[str, Any] = {
+            "diagonal": config.core == "diagonal", "dropout": config.clover_dropout,
+            "quantised": self.quantization_backend is not None, "device": device,
+        }  # fmt: skip
+        cores = []
+        for slot in slots:
+            mark = None if weight is None else fingerprint(weight[slot.rows.to(weight.device)])
+            cores.append(Core(*slot.rows.shape, base=mark, **options))
+        self.clover_cores[adapter_name] = nn.ModuleList(cores)
+        self.slots[adapter_name] = slots
+        absent = any(p.is_meta for core in cores for p in core.parameters())
+        if weight is not None and not config.bases_stored and not absent:
+            self._start(adapter_name, weight, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _start(self, adapter_name: str, weight: Tensor, identity: bool) -> None:
+        for slot, core in zip(self.slots[adapter_name], self._cores(adapter_name), strict=True):
+            if not weight.isfinite().all():
+                bad = "NaN" if weight.isnan().any() else "infinite values"
+                raise CloverError(f"a weight of shape {tuple(weight.shape)} contains {bad}; repair the base model")
+            if empty := core.start(slot.decompose(weight, _read), identity):
+                warnings.warn(
+                    f"{empty} of {core.values.numel()} directions of a {slot.part!r} weight have no singular value; "
+                    "they stay as they are", stacklevel=2,
+                )  # fmt: skip
+
+    def _cores(self, adapter_name: str) -> list[Core]:
+        return list(cast(nn.ModuleList, self.clover_cores[adapter_name]))  # type: ignore[arg-type]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """The change goes to device and dtype of the base; its bases keep float32."""
+        base: Any = self.get_base_layer()
+        if adapter_name not in self.clover_cores or any(p.is_meta for p in self.clover_cores.parameters()):
+            return
+        dtype = base.weight.dtype if base.weight.is_floating_point() else None
+        for core in self._cores(adapter_name):
+            core.to(device or base.weight.device)
+            if dtype is not None:
+                core.change.data = core.change.data.to(dtype)
+
+    def _transforms(self, names: list[str]) -> dict[tuple[str, ...], Any]:
+        """``(slot, sum of E)`` of all the adapters named, for each set of rows that any of them turns."""
+        found: dict[Any, Any] = {}
+        for name in names:
+            for slot, core in zip(self.slots[name], self._cores(name), strict=True):
+                key = (*slot.rows.shape, int(slot.rows[0, 0]))
+                _, before = found.get(key, (slot, None))
+                change = core.transform()
+                found[key] = (slot, change if before is None else before + change)
+        return found
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base projection, then the cores. Same shapes and dtype as the base."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        names = [] if self.merged else [n for n in self.active_adapters if n in self.clover_cores]
+        base: Any = self.get_base_layer()
+        for slot, transform in self._transforms(names).values():
+            y = self._turned(y, slot, transform, base.bias)
+        return y
+
+    def _turned(self, y: Tensor, slot: Slot, transform: Tensor, bias: Tensor | None) -> Tensor:
+        whole = slot.rows.numel() == y.shape[-1]
+        columns = None if whole else slot.rows.flatten().to(y.device)
+        part = y if columns is None else y.index_select(-1, columns)
+        part_bias = bias if bias is None or columns is None else bias[columns]
+        turned = turn(part, transform, part_bias, invertible=slot.partner is None and slot.part in ("up", "gate"))
+        return turned if columns is None else y.index_copy(-1, columns, turned)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put adapters into the base weight.
+
+        Args:
+            safe_merge: check the result before it takes the place of the weight.
+            adapter_names: all active ones when left out.
+
+        Raises:
+            ValueError: ``safe_merge`` found NaN or infinite values.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.clover_cores]
+        if not names:
+            return
+        self._set_merged([*self.merged_adapters, *names], check=safe_merge)
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weight again (to the rounding of its dtype)."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._set_merged([])
+
+    @torch.no_grad()
+    def _set_merged(self, names: list[str], check: bool = False) -> None:
+        """Go from the merged adapters to ``names``: undo the one transform, apply the other."""
+        training = self.training
+        self.eval()  # without dropout
+        weight = _read(self.get_base_layer())
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        for slot, transform in reversed(self._transforms(self.merged_adapters).values()):
+            rows = slot.rows.to(wide.device)
+            whole = transform + torch.eye(rows.shape[1], device=wide.device)
+            wide = wide.index_copy(
+                0, rows.flatten(), torch.linalg.solve(whole.to(wide.dtype), wide[rows]).flatten(0, 1)
+            )
+        for slot, transform in self._transforms(names).values():
+            rows = slot.rows.to(wide.device)
+            wide = wide.index_add(0, rows.flatten(), (transform.to(wide.dtype) @ wide[rows]).flatten(0, 1))
+        if check and not wide.isfinite().all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
+        self._write(wide.to(weight.dtype))
+        self.merged_adapters = names
+        self.train(training)
+
+    def _write(self, weight: Float[Tensor, "out in"]) -> None:
+        base: Any = self.get_base_layer()
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise CloverError(
+                f"a layer quantised by {backend.backend_name} can't take a merged weight; load the base model without "
+                "quantisation to merge"
+            )
+        with gather_params_ctx(base.parameters()):
+            self.set_base_weight(weight.T.contiguous() if isinstance(base, Conv1D) else weight.contiguous())
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter adds to the weight, in the layout of the base layer."""
+        base = self.get_base_layer()
+        weight = _read(base)
+        delta = torch.zeros_like(weight)
+        for slot, transform in self._transforms([adapter]).values():
+            rows = slot.rows.to(weight.device)
+            delta.index_copy_(0, rows.flatten(), (transform.to(weight.dtype) @ weight[rows]).flatten(0, 1))
+        return delta.T if isinstance(base, Conv1D) else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return "clover." + super().__repr__()
+
+
+class CloverModel(BaseTuner):
+    """Wraps the projections of a model; what ``peft.get_peft_model`` builds for a ``CloverConfig``."""
+
+    prefix = "clover_"
+    tuner_layer_cls = CloverLayer
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        self._found = find_slots(self.model, peft_config.block_size)
+        if peft_config.target_modules is None:
+            wanted = {n for n, slots in self._found.items() if any(s.part in peft_config.parts for s in slots)}
+            if not wanted:
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} has no {' or '.join(peft_config.parts)} of a known class to tune; "
+                    f"name modules in target_modules, or use one of {', '.join(sorted(FAMILIES))}"
+                )
+            peft_config.target_modules = {_suffix(name) for name in wanted}
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: Any,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        config = peft_config
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base, (nn.Linear, Conv1D)) and resolve_quantization_backend(base) is None:
+            raise ValueError(
+                f"Target module {current_key} is a {type(base).__module__}.{type(base).__name__}, which is not "
+                "supported; CLOVER tunes linear projections (Linear, Conv1D and quantised ones): "
+                "leave it out of target_modules, or train it whole through modules_to_save"
+            )
+        known = self._found.get(current_key, [])
+        slots = [s for s in known if s.part in config.parts] or known
+        slots = slots or [rows_in_blocks(current_key, base, config.block_size)]
+        if isinstance(target, CloverLayer):
+            target.update_layer(adapter_name, slots, config)
+            return
+        layer = CloverLayer(target, adapter_name, slots, config, **get_quantization_kwargs(self.model))
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+
+def _suffix(name: str) -> str:
+    """``self_attn.v_proj`` for ``model.layers.3.self_attn.v_proj``: the same in every layer."""
+    *_, parent, last = ["", *name.split(".")]
+    return last if parent.isdigit() or not parent else f"{parent}.{last}"
+
+
+# --- the weight of a base layer, whatever holds it ---
+
+
+def _read(module: Any) -> Float[Tensor, "out in"]:
+    """The weight as ``(out, in)``: dequantised, gathered from all ranks, out of wrappers, Conv1D turned.
+
+    Raises:
+        CloverError: the weight is on the meta device.
+    """
+    weight = _peek(module)
+    if weight is None:
+        raise CloverError("a base weight is on the meta device; load the model's weights before adding the adapter")
+    return weight
+
+
+@torch.no_grad()
+def _peek(module: Any) -> Tensor | None:
+    """As ``_read``; None where the weight is not loaded yet."""
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    with gather_params_ctx(module.parameters()):  # ZeRO-3; nothing elsewhere
+        weight = dequantize_module_weight(module).detach()
+        if hasattr(weight, "full_tensor"):  # FSDP2
+            weight = weight.full_tensor()
+        if weight.is_meta:
+            return None
+        return weight.T if isinstance(module, Conv1D) else weight
+
+
+if _extend_enum() not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    register_peft_method(name=NAME.lower(), config_cls=CloverConfig, model_cls=CloverModel)
