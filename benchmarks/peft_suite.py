@@ -119,9 +119,9 @@ def main(checkout: str, *options: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         plugin = Inject(tiny_models(Path(folder)))
         os.chdir(checkout)
-        pytest.main([*FILES, "-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short", "-o", "addopts=",
-                     "--import-mode=importlib",
-                     "-k", "(clover or lora) and not xlora and not adalora", *options], plugins=[plugin])  # fmt: skip
+        quiet = ["-q", "--no-header", "--tb=short", "-W", "ignore", "-p", "no:cacheprovider"]
+        theirs = ["-o", "addopts=", "--import-mode=importlib", "-k", "(clover or lora) and not xlora and not adalora"]
+        pytest.main([*FILES, *quiet, *theirs, *options], plugins=[plugin])
     ours = {n: o for n, o in plugin.outcomes.items() if "CLOVER" in n or "CloverConfig" in n}
     if not ours:
         sys.exit(f"no test ran; is {checkout} a source tree of peft {version('peft')} with its tests?")

@@ -9,24 +9,18 @@ import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
 
 from clover.errors import CloverError
 from clover.progress import console
+from clover.show import describe, show, show_blocks
 
 if TYPE_CHECKING:
     from clover.budget import Rule
-    from clover.families import Block
-    from clover.plan import Spectrum
-    from clover.report import Row
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
@@ -140,11 +134,11 @@ def inspect(
         from clover.report import plot_spectra
 
         plot_spectra(spectra, plot)
-    described = [_describe(block, spectrum) for block, spectrum in zip(found, spectra, strict=True)]
+    described = [describe(block, spectrum) for block, spectrum in zip(found, spectra, strict=True)]
     if as_json:
         print(json.dumps({"model": model, "blocks": described}))
     else:
-        _show_blocks(described)
+        show_blocks(described)
 
 
 @app.command()
@@ -198,7 +192,7 @@ def prune(
     if as_json:
         print(json.dumps(sizes))
     else:
-        _show(table(sizes))
+        show(table(sizes))
 
 
 @app.command("eval")
@@ -226,6 +220,70 @@ def evaluate(
 
 
 @app.command()
+def tune(
+    model: Model,
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The folder to make.")],
+    data: Annotated[
+        Path, typer.Option(metavar="FILE", help="A .jsonl of instruction and output, or a .txt; each may be .gz.")
+    ],
+    method: Annotated[str, typer.Option(help="clover, lora, dora or pissa, all on the same modules.")] = "clover",
+    steps: Annotated[int, typer.Option(metavar="N", help="Optimiser steps.")] = 100,
+    lr: Annotated[float, typer.Option(metavar="X", help="Largest learning rate.")] = 1e-3,
+    batch: Annotated[int, typer.Option(metavar="N", help="Examples a step.")] = 8,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the order of the data and of LoRA's start.")] = 0,
+    length: Annotated[int, typer.Option(metavar="N", help="Tokens at most in an example.")] = 512,
+    core: Annotated[
+        Literal["full", "diagonal"], typer.Option(help="A matrix a head, or its singular values.")
+    ] = "full",
+    rank: Annotated[
+        int | None, typer.Option(metavar="R", help="Of the LoRA methods.", show_default="as many parameters as clover")
+    ] = None,
+    match_parameters: Annotated[
+        bool, typer.Option("--match-parameters", help="Take the rank nearest to clover's number of parameters.")
+    ] = False,
+    eval_data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Measure the loss on it, before and after.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tune a language model by an adapter. A run that was killed goes on when it is called again."""
+    from clover.data import extra
+
+    extra("peft", "tune")
+    from clover.training import Recipe
+    from clover.training import tune as run
+
+    if rank is not None and match_parameters:
+        raise CloverError(f"--rank {rank} and --match-parameters exclude each other; give one")
+    _quiet()
+    recipe = Recipe(method, steps, lr, batch, seed, length=length, core=core, rank=rank)
+    result = run(model, adapter, data, recipe, eval_data=eval_data)
+    _note(f"saved {adapter}")
+    if as_json:
+        print(json.dumps(result))
+        return
+    for key in ("method", "trainable_parameters", "loss", "eval_loss_before", "eval_loss_after"):
+        if key in result:
+            print(f"{key}: {result[key]}")
+
+
+@app.command()
+def merge(
+    model: Model,
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="What clover tune wrote, or any peft adapter.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+) -> None:
+    """Merge an adapter into its model: the same outputs at the speed of the model alone."""
+    from clover.data import extra
+
+    extra("peft", "tune")
+    from clover.training import merge as run
+
+    _quiet()
+    _note(f"saved {run(model, adapter, out)}")
+
+
+@app.command()
 def demo(
     model: Annotated[
         str | None, typer.Option(help="A causal language model: folder or hub name.", show_default="SmolLM2-135M")
@@ -242,7 +300,7 @@ def demo(
     if as_json:
         print(json.dumps(result.to_dict()))
         return
-    _show(table(result.summary, result.measurements))
+    show(table(result.summary, result.measurements))
     print(f"Report: {result.report}\n\nLoad the pruned model:\n")
     print(f"    import clover\n    model = clover.load({result.model!r})")
 
@@ -317,41 +375,6 @@ def _beside(name: str) -> tuple[Any, ...]:
             return (load_processor(name, kind),)
     _note(f"warning: {name} has no tokenizer or processor that could be saved with the pruned model")
     return ()
-
-
-def _describe(block: Block, spectrum: Spectrum) -> dict[str, Any]:
-    kv_heads, queries, qk, _ = block.heads().q.shape
-    heads = {"query_heads": kv_heads * queries, "kv_heads": kv_heads}
-    sizes = {"qk_size": qk, "vo_size": block.heads().v.shape[1]}
-    return {"name": spectrum.name, "part": spectrum.part, **heads, **sizes, **asdict(spectrum)}
-
-
-# --- tables ---
-
-
-def _show(rows: Iterable[Row]) -> None:
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("")
-    for name in ("before", "after", "change"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-
-
-def _show_blocks(blocks: Iterable[dict[str, Any]]) -> None:
-    """A line a block: how many of its directions are not small, on average over its heads."""
-    table = Table(box=box.SIMPLE_HEAD, caption="Q-K, V-O: values above 1 % of the head's largest, mean over heads")
-    for name in ("block", "part", "heads", "KV heads", "Q-K", "V-O"):
-        table.add_column(name, justify="left" if name in ("block", "part") else "right")
-    for block in blocks:
-        counts = [f"{_large(block[side]):.1f} of {len(block[side][0])}" for side in ("qk", "vo")]
-        table.add_row(block["name"], block["part"], str(block["query_heads"]), str(block["kv_heads"]), *counts)
-    Console().print(table)
-
-
-def _large(rows: tuple[tuple[float, ...], ...]) -> float:
-    return sum(value > 0.01 * row[0] for row in rows for value in row) / len(rows)
 
 
 def main() -> None:

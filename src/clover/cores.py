@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from clover.decompose import Bases
@@ -31,23 +31,27 @@ class Core(nn.Module):
         left, right: buffers ``(b, d, d)``, float32.
         values: buffer ``(b, d)``, the singular values at the start.
         fingerprint: buffer ``(b,)``, of the base weight.
+        rows: buffer ``(b, d)``, not saved: where the blocks stand in the weight.
+        key: the same for cores of the same rows.
+        invertible: see ``turn``.
     """
 
     left: Tensor
     right: Tensor
     values: Tensor
     fingerprint: Tensor
+    rows: Tensor
 
     def __init__(
         self,
-        blocks: int,
-        size: int,
+        rows: Int[Tensor, "b d"],
         *,
         diagonal: bool,
         dropout: float,
         base: Float[Tensor, " b"] | None,
         quantised: bool,
         device: torch.device,
+        invertible: bool = False,
     ) -> None:
         """Make a core without bases: ``start`` computes them, or a saved state brings them.
 
@@ -58,6 +62,9 @@ class Core(nn.Module):
         """
         super().__init__()
         self.dropout, self.quantised, self.base, self.ready = dropout, quantised, base, False
+        blocks, size = rows.shape
+        self.key, self.invertible = (blocks, size, int(rows[0, 0])), invertible
+        self.register_buffer("rows", rows.to(device), persistent=False)
         self.change = nn.Parameter(torch.zeros((blocks, size) if diagonal else (blocks, size, size), device=device))
         empty = torch.zeros(blocks, size, size, device=device)
         self.register_buffer("left", empty)
@@ -99,10 +106,7 @@ class Core(nn.Module):
             RuntimeError: the bases have not been loaded.
         """
         if not self.ready:
-            raise RuntimeError(
-                "this core has no bases yet: its config was read from a saved adapter, whose weights were not loaded; "
-                "load it with PeftModel.from_pretrained, or make a new CloverConfig"
-            )
+            self._look()
         with torch.autocast(self.change.device.type, enabled=False):
             left, right, change = _wide(self.left), _wide(self.right), _wide(self.change)
             if self.training and self.dropout:
@@ -112,18 +116,35 @@ class Core(nn.Module):
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, meta: Any, strict: Any, missing: Any,
                               unexpected: Any, errors: list[str]) -> None:  # fmt: skip
         stored = state.get(prefix + "fingerprint")
-        if stored is not None and self.base is not None and stored.shape == self.base.shape:
-            allowed = SAME_QUANTISED if self.quantised else SAME_BASE
-            difference = distance(stored, self.base)
-            if not difference <= allowed:
-                errors.append(
-                    f"{prefix.rstrip('.')} was tuned on another base model: the fingerprint of its weight differs by "
-                    f"{difference:.1%}; load it on the model that it was made for (unmerged, unpruned if that was)"
-                )
-                return
+        if stored is not None and (problem := self._other_base(stored)):
+            errors.append(f"{prefix.rstrip('.')} {problem}")
+            return
         super()._load_from_state_dict(state, prefix, meta, strict, missing, unexpected, errors)
         if prefix + "left" in state and prefix + "right" in state:
             self.ready = True
+
+    def _other_base(self, stored: Tensor) -> str | None:
+        """What is wrong if a fingerprint is not that of the base weight."""
+        if self.base is None or stored.shape != self.base.shape:
+            return None
+        difference = distance(stored, self.base)
+        if difference <= (SAME_QUANTISED if self.quantised else SAME_BASE):
+            return None
+        return (
+            f"was tuned on another base model: the fingerprint of its weight differs by {difference:.1%}; load it on "
+            "the model that it was made for (unmerged, unpruned if that was)"
+        )
+
+    def _look(self) -> None:
+        """Once, for bases that did not come through ``load_state_dict``: transformers puts tensors in by itself."""
+        if not self.right.any():
+            raise RuntimeError(
+                "this core has no bases yet: its config was read from a saved adapter, whose weights were not loaded; "
+                "load it with PeftModel.from_pretrained, or make a new CloverConfig"
+            )
+        if problem := self._other_base(self.fingerprint):
+            raise RuntimeError(f"this core {problem}")
+        self.ready = True
 
 
 def fingerprint(weight: Float[Tensor, "b d n"]) -> Float[Tensor, " b"]:

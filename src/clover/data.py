@@ -28,7 +28,7 @@ T = TypeVar("T")
 Kind = Literal["text", "manifest", "questions", "images"]
 KINDS: dict[str, Kind] = {".txt": "text", ".tsv": "manifest", ".jsonl": "questions"}
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
-CHARACTERS = 16  # a generous guess at the characters of one token; decides how much of a long text is tokenised at all
+CHARACTERS = 16  # a generous guess at those of one token; decides how much of a long text is tokenised at all
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ def file_kind(path: str | Path) -> Kind:
     Raises:
         CloverError: nothing is there, or the ending is none of those.
     """
-    path = Path(path)
-    if path.is_dir():
+    if (path := Path(path)).is_dir():
         return "images"
     if not path.exists():
         raise CloverError(f"{path} does not exist; give a .txt, .tsv or .jsonl file or a folder of images")
@@ -149,10 +148,11 @@ def read_questions(path: str | Path) -> list[Question]:
     Raises:
         CloverError: the file is empty, or a line is no JSON object, lacks a field or names no choices.
     """
-    return [_question(record, where) for where, record in _records(path)]
+    return [_question(record, where) for where, record in read_records(path)]
 
 
-def _records(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+def read_records(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a ``.jsonl[.gz]`` file that have ``instruction`` and ``answer``, each with where it stands."""
     lines = [(f"line {i} of {path}", line) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
     if not lines:
         raise CloverError(f"{path} holds no questions; give one JSON object a line")
@@ -233,8 +233,8 @@ def calibration_batches(
     return [_place(b, next(model.parameters())) for b in batches]
 
 
-def extra(module: str) -> ModuleType:
-    """Import a module of the ``eval`` extra.
+def extra(module: str, name: str = "eval") -> ModuleType:
+    """Import a module of an extra, see ``pyproject.toml``.
 
     Raises:
         CloverError: it is not installed.
@@ -242,7 +242,7 @@ def extra(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise CloverError(f'this needs {module}, which is missing: pip install "clover-attention[eval]"') from error
+        raise CloverError(f'this needs {module}, which is missing: pip install "clover-attention[{name}]"') from error
 
 
 def load_processor(model_or_name: nn.Module | str | Path, kind: str) -> Any:
@@ -325,7 +325,7 @@ def _text_batches(
     tokenizer = tokenizer or load_processor(model, "AutoTokenizer")
     text = read_text(path)
     if file_kind(path) == "questions":
-        text = "\n\n".join(f"{r['instruction']}\n{r.get('output', r['answer'])}" for _, r in _records(path))
+        text = "\n\n".join(f"{r['instruction']}\n{r.get('output', r['answer'])}" for _, r in read_records(path))
     length = min(length, max_positions(model) or length, tokenizer.model_max_length)
     chosen = torch.tensor(_windows(text, tokenizer, length, sequences, path))
     return ({"input_ids": rows} for rows in chosen.split(batch))

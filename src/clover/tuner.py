@@ -11,6 +11,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -110,11 +111,11 @@ class CloverConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise CloverError("layers_pattern says where layers_to_transform counts; give layers_to_transform as well")
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """As in peft; the copy on disk says that the bases lie beside it."""
         stored = copy.copy(self)
         stored.bases_stored = True
-        PeftConfig.save_pretrained(stored, save_directory, **kwargs)
+        PeftConfig.save_pretrained(stored, str(save_directory), **kwargs)
 
 
 class CloverLayer(nn.Module, BaseTunerLayer):
@@ -133,7 +134,6 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **backend)
         self.clover_cores = nn.ModuleDict({})
-        self.slots: dict[str, list[Slot]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         base: Any = self.get_base_layer()
@@ -159,17 +159,17 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         cores = []
         for slot in slots:
             mark = None if weight is None else fingerprint(weight[slot.rows.to(weight.device)])
-            cores.append(Core(*slot.rows.shape, base=mark, **options))
+            alone = slot.partner is None and slot.part in ("up", "gate")
+            cores.append(Core(slot.rows, base=mark, invertible=alone, **options))
         self.clover_cores[adapter_name] = nn.ModuleList(cores)
-        self.slots[adapter_name] = slots
         absent = any(p.is_meta for core in cores for p in core.parameters())
         if weight is not None and not config.bases_stored and not absent:
-            self._start(adapter_name, weight, config.init_weights)
+            self._start(adapter_name, slots, weight, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _start(self, adapter_name: str, weight: Tensor, identity: bool) -> None:
-        for slot, core in zip(self.slots[adapter_name], self._cores(adapter_name), strict=True):
+    def _start(self, adapter_name: str, slots: list[Slot], weight: Tensor, identity: bool) -> None:
+        for slot, core in zip(slots, self._cores(adapter_name), strict=True):
             if not weight.isfinite().all():
                 bad = "NaN" if weight.isnan().any() else "infinite values"
                 raise CloverError(f"a weight of shape {tuple(weight.shape)} contains {bad}; repair the base model")
@@ -193,16 +193,14 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             if dtype is not None:
                 core.change.data = core.change.data.to(dtype)
 
-    def _transforms(self, names: list[str]) -> dict[tuple[str, ...], Any]:
-        """``(slot, sum of E)`` of all the adapters named, for each set of rows that any of them turns."""
-        found: dict[Any, Any] = {}
+    def _transforms(self, names: list[str]) -> list[tuple[Core, Tensor]]:
+        """A core and the sum of ``E`` over all the adapters named, for each set of rows that any of them turns."""
+        found: dict[tuple[int, int, int], tuple[Core, Tensor]] = {}
         for name in names:
-            for slot, core in zip(self.slots[name], self._cores(name), strict=True):
-                key = (*slot.rows.shape, int(slot.rows[0, 0]))
-                _, before = found.get(key, (slot, None))
+            for core in self._cores(name):
                 change = core.transform()
-                found[key] = (slot, change if before is None else before + change)
-        return found
+                found[core.key] = (core, found[core.key][1] + change if core.key in found else change)
+        return list(found.values())
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base projection, then the cores. Same shapes and dtype as the base."""
@@ -213,16 +211,15 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         y = self.base_layer(x, *args, **kwargs)
         names = [] if self.merged else [n for n in self.active_adapters if n in self.clover_cores]
         base: Any = self.get_base_layer()
-        for slot, transform in self._transforms(names).values():
-            y = self._turned(y, slot, transform, base.bias)
+        for core, transform in self._transforms(names):
+            y = self._turned(y, core, transform, base.bias)
         return y
 
-    def _turned(self, y: Tensor, slot: Slot, transform: Tensor, bias: Tensor | None) -> Tensor:
-        whole = slot.rows.numel() == y.shape[-1]
-        columns = None if whole else slot.rows.flatten().to(y.device)
+    def _turned(self, y: Tensor, core: Core, transform: Tensor, bias: Tensor | None) -> Tensor:
+        columns = None if core.rows.numel() == y.shape[-1] else core.rows.flatten()
         part = y if columns is None else y.index_select(-1, columns)
         part_bias = bias if bias is None or columns is None else bias[columns]
-        turned = turn(part, transform, part_bias, invertible=slot.partner is None and slot.part in ("up", "gate"))
+        turned = turn(part, transform, part_bias, invertible=core.invertible)
         return turned if columns is None else y.index_copy(-1, columns, turned)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -254,14 +251,14 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         self.eval()  # without dropout
         weight = _read(self.get_base_layer())
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        for slot, transform in reversed(self._transforms(self.merged_adapters).values()):
-            rows = slot.rows.to(wide.device)
+        for core, transform in reversed(self._transforms(self.merged_adapters)):
+            rows = core.rows
             whole = transform + torch.eye(rows.shape[1], device=wide.device)
             wide = wide.index_copy(
                 0, rows.flatten(), torch.linalg.solve(whole.to(wide.dtype), wide[rows]).flatten(0, 1)
             )
-        for slot, transform in self._transforms(names).values():
-            rows = slot.rows.to(wide.device)
+        for core, transform in self._transforms(names):
+            rows = core.rows
             wide = wide.index_add(0, rows.flatten(), (transform.to(wide.dtype) @ wide[rows]).flatten(0, 1))
         if check and not wide.isfinite().all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
@@ -286,8 +283,8 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         weight = _read(base)
         delta = torch.zeros_like(weight)
-        for slot, transform in self._transforms([adapter]).values():
-            rows = slot.rows.to(weight.device)
+        for core, transform in self._transforms([adapter]):
+            rows = core.rows
             delta.index_copy_(0, rows.flatten(), (transform.to(weight.dtype) @ weight[rows]).flatten(0, 1))
         return delta.T if isinstance(base, Conv1D) else delta
 
@@ -303,6 +300,12 @@ class CloverModel(BaseTuner):
 
     prefix = "clover_"
     tuner_layer_cls = CloverLayer
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """The name on file of a core's tensor: without the adapter's, so that it loads under any."""
+        head, found, tail = key.rpartition(f".clover_cores.{adapter_name}.")
+        return f"{head}.clover_cores.{tail}" if found else super()._remove_adapter_name_from_key(key, adapter_name)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         self._found = find_slots(self.model, peft_config.block_size)

@@ -1,0 +1,118 @@
+"""What tuning costs: CLOVER beside LoRA, DoRA and PiSSA on the same modules with as many parameters; and its start.
+
+    python benchmarks/tuning.py [steps] [start]     (both when left out)
+
+steps: seconds and peak memory of a training step of SmolLM2 at several batch shapes, methods in turns in one process;
+and the bytes that a step keeps for its backward pass.
+start: seconds to make the cores of SmolLM2, and those of a model of LLaMA-2-7B's shape (random weights, one layer at a
+time, so that it fits into memory; bfloat16).
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from clover import CloverConfig
+from clover.training import METHODS, Recipe, adapter_config
+from common import MODELS, SEED, chosen, record, side_by_side, timed
+
+SHAPES = ((8, 128), (2, 512))
+ROUNDS = 7
+
+
+def load() -> Any:
+    return AutoModelForCausalLM.from_pretrained(MODELS / "smollm2", dtype=torch.float32)
+
+
+def adapted(method: str) -> Any:
+    model = load()
+    torch.manual_seed(SEED)
+    return get_peft_model(model, adapter_config(model, Recipe(method=method))).train()
+
+
+def saved_bytes(model: Any, batch: dict[str, torch.Tensor]) -> int:
+    """Bytes that autograd keeps between forward and backward, each storage once, without the weights."""
+    known = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = model(**batch).loss
+    total = sum(kept.values())
+    loss.backward()
+    return total
+
+
+def steps() -> dict:
+    models = {method: adapted(method) for method in METHODS}
+    result: dict[str, Any] = {
+        "dtype": "float32",
+        "rounds": ROUNDS,
+        "trainable_parameters": {
+            n: sum(p.numel() for p in m.parameters() if p.requires_grad) for n, m in models.items()
+        },
+    }
+    for rows, tokens in SHAPES:
+        ids = torch.randint(1000, (rows, tokens), generator=torch.Generator().manual_seed(SEED))
+        batch = {"input_ids": ids, "labels": ids}
+        optimisers = {
+            n: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-5) for n, m in models.items()
+        }
+
+        def step(name: str, batch: dict = batch, optimisers: dict = optimisers) -> float:
+            start = time.perf_counter()
+            models[name](**batch).loss.backward()
+            optimisers[name].step()
+            optimisers[name].zero_grad()
+            return time.perf_counter() - start
+
+        calls: dict[str, Callable[[], float]] = {n: lambda n=n: step(n) for n in models}  # type: ignore[misc]
+        seconds = side_by_side(calls, ROUNDS)
+        kept = {n: saved_bytes(m, batch) for n, m in models.items()}
+        result[f"{rows} x {tokens}"] = {
+            n: {
+                "seconds": seconds[n], "time_over_lora": seconds[n] / seconds["lora"],
+                "saved_bytes": kept[n], "memory_over_lora": kept[n] / kept["lora"],
+            } for n in models
+        }  # fmt: skip
+    return result
+
+
+def start() -> dict:
+    torch.manual_seed(SEED)
+    small = timed(partial(get_peft_model, load(), CloverConfig()))[1]
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32,
+        num_hidden_layers=1, vocab_size=32,
+    )  # fmt: skip
+    layers = []
+    for _ in range(3):
+        gc.collect()
+        with torch.device("cpu"):
+            layer = LlamaForCausalLM(config).to(torch.bfloat16)
+        layers.append(timed(partial(get_peft_model, layer, CloverConfig()))[1])
+    return {
+        "smollm2_seconds": small,
+        "llama_2_7b_layer_seconds": layers,
+        "llama_2_7b_seconds": 32 * sorted(layers)[1],
+        "llama_2_7b": "32 times the median of three layers of its shape",
+    }
+
+
+if __name__ == "__main__":
+    benchmarks: dict[str, Callable[[], dict]] = {"steps": steps, "start": start}
+    for name in chosen(benchmarks):
+        record(f"tuning-{name}", benchmarks[name]())

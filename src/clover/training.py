@@ -1,0 +1,315 @@
+"""Tune a model by an adapter and merge it: a thin shell over transformers' Trainer, the same for every method.
+
+CLOVER, LoRA, DoRA and PiSSA get the same modules, data, order and schedule, so that a comparison compares methods.
+A run that was killed goes on where it was; the adapter's folder appears when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint, set_seed
+
+from clover.checkpoint import check_writable, load, save
+from clover.data import file_kind, load_processor, read_records, read_text
+from clover.errors import CloverError
+from clover.progress import console
+from clover.targets import find_slots, out_features
+from clover.tuner import CloverConfig
+
+METHODS = ("clover", "lora", "dora", "pissa")
+IGNORED = -100  # what transformers' losses leave out
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run, whole: with the same recipe, data and base another run gives the same adapter."""
+
+    method: str = "clover"
+    steps: int = 100
+    lr: float = 1e-3
+    batch: int = 8
+    seed: int = 0
+    warmup: int = 10
+    """Steps over which the learning rate rises; it then falls to zero along a line."""
+    length: int = 512
+    """Tokens at most in an example."""
+    parts: tuple[str, ...] = ("qk", "vo", "up")
+    core: str = "full"
+    rank: int | None = None
+    """Of the LoRA methods; None takes the rank nearest to CLOVER's number of parameters."""
+
+    def check(self) -> None:
+        """Refuse what can't be run.
+
+        Raises:
+            CloverError: names the value and its remedy.
+        """
+        if self.method not in METHODS:
+            raise CloverError(f"method {self.method!r} is unknown; choose among {', '.join(METHODS)}")
+        for name in ("steps", "batch", "length"):
+            if getattr(self, name) < 1:
+                raise CloverError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 < self.lr < math.inf:
+            raise CloverError(f"lr is {self.lr}; it must be a positive finite number")
+        if self.rank is not None and self.rank < 1:
+            raise CloverError(f"rank is {self.rank}; it must be at least 1")
+
+
+def adapter_config(model: nn.Module, recipe: Recipe, block_size: int = 64) -> PeftConfig:
+    """The peft config of a recipe's method; the LoRA family gets CLOVER's modules.
+
+    Raises:
+        CloverError: an unknown method, or a model without anything to tune.
+    """
+    recipe.check()
+    ours = CloverConfig(parts=recipe.parts, core=recipe.core, block_size=block_size, task_type="CAUSAL_LM")
+    if recipe.method == "clover":
+        return ours
+    found = find_slots(model, block_size)
+    chosen = {name: [s for s in slots if s.part in recipe.parts] for name, slots in found.items()}
+    chosen = {name: slots for name, slots in chosen.items() if slots}
+    if not chosen:
+        raise CloverError(f"{type(model).__name__} has no {' or '.join(recipe.parts)} to tune; choose other parts")
+    rank = recipe.rank or matching_rank(model, chosen, diagonal=recipe.core == "diagonal")
+    return LoraConfig(
+        r=rank, lora_alpha=rank if recipe.method == "pissa" else 2 * rank, target_modules=sorted(chosen),
+        use_dora=recipe.method == "dora", init_lora_weights="pissa" if recipe.method == "pissa" else True,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+
+
+def matching_rank(model: nn.Module, chosen: dict[str, list[Any]], diagonal: bool = False) -> int:
+    """The LoRA rank whose number of parameters on these modules is nearest to that of CLOVER's cores."""
+    modules = dict(model.named_modules())
+    cores = sum(s.rows.numel() * (1 if diagonal else s.rows.shape[1]) for slots in chosen.values() for s in slots)
+    widths = 0
+    for name in chosen:
+        module: Any = modules[name]
+        widths += out_features(module) + (module.nx if hasattr(module, "nx") else module.in_features)
+    return max(1, round(cores / widths))
+
+
+# --- data ---
+
+
+def examples(path: str | Path, tokenizer: Any, length: int) -> list[dict[str, list[int]]]:
+    """Token ids and labels of every example in a file.
+
+    Args:
+        path: ``.jsonl[.gz]`` with ``instruction`` and ``output`` (or ``answer``): the loss is that of the output; or
+            ``.txt[.gz]``: windows of ``length`` tokens, all of which are learned.
+
+    Raises:
+        CloverError: no examples, or another kind of file.
+    """
+    kind = file_kind(path)
+    if kind == "questions":
+        return [example(record, tokenizer, length) for _, record in read_records(path)]
+    if kind != "text":
+        raise CloverError(f"{path} holds {kind}; tuning takes a .txt or a .jsonl, each with or without .gz")
+    ids = tokenizer(read_text(path)).input_ids
+    windows = [ids[i : i + length] for i in range(0, len(ids), length)]
+    found = [{"input_ids": w, "labels": list(w)} for w in windows if len(w) > 1]
+    if not found:
+        raise CloverError(f"{path} holds too little text to learn from; give at least two tokens")
+    return found
+
+
+def example(record: dict[str, Any], tokenizer: Any, length: int) -> dict[str, list[int]]:
+    """Ids and labels of one record: the loss is that of its ``output`` (or ``answer``) and the end-of-text token."""
+    prompt = tokenizer(f"{record['instruction']}\n").input_ids
+    answer = tokenizer(str(record.get("output") or record["answer"]), add_special_tokens=False).input_ids
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    prompt = prompt[-max(1, length - len(answer) - len(end)) :]  # of a long prompt, its end names the choices
+    return {"input_ids": prompt + answer + end, "labels": [IGNORED] * len(prompt) + answer + end}
+
+
+def collate(batch: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Pad on the right to the longest: ``input_ids``, ``labels`` and ``attention_mask``, ``(batch, tokens)``."""
+
+    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+        return nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
+
+    ids = [list(e["input_ids"]) for e in batch]
+    return {
+        "input_ids": padded(ids, 0),
+        "labels": padded([list(e["labels"]) for e in batch], IGNORED),
+        "attention_mask": padded([[1] * len(i) for i in ids], 0),
+    }
+
+
+# --- training ---
+
+
+class _StopAtNaN(TrainerCallback):
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        for name in ("loss", "grad_norm"):
+            value = float((logs or {}).get(name, 0.0))
+            if not math.isfinite(value):
+                raise CloverError(
+                    f"the {name} is {value} at step {state.global_step}; "
+                    f"lower the learning rate (it is {args.learning_rate:g})"
+                )
+
+
+def train(model: Any, data: list[Any], recipe: Recipe, folder: Path, *, save_every: int | None = None) -> list[Any]:
+    """Train what is trainable in ``model``, in place; goes on from the last checkpoint in ``folder``, if there is one.
+
+    Args:
+        data: see ``examples``.
+        folder: for checkpoints.
+        save_every: steps between checkpoints; none when left out.
+
+    Returns:
+        The Trainer's log: a dict of ``step``, ``loss``, ``learning_rate``, ``grad_norm`` a step.
+
+    Raises:
+        CloverError: loss or gradient became NaN or infinite.
+    """
+    quiet = not console.is_terminal
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=recipe.steps, learning_rate=recipe.lr, seed=recipe.seed,
+        per_device_train_batch_size=recipe.batch, warmup_steps=min(recipe.warmup, recipe.steps // 2),
+        lr_scheduler_type="linear", weight_decay=0.0, logging_steps=1, logging_nan_inf_filter=False,
+        save_strategy="steps" if save_every else "no", save_steps=save_every or recipe.steps, save_total_limit=1,
+        report_to=[], disable_tqdm=quiet, remove_unused_columns=False, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=data, data_collator=collate, callbacks=[_StopAtNaN()]
+    )  # fmt: skip
+    if quiet:
+        from transformers import PrinterCallback
+
+        trainer.remove_callback(PrinterCallback)
+    last = get_last_checkpoint(str(folder)) if save_every and folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@torch.inference_mode()
+def mean_loss(model: Any, data: Sequence[Any], batch: int = 8) -> float:
+    """Mean negative log-likelihood in nats per learned token."""
+    total, count = 0.0, 0
+    model.eval()
+    for start in range(0, len(data), batch):
+        inputs = {k: v.to(model.device) for k, v in collate(data[start : start + batch]).items()}
+        learned = int((inputs["labels"][:, 1:] != IGNORED).sum())
+        total += float(model(**inputs).loss) * learned
+        count += learned
+    return total / max(1, count)
+
+
+def tune(
+    model: str,
+    out: str | Path,
+    data: str | Path,
+    recipe: Recipe,
+    *,
+    eval_data: str | Path | None = None,
+    save_every: int = 50,
+) -> dict[str, Any]:
+    """Tune a model and write the adapter: what ``clover tune`` does.
+
+    Args:
+        model: folder or hub name of a causal language model.
+        out: the adapter's folder; must not exist. Beside it lies ``.NAME.tuning`` until the run is done: the same
+            call goes on from there after a kill.
+        data: see ``examples``.
+        eval_data: likewise; its loss is measured before and after.
+
+    Returns:
+        The recipe, ``trainable_parameters``, ``loss`` (mean of the last ten steps), and with ``eval_data``
+        ``eval_loss_before`` and ``eval_loss_after``, nats per token.
+
+    Raises:
+        CloverError: bad input, see the parts.
+    """
+    recipe.check()
+    target = check_writable(out)
+    base = load(model)
+    tokenizer = load_processor(model, "AutoTokenizer")
+    learned = examples(data, tokenizer, recipe.length)
+    held_out = None if eval_data is None else examples(eval_data, tokenizer, recipe.length)
+    draft = _draft(target, {"model": model, "data": str(data), **asdict(recipe)})
+    set_seed(recipe.seed)
+    before = None if held_out is None else mean_loss(base, held_out)
+    adapted = get_peft_model(base, adapter_config(base, recipe))
+    log = train(adapted, learned, recipe, draft / "checkpoints", save_every=save_every)
+    result = {
+        **asdict(recipe),
+        "trainable_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        "loss": sum(e["loss"] for e in log[-10:]) / len(log[-10:]),
+    }
+    if held_out is not None:
+        result |= {"eval_loss_before": before, "eval_loss_after": mean_loss(adapted, held_out)}
+    whole = draft / "adapter"
+    adapted.save_pretrained(str(whole), safe_serialization=True)
+    tokenizer.save_pretrained(str(whole))
+    (whole / "training.json").write_text(json.dumps({**result, "log": log}, indent=1))
+    _draw(log, whole / "loss.png")
+    whole.rename(target)
+    shutil.rmtree(draft, ignore_errors=True)
+    return result
+
+
+def _draft(target: Path, settings: dict[str, Any]) -> Path:
+    """The folder of a run that is under way; that of another recipe is not gone on with."""
+    draft = target.parent / f".{target.name}.tuning"
+    note = draft / "recipe.json"
+    text = json.dumps(settings, indent=1)
+    if note.exists() and note.read_text() != text:
+        raise CloverError(f"{draft} holds an unfinished run with other settings; finish that one, or remove the folder")
+    draft.mkdir(exist_ok=True)
+    shutil.rmtree(draft / "adapter", ignore_errors=True)
+    note.write_text(text)
+    return draft
+
+
+def _draw(log: list[Any], path: Path) -> None:
+    """The loss curve, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([e["step"] for e in log], [e["loss"] for e in log], linewidth=1)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def merge(model: str, adapter: str | Path, out: str | Path) -> Path:
+    """Merge an adapter into its model and save the result: what ``clover merge`` does.
+
+    Raises:
+        CloverError: no adapter there, one for another base, or ``out`` exists.
+    """
+    check_writable(out)
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise CloverError(f"{adapter} is no adapter: it has no adapter_config.json")
+    base = load(model)
+    try:
+        adapted: Any = PeftModel.from_pretrained(base, str(adapter))
+    except RuntimeError as error:
+        raise CloverError(f"{adapter} does not fit {model}: {' '.join(str(error).split())}") from error
+    beside = tuple(p for p in (_tokenizer(model),) if p is not None)
+    return save(adapted.merge_and_unload(safe_merge=True), out, beside=beside)
+
+
+def _tokenizer(model: str) -> Any:
+    try:
+        return load_processor(model, "AutoTokenizer")
+    except CloverError:
+        return None

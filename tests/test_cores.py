@@ -1,0 +1,120 @@
+"""The mathematics of a core: what it turns, what it leaves, its gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from clover.cores import Core, distance, fingerprint, turn
+from clover.decompose import decompose, weight_gram
+
+
+def core(bases, *, diagonal: bool = False, dropout: float = 0.0, identity: bool = True) -> Core:
+    b, d = bases.values.shape
+    made = bare(b, d, diagonal=diagonal, dropout=dropout)
+    made.start(bases, identity)
+    return made
+
+
+def bare(b: int, d: int, diagonal: bool = False, dropout: float = 0.0) -> Core:
+    rows = torch.arange(b * d).view(b, d)
+    return Core(rows, diagonal=diagonal, dropout=dropout, base=None, quantised=False, device=torch.device("cpu"))
+
+
+def pair(b: int = 3, d: int = 5, n: int = 11):
+    """Two sides of a head, ``(b, n, d)`` and ``(b, d, n)``, and the bases of the second."""
+    left, right = torch.randn(b, n, d).double(), torch.randn(b, d, n).double()
+    return left, right, decompose(weight_gram(right), weight_gram(left.mT))
+
+
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 12))
+def test_the_product_has_the_new_singular_values(b: int, d: int, n: int) -> None:
+    left, right, bases = pair(b, d, n + d)
+    turned = core(bases, diagonal=True)
+    turned.change.data.uniform_(-0.2, 0.5)
+    expected = (turned.values + turned.change.data).double().abs().sort(-1, descending=True).values
+    product = left @ (torch.eye(d).double() + turned.transform().double()) @ right
+    found = torch.linalg.svdvals(product)[..., :d]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_full_core_stays_inside_the_spans() -> None:
+    left, right, bases = pair()
+    turned = core(bases, identity=False)
+    product = left @ (torch.eye(5).double() + turned.transform().double()) @ right
+    columns = torch.linalg.qr(left).Q
+    rows = torch.linalg.qr(right.mT).Q
+    inside = columns @ (columns.mT @ product @ rows) @ rows.mT
+    torch.testing.assert_close(inside, product, rtol=1e-10, atol=1e-10)
+    assert (product - left @ right).abs().max() > 1e-2
+
+
+def test_it_starts_as_the_identity_to_the_bit() -> None:
+    turned = core(pair()[2])
+    assert turned.transform().abs().max() == 0
+    y = torch.randn(4, 7, 15)
+    assert torch.equal(turn(y, turned.transform()), y)
+
+
+@pytest.mark.parametrize("invertible", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradients_are_those_of_autograd(invertible: bool, bias: bool) -> None:
+    y = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    change = (0.2 * torch.randn(2, 4, 4, dtype=torch.float64)).requires_grad_()
+    shift = torch.randn(8, dtype=torch.float64, requires_grad=True) if bias else None
+    assert torch.autograd.gradcheck(lambda *a: turn(*a, invertible=invertible), (y, change, shift))
+    plain = y.unflatten(-1, (2, 4))
+    moved = plain if shift is None else plain - shift.view(2, 4)
+    expected = plain + torch.einsum("...bd,bed->...be", moved, change)
+    torch.testing.assert_close(turn(y, change, shift, invertible=invertible), expected.flatten(-2))
+
+
+def test_half_precision_gradients_are_near_those_of_float32() -> None:
+    y, change = torch.randn(512, 64), 0.05 * torch.randn(2, 32, 32)
+    grads = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for invertible in (False, True):
+            leaf = change.clone().requires_grad_()
+            turn(y.to(dtype), leaf, invertible=invertible).square().sum().backward()
+            grads[dtype, invertible] = leaf.grad
+    exact = grads.pop((torch.float32, False))
+    for grad in grads.values():
+        assert (grad - exact).norm() / exact.norm() < 0.01
+
+
+def test_what_is_empty_stays_empty_and_finite() -> None:
+    left, right, _ = pair()
+    right[:, 3:] = 0
+    turned = bare(3, 5)
+    assert turned.start(decompose(weight_gram(right), weight_gram(left.mT)), identity=False) == 3 * 2
+    assert turned.transform().isfinite().all()
+    assert ((torch.eye(5) + turned.transform()).double() @ right)[:, 3:].abs().max() < 1e-6
+
+
+def test_dropout_is_of_training_alone_and_keeps_the_mean() -> None:
+    turned = core(pair(1, 8, 20)[2], dropout=0.5, identity=False)
+    whole = turned.eval().transform()
+    assert torch.equal(whole, turned.transform())
+    turned.train()
+    mean = torch.stack([turned.transform() for _ in range(2000)]).mean(0)
+    assert not torch.equal(turned.transform(), whole)
+    assert (mean - whole).norm() / whole.norm() < 0.1
+
+
+def test_without_bases_it_says_so() -> None:
+    turned = bare(1, 2)
+    with pytest.raises(RuntimeError, match="no bases yet"):
+        turned.transform()
+
+
+def test_a_fingerprint_tells_weights_apart() -> None:
+    weight = torch.randn(4, 16, 64)
+    mark = fingerprint(weight)
+    assert distance(fingerprint(weight.bfloat16().float()), mark) < 0.005
+    assert distance(fingerprint(weight + 0.05 * torch.randn_like(weight)), mark) > 0.01
+    assert distance(fingerprint(weight.flip(-1)), mark) > 0.5
+    nn.init.zeros_(weight)
+    assert distance(fingerprint(weight), fingerprint(weight)) == 0

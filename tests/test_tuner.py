@@ -1,0 +1,372 @@
+"""CLOVER as a method of peft: every family, dense and pruned, through everything that one does with an adapter."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora.conversion import convert_to_lora
+from torch import nn
+
+import families
+from clover import CloverConfig, CloverError, UnsupportedModelError
+from clover.targets import find_slots
+from clover.tuner import CloverLayer
+from families import CASES, build, outputs, pruned
+
+EVERYTHING = ("qk", "q", "vo", "up", "gate")
+
+
+def config(**kwargs: Any) -> CloverConfig:
+    return CloverConfig(**{"block_size": 16, **kwargs})
+
+
+def disturb(model: nn.Module, scale: float = 0.02) -> None:
+    """Pretend to have trained."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(scale * torch.randn_like(parameter))
+
+
+def fresh(name: str = "llama-gqa") -> tuple[Any, dict[str, torch.Tensor]]:
+    return build(name, torch.float32)
+
+
+def tuned(name: str = "llama-gqa", **kwargs: Any) -> tuple[Any, dict[str, torch.Tensor], torch.Tensor]:
+    """A model with a disturbed adapter, its batch, and what it computes."""
+    model, batch = fresh(name)
+    model = get_peft_model(model, config(**kwargs)).eval()
+    disturb(model)
+    return model, batch, outputs(model, batch)
+
+
+# --- every family ---
+
+
+@pytest.mark.parametrize("make", [build, pruned])
+@pytest.mark.parametrize("name", CASES)
+def test_contract(name: str, make: Any, tmp_path: Path) -> None:
+    model, batch = make(name, dtype=torch.float32)
+    base, dense = copy.deepcopy(model), outputs(model, batch)
+    model = get_peft_model(model, config(parts=EVERYTHING)).eval()
+    assert torch.equal(outputs(model, batch), dense), "a new adapter must change nothing"
+    disturb(model)
+    out = outputs(model, batch)
+    moved = (out - dense).abs().max()
+    assert moved > 1e-3
+
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.equal(outputs(loaded, batch), out), "saved and loaded must be the same to the bit"
+
+    model.merge_adapter()
+    assert (outputs(model, batch) - out).abs().max() < 2e-5 * moved.clamp_min(1)
+    model.unmerge_adapter()
+    assert (outputs(model, batch) - out).abs().max() < 1e-4 * moved.clamp_min(1)
+    with model.disable_adapter():
+        assert (outputs(model, batch) - dense).abs().max() < 1e-4
+    merged = model.merge_and_unload()
+    assert not any(isinstance(m, CloverLayer) for m in merged.modules())
+    assert (outputs(merged, batch) - out).abs().max() < 1e-4 * moved.clamp_min(1)
+
+
+@pytest.mark.parametrize("core", ["full", "diagonal"])
+def test_number_of_parameters(core: str) -> None:
+    model, _ = fresh()  # 2 layers, 2 KV heads of 8; MLP of 64 rows in blocks of 16
+    model = get_peft_model(model, config(core=core))
+    per_layer = (2 * 8**2) + (2 * 8**2) + (4 * 16**2) if core == "full" else 2 * 8 + 2 * 8 + 64
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * per_layer
+
+
+def test_llama_2_7b_has_as_many_parameters_as_lora_of_rank_32() -> None:
+    attention, mlp = 2 * 32 * 128**2, 11008 * 64
+    assert attention + mlp == 1_753_088
+
+
+# --- the adapter as peft users know it ---
+
+
+def test_training_moves_the_cores_alone() -> None:
+    model, batch = fresh()
+    model = get_peft_model(model, config())
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = model(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {n for n in before if n.endswith(".change")}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
+    grads = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model, batch, _ = tuned()
+        model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_adapters_add_up_and_can_be_switched_and_deleted() -> None:
+    model, batch = fresh()
+    dense = outputs(model, batch)
+    model = get_peft_model(model, config(parts=("vo",)), adapter_name="a").eval()
+    disturb(model, 0.1)
+    a = outputs(model, batch)
+    model.add_adapter("b", config(parts=("qk",)))
+    model.set_adapter("b")
+    assert torch.equal(outputs(model, batch), dense)
+    disturb(model, 0.1)
+    b = outputs(model, batch)
+    model.base_model.set_adapter(["a", "b"])
+    both = outputs(model, batch)
+    assert not torch.allclose(both, a) and not torch.allclose(both, b)
+    merged = copy.deepcopy(model).merge_and_unload()
+    torch.testing.assert_close(outputs(merged, batch), both, rtol=1e-4, atol=1e-4)
+    model.delete_adapter("b")
+    model.set_adapter("a")
+    torch.testing.assert_close(outputs(model, batch), a)
+
+
+def test_two_adapters_on_the_same_cores_merge_as_they_run() -> None:
+    model, batch = fresh()
+    model = get_peft_model(model, config(), adapter_name="a").eval()
+    disturb(model)
+    model.add_adapter("b", config())
+    model.set_adapter("b")
+    disturb(model)
+    model.base_model.set_adapter(["a", "b"])
+    both = outputs(model, batch)
+    model.merge_adapter(["a"])
+    with pytest.warns(UserWarning, match="additionally merging b"):
+        model.merge_adapter(["b"])
+    torch.testing.assert_close(outputs(model, batch), both, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(outputs(model, batch), both, rtol=1e-4, atol=1e-4)
+
+
+def test_no_second_adapter_while_one_is_merged() -> None:
+    model, *_ = tuned()
+    model.merge_adapter()
+    with pytest.raises(CloverError, match="unmerge_adapter first"):
+        model.add_adapter("b", config())
+
+
+def test_loading_computes_no_decomposition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, out = tuned()
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("clover.targets.Slot.decompose", lambda *_: pytest.fail("decomposed while loading"))
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(fresh()[0], tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+        assert torch.equal(outputs(loaded, batch), out)
+
+
+def test_it_loads_under_another_name(tmp_path: Path) -> None:
+    model, batch, out = tuned()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh()[0], tmp_path, adapter_name="0").eval()
+    assert torch.equal(outputs(loaded, batch), out)
+    loaded.load_adapter(tmp_path, "change")
+    loaded.set_adapter("change")
+    assert torch.equal(outputs(loaded, batch), out)
+
+
+def test_transformers_loads_the_adapter(tmp_path: Path) -> None:
+    model, batch, out = tuned()
+    model.save_pretrained(tmp_path / "adapter")
+    base, _ = fresh()
+    base.load_adapter(str(tmp_path / "adapter"))
+    torch.testing.assert_close(outputs(base.eval(), batch), out, rtol=0, atol=0)
+    other, _ = fresh()
+    other.add_adapter(config())
+    assert torch.equal(outputs(other.eval(), batch), outputs(fresh()[0], batch))
+
+
+def test_the_config_survives(tmp_path: Path) -> None:
+    made = config(parts=("vo",), core="diagonal", clover_dropout=0.1)
+    made.save_pretrained(tmp_path)
+    read = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(read, CloverConfig) and read.bases_stored and not made.bases_stored
+    assert (read.parts, read.core, read.clover_dropout) == (("vo",), "diagonal", 0.1)
+    model = get_peft_model(fresh()[0], read)
+    with pytest.raises(RuntimeError, match="no bases yet"):
+        outputs(model, fresh()[1])
+
+
+def test_modules_to_save_and_biases_are_trained() -> None:
+    model, _ = fresh("gpt2")
+    model = get_peft_model(model, config(modules_to_save=["ln_f"], bias="clover_only"))
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert any("ln_f.modules_to_save" in n for n in names)
+    assert any(n.endswith("c_attn.base_layer.bias") for n in names)
+    assert not any(n.endswith("c_proj.bias") for n in names)
+
+
+def test_as_plain_lora_it_computes_the_same(tmp_path: Path) -> None:
+    model, batch, out = tuned("opt")
+    lora, state = convert_to_lora(model, rank=1.0)
+    plain = get_peft_model(fresh("opt")[0], lora).eval()
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(plain, state)
+    torch.testing.assert_close(outputs(plain, batch), out, rtol=1e-3, atol=1e-3)
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    model, batch = build("llama-gqa", torch.bfloat16)
+    dense = outputs(model, batch)
+    model = get_peft_model(model, config()).eval()
+    assert torch.equal(outputs(model, batch), dense)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    disturb(model)
+    out = outputs(model, batch)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("llama-gqa", torch.bfloat16)[0], tmp_path).eval()
+    assert torch.equal(outputs(loaded, batch), out)
+    exact = PeftModel.from_pretrained(fresh()[0], tmp_path).eval()  # the same base, rounded less
+    assert (outputs(exact, batch) - out).abs().max() < 0.1 * out.abs().max()
+
+
+def test_compiled_in_one_graph_it_computes_the_same() -> None:
+    """In a process without the checks of shapes, which the compiler can't follow."""
+    code = """
+import torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+from clover import CloverConfig
+sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+model = get_peft_model(base, CloverConfig(block_size=16))
+for p in model.parameters():
+    if p.requires_grad:
+        p.data.normal_(std=0.05)
+ids = torch.arange(24).view(2, 12)
+grads = {}
+for call in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+    model.zero_grad()
+    call(input_ids=ids, labels=ids).loss.backward()
+    grads[call] = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+for one, other in zip(*grads.values(), strict=True):
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_generation_is_that_of_the_merged_model() -> None:
+    model, batch, _ = tuned()
+    text = model.generate(**batch, max_new_tokens=8, do_sample=False)
+    assert torch.equal(model.merge_and_unload().generate(**batch, max_new_tokens=8, do_sample=False), text)
+
+
+# --- what can't be done ---
+
+
+def test_an_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
+    model, *_ = tuned()
+    model.save_pretrained(tmp_path)
+    other, _ = fresh()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
+    with pytest.raises(RuntimeError, match="tuned on another base model"):
+        PeftModel.from_pretrained(other, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"parts": ("vo", "down")}, "'down'"),
+        ({"parts": ()}, "choose among"),
+        ({"core": "half"}, "'half'"),
+        ({"bias": "lora_only"}, "'lora_only'"),
+        ({"block_size": 0}, "block_size is 0"),
+        ({"clover_dropout": 1.0}, "clover_dropout is 1.0"),
+        ({"layers_pattern": "h"}, "layers_to_transform"),
+    ],
+)
+def test_a_bad_config_is_refused(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(CloverError, match=message):
+        CloverConfig(**kwargs)
+
+
+def test_a_block_size_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(CloverError, match=r"mlp.up_proj has 64 rows, which blocks of 48 don't divide"):
+        get_peft_model(fresh()[0], config(block_size=48))
+
+
+def test_a_target_that_is_no_projection_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"norm is a .*RMSNorm, which is not supported"):
+        get_peft_model(fresh()[0], config(target_modules=["norm"]))
+
+
+def test_a_model_without_known_attention_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="name modules in target_modules"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), config())
+    plain = get_peft_model(nn.Sequential(nn.Linear(40, 32)), config(target_modules=["0"]))
+    assert sum(p.numel() for p in plain.parameters() if p.requires_grad) == 2 * 16**2
+
+
+def test_nan_weights_are_refused() -> None:
+    model, _ = fresh()
+    model.model.layers[1].self_attn.v_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(CloverError, match="contains NaN"):
+        get_peft_model(model, config())
+
+
+def test_rank_deficient_heads_warn_and_stay_finite() -> None:
+    model, batch = fresh()
+    model.model.layers[0].self_attn.v_proj.weight.data[:3] = 0
+    with pytest.warns(UserWarning, match="3 of 16 directions of a 'vo' weight"):
+        model = get_peft_model(model, config(parts=("vo",)))
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_safe_merge_refuses_nan() -> None:
+    model, *_ = tuned()
+    layer = next(m for m in model.modules() if isinstance(m, CloverLayer))
+    layer.clover_cores["default"][0].change.data[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_and_unload(safe_merge=True)
+
+
+# --- slots ---
+
+
+@pytest.mark.parametrize("make", [build, pruned])
+@pytest.mark.parametrize("name", CASES)
+def test_slots_cover_every_attention_once(name: str, make: Any) -> None:
+    model, _ = make(name)
+    modules = dict(model.named_modules())
+    for path, slots in find_slots(model, 16).items():
+        weight: Any = modules[path]
+        rows = torch.cat([s.rows.flatten() for s in slots])
+        assert len(rows.unique()) == len(rows) <= max(weight.weight.shape)
+
+
+@pytest.mark.parametrize("name", families.GENERATIVE)
+def test_pairs_reach_across_the_layer_where_they_can(name: str) -> None:
+    model, _ = build(name)
+    rotary = name not in ("gpt2", "opt", "bloom")
+    slots = [s for found in find_slots(model, 16).values() for s in found]
+    assert all((s.partner is None) == rotary for s in slots if s.part == "qk")
+    assert all(s.partner is not None for s in slots if s.part == "vo")
