@@ -217,3 +217,12 @@ def test_dropout_only_in_training(name: str) -> None:
     for a in attention:
         a.train()
     assert not torch.equal(outputs(model, batch), outputs(model, batch))
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "bert"])
+def test_it_can_be_trained_after_inference(name: str) -> None:
+    model, batch = pruned(name)
+    with torch.inference_mode():
+        model(**batch)
+    model(**batch)[0].square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

@@ -42,6 +42,7 @@ class _Padding(NamedTuple):
     """For each flat column of the output, its padded one."""
 
     @classmethod
+    @torch.inference_mode(False)  # made under it, they could not be used in training later
     def of(cls, sizes: list[tuple[int, int]], n: int, device: torch.device) -> _Padding:
         """Heads of (Q-K, V-O) ``sizes``, ``n`` queries each."""
         size = max(max(s) for s in sizes)
@@ -70,6 +71,7 @@ class _Span(NamedTuple):
     """Where each output column comes from."""
 
     @classmethod
+    @torch.inference_mode(False)  # made under it, they could not be used in training later
     def of(cls, sizes: list[tuple[int, int]], first: int, last: int, n: int, device: torch.device) -> _Span:
         """The KV heads ``first`` to ``last`` of heads with (Q-K, V-O) ``sizes``, ``n`` queries each."""
         before, inside = sizes[:first], sizes[first:last]

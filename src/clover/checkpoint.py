@@ -268,3 +268,11 @@ def _sync(folder: Path) -> None:
 def dtype_of(model: nn.Module) -> torch.dtype:
     """The dtype of a model's weights."""
     return next(model.parameters()).dtype
+
+
+def ready(model: Any) -> tuple[Any, torch.dtype]:
+    """The model on the GPU, else in float32 (half precision crawls on a CPU), and the dtype that it had."""
+    dtype = dtype_of(model)
+    if torch.cuda.is_available():
+        return model.cuda(), dtype
+    return (model.float() if dtype in (torch.float16, torch.bfloat16) else model), dtype

@@ -348,8 +348,7 @@ def _quiet() -> None:
 
 def _load(name: str) -> tuple[Any, Any]:
     """The model, ready to be computed with, and the dtype of its checkpoint."""
-    from clover.checkpoint import load
-    from clover.demo import ready
+    from clover.checkpoint import load, ready
 
     _quiet()
     return ready(load(name, trust_remote_code=False))

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from clover.budget import Share
-from clover.checkpoint import check_writable, dtype_of, load, save
+from clover.checkpoint import check_writable, load, ready, save
 from clover.cost import compare_throughput, writes_text
 from clover.data import calibration_batches, load_processor, max_positions
 from clover.errors import CloverError
@@ -89,14 +89,6 @@ def run(model: str | None = None, out: str | os.PathLike[str] = "clover-demo") -
             plan=plan_of(pruned), summary=sizes, measurements=measurements,
         )  # fmt: skip
     return Result(str(target / "model"), str(target / "report.html"), sizes, measurements, protocol)
-
-
-def ready(model: Any) -> tuple[Any, torch.dtype]:
-    """The model on the GPU, else in float32 (half precision crawls on a CPU), and the dtype that it had."""
-    dtype = dtype_of(model)
-    if torch.cuda.is_available():
-        return model.cuda(), dtype
-    return (model.float() if dtype in (torch.float16, torch.bfloat16) else model), dtype
 
 
 def texts() -> tuple[str, str]:

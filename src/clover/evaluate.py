@@ -316,12 +316,11 @@ def evaluate(
 
 def _load(name: str | Path, task: str) -> Any:
     """A model that can do the task."""
-    from clover.checkpoint import load
+    from clover.checkpoint import load, ready
 
-    gpu = torch.cuda.is_available()
-    model: Any = load(str(name), **({} if gpu else {"dtype": torch.float32}))  # half precision crawls on a CPU
+    model, _ = ready(load(str(name)))
     speech = "input_features" in accepts(model)
     if not (model.can_generate() and speech if task == "wer" else writes_text(model)):
         wanted = "a speech recognition model" if task == "wer" else "a causal language model"
         raise CloverError(f"{task} needs {wanted}, but {name} is a {type(model).__name__}")
-    return model.to("cuda" if gpu else "cpu").eval()
+    return model.eval()

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
-from clover.checkpoint import check_writable, load, save
+from clover.checkpoint import check_writable, load, ready, save
 from clover.data import file_kind, load_processor, read_records, read_text
 from clover.errors import CloverError
 from clover.progress import console
@@ -237,15 +237,22 @@ def tune(
     """
     recipe.check()
     target = check_writable(out)
-    base = load(model)
+    base, dtype = ready(load(model))
+    if dtype == torch.float16:
+        base = base.float()  # its range is too small for gradients
     tokenizer = load_processor(model, "AutoTokenizer")
     learned = examples(data, tokenizer, recipe.length)
     held_out = None if eval_data is None else examples(eval_data, tokenizer, recipe.length)
+    config = adapter_config(base, recipe)
     draft = _draft(target, {"model": model, "data": str(data), **asdict(recipe)})
     set_seed(recipe.seed)
     before = None if held_out is None else mean_loss(base, held_out)
-    adapted = get_peft_model(base, adapter_config(base, recipe))
-    log = train(adapted, learned, recipe, draft / "checkpoints", save_every=save_every)
+    adapted = get_peft_model(base, config)
+    try:
+        log = train(adapted, learned, recipe, draft / "checkpoints", save_every=save_every)
+    except CloverError:
+        shutil.rmtree(draft, ignore_errors=True)  # there is nothing to go on from
+        raise
     result = {
         **asdict(recipe),
         "trainable_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),

@@ -1,0 +1,227 @@
+"""Tuning and merging from files: what is learned, what a kill leaves, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+import clover
+from clover import CloverError, training
+from clover.training import IGNORED, METHODS, Recipe, adapter_config, collate, example, examples, mean_loss, merge, tune
+from families import build
+from test_data import tokenizer
+
+SMALL = {"steps": 6, "batch": 2, "length": 16, "lr": 3e-2, "warmup": 1}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, pad_token_id=0)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).half().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "text.txt"
+    file.write_text(" ".join(f"w{i * i % 47}" for i in range(400)))
+    return file
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+# --- what is learned ---
+
+
+def test_of_a_record_the_output_is_learned() -> None:
+    made = example({"instruction": "w1 w2 w3", "output": "w4 w5", "answer": "w5"}, tokenizer(), 16)
+    ids = tokenizer()("w1 w2 w3 w4 w5").input_ids
+    assert made == {"input_ids": ids, "labels": [IGNORED] * 3 + ids[3:]}
+
+
+def test_of_a_long_prompt_the_end_is_kept() -> None:
+    made = example({"instruction": "w1 w2 w3 w4", "answer": "w5"}, tokenizer(), 3)
+    assert made["input_ids"] == tokenizer()("w3 w4 w5").input_ids
+
+
+def test_a_text_is_learned_whole(text: Path) -> None:
+    windows = examples(text, tokenizer(), 64)
+    assert [len(w["input_ids"]) for w in windows] == [64] * 6 + [16]
+    assert all(w["input_ids"] == w["labels"] for w in windows)
+
+
+def test_padding_is_neither_seen_nor_learned() -> None:
+    batch = collate([{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [8], "labels": [8]}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_mean_loss_weighs_every_token_alike() -> None:
+    model, _ = build("llama-gqa", torch.float32)
+    data = [{"input_ids": ids, "labels": ids} for ids in ([1, 2, 3, 4, 5], [6, 7], [8, 9, 10])]
+    assert mean_loss(model, data, batch=1) == pytest.approx(mean_loss(model, data, batch=3), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tune_lowers_the_loss(method: str, llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = Recipe(method, **{**SMALL, "steps": 12})
+    result = tune(str(llama), tmp_path / "adapter", text, recipe, eval_data=text)
+    assert result["eval_loss_after"] < 0.9 * result["eval_loss_before"]
+    saved = json.loads((tmp_path / "adapter" / "training.json").read_text())
+    assert [entry["step"] for entry in saved["log"]] == list(range(1, 13))
+    assert (tmp_path / "adapter" / "loss.png").stat().st_size > 1000
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+    base: Any = clover.load(llama, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert mean_loss(loaded, examples(text, tokenizer(), 16)) == pytest.approx(result["eval_loss_after"], rel=1e-5)
+
+
+def test_every_method_trains_about_as_many_parameters_on_the_same_modules() -> None:
+    counts, modules = {}, {}
+    for method in METHODS:
+        model = build("llama-gqa", torch.float32)[0]
+        from peft import get_peft_model
+
+        config = adapter_config(model, Recipe(method, parts=("qk", "vo")))
+        adapted = get_peft_model(model, config)
+        trained = {n: p.numel() for n, p in adapted.named_parameters() if p.requires_grad}
+        modules[method] = {n.split("_proj")[0] for n in trained}
+        counts[method] = sum(v for n, v in trained.items() if "magnitude" not in n)
+    assert len(set(map(frozenset, modules.values()))) == 1
+    one_rank = 2 * 2 * (48 + 16)  # two layers, two projections
+    assert all(abs(c - counts["clover"]) <= max(one_rank / 2, one_rank - counts["clover"]) for c in counts.values())
+
+
+# --- kills and mistakes ---
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(**SMALL)
+    tune(str(llama), tmp_path / "whole", text, recipe)
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    guard = training._StopAtNaN
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_StopAtNaN", Kill)
+        with pytest.raises(KeyboardInterrupt):
+            tune(str(llama), tmp_path / "killed", text, recipe, save_every=2)
+    assert not (tmp_path / "killed").exists()
+    assert (tmp_path / ".killed.tuning" / "checkpoints" / "checkpoint-4").is_dir()
+
+    steps: list[int] = []
+
+    class Count(guard):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            steps.append(state.global_step)
+
+    monkeypatch.setattr(training, "_StopAtNaN", Count)
+    with pytest.raises(CloverError, match="unfinished run with other settings"):
+        tune(str(llama), tmp_path / "killed", text, Recipe(**{**SMALL, "lr": 2e-2}), save_every=2)
+    tune(str(llama), tmp_path / "killed", text, recipe, save_every=2)
+    assert steps == [5, 6]
+    assert not (tmp_path / ".killed.tuning").exists()
+    for name, tensor in adapter(tmp_path / "whole").items():
+        assert torch.equal(adapter(tmp_path / "killed")[name], tensor), name
+
+
+def test_a_loss_that_is_no_number_stops_the_run(llama: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(CloverError, match=r"(loss|grad_norm) is (nan|inf) at step \d; lower the learning rate"):
+        tune(str(llama), tmp_path / "adapter", text, Recipe(**{**SMALL, "lr": 1e38}))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "adalora"}, "method 'adalora' is unknown; choose among clover, lora, dora, pissa"),
+        ({"steps": 0}, "steps is 0"),
+        ({"batch": -1}, "batch is -1"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"lr": 0.0}, "lr is 0.0"),
+        ({"rank": 0}, "rank is 0"),
+        ({"parts": ("down",)}, "'down'"),
+    ],
+)
+def test_a_bad_recipe_is_refused(change: Any, message: str, llama: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(CloverError, match=message):
+        tune(str(llama), tmp_path / "adapter", text, Recipe(**{**SMALL, **change}))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", "", "too little text"),
+        ("one.txt", "w1", "too little text"),
+        ("empty.jsonl", "\n", "holds no questions"),
+        ("half.jsonl", '{"instruction": "w1"}\n', "answer"),
+        ("list.tsv", "file\ttext\n", "holds manifest; tuning takes"),
+    ],
+)
+def test_bad_data_is_refused(name: str, content: str, message: str, llama: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CloverError, match=message):
+        tune(str(llama), tmp_path / "adapter", tmp_path / name, Recipe(**SMALL))
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_an_output_that_exists_is_refused_before_anything_is_loaded(tmp_path: Path, text: Path) -> None:
+    with pytest.raises(CloverError, match="exists"):
+        tune("no model", tmp_path, text, Recipe(**SMALL))
+
+
+# --- merge ---
+
+
+@pytest.mark.parametrize("method", ["clover", "lora"])
+def test_the_merged_model_computes_what_the_adapter_does(method: str, llama: Path, text: Path, tmp_path: Path) -> None:
+    result = tune(str(llama), tmp_path / "adapter", text, Recipe(method, **SMALL), eval_data=text)
+    merged = clover.load(merge(str(llama), tmp_path / "adapter", tmp_path / "merged"), dtype=torch.float32)
+    found = mean_loss(merged, examples(text, tokenizer(), 16))
+    assert found == pytest.approx(result["eval_loss_after"], rel=1e-3)  # the base is in half precision
+    assert (tmp_path / "merged" / "tokenizer.json").exists()
+
+
+def test_a_pruned_model_is_tuned_and_merged_like_any_other(llama: Path, text: Path, tmp_path: Path) -> None:
+    model: Any = clover.load(llama, dtype=torch.float32)
+    clover.prune(model, qk=0.25, vo=0.25)
+    pruned = clover.save(model, tmp_path / "pruned", beside=(tokenizer(),))
+    result = tune(str(pruned), tmp_path / "adapter", text, Recipe(**SMALL), eval_data=text)
+    assert result["eval_loss_after"] < result["eval_loss_before"]
+    merged = clover.load(merge(str(pruned), tmp_path / "adapter", tmp_path / "merged"))
+    assert mean_loss(merged, examples(text, tokenizer(), 16)) == pytest.approx(result["eval_loss_after"], rel=1e-4)
+
+
+def test_an_adapter_for_another_model_is_not_merged(llama: Path, text: Path, tmp_path: Path) -> None:
+    tune(str(llama), tmp_path / "adapter", text, Recipe(**SMALL))
+    other: Any = clover.load(llama)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(CloverError, match=r"does not fit .*other: .* tuned on another base model"):
+        merge(str(tmp_path / "other"), tmp_path / "adapter", tmp_path / "merged")
+    with pytest.raises(CloverError, match=r"has no adapter_config\.json"):
+        merge(str(llama), tmp_path / "other", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
