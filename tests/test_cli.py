@@ -48,6 +48,18 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whose MLP has blocks of full rank."""
+    folder = tmp_path_factory.mktemp("models") / "wide"
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, initializer_range=0.2, pad_token_id=0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     file = tmp_path / "text.txt"
@@ -90,11 +102,12 @@ def hidden(folder: Path) -> list[Path]:
 
 def test_help_names_the_commands_and_their_options() -> None:
     overview = run("--help").out
-    assert all(f" {name} " in overview for name in ("inspect", "prune", "eval", "demo"))
+    assert all(f" {name} " in overview for name in ("inspect", "prune", "eval", "tune", "merge", "demo"))
     fixed = {
         "inspect": ["plot", "json"],
         "prune": ["qk", "vo", "part", "calibration", "metric", "qk-threshold", "vo-threshold", "granularity", "report"],
         "eval": ["data", "task", "split", "limit", "json"],
+        "tune": ["data", "method", "steps", "lr", "batch", "seed", "eval-data", "match-parameters", "json"],
         "demo": ["model", "out", "json"],
     }
     for command, names in fixed.items():
@@ -237,6 +250,24 @@ def test_interrupt_leaves_nothing_behind(
         assert list(tmp_path.iterdir()) == [text]
 
 
+def test_tune_and_merge(wide: Path, text: Path, tmp_path: Path) -> None:
+    sizes = ("--steps", 4, "--batch", 2, "--lr", 0.02, "--length", 32)
+    found, said = succeed("tune", wide, tmp_path / "adapter", "--data", text, "--eval-data", text, *sizes)
+    assert (found["method"], found["steps"], found["seed"]) == ("clover", 4, 0)
+    assert found["eval_loss_after"] < found["eval_loss_before"]
+    assert f"saved {tmp_path / 'adapter'}" in said
+    lora, _ = succeed("tune", wide, tmp_path / "lora", "--data", text, *sizes, "--method", "lora", "--match-parameters")
+    assert 0.5 < lora["trainable_parameters"] / found["trainable_parameters"] < 2
+    result = run("merge", wide, tmp_path / "adapter", tmp_path / "merged")
+    assert (result.code, result.out) == (0, "")
+    dense, merged = (
+        succeed("eval", model, "--data", text, "--task", "perplexity")[0]["value"]
+        for model in (wide, tmp_path / "merged")
+    )
+    assert merged < dense
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "lora", "merged", "text.txt"]
+
+
 # --- mistakes ---
 
 
@@ -282,6 +313,28 @@ def test_output_folder_that_exists(llama: Path, tmp_path: Path) -> None:
 
 def test_output_folder_that_cannot_be_written(llama: Path, text: Path) -> None:
     assert "can't be written" in refuse("prune", llama, text / "out", "--vo", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--method", "adalora"], "method 'adalora' is unknown; choose among clover, lora, dora, pissa"),
+        (["--steps", 0], "steps is 0"),
+        (["--lr", "nan"], "lr is nan"),
+        (["--rank", 4, "--match-parameters"], "--rank 4 and --match-parameters exclude each other"),
+        (["--data", "nowhere.txt"], "nowhere.txt does not exist"),
+        (["--method", "lora", "--rank", 0], "rank is 0"),
+    ],
+)
+def test_tune_refuses(wide: Path, text: Path, tmp_path: Path, arguments: list[object], said: str) -> None:
+    given = arguments if "--data" in arguments else ["--data", text, *arguments]
+    assert said in refuse("tune", wide, tmp_path / "adapter", *given)
+    assert [p.name for p in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_merge_refuses(wide: Path, llama: Path, tmp_path: Path) -> None:
+    assert "has no adapter_config.json" in refuse("merge", wide, llama, tmp_path / "out")
+    assert "exists; remove it" in refuse("merge", wide, llama, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ def core(bases, *, diagonal: bool = False, dropout: float = 0.0, identity: bool 
 
 def bare(b: int, d: int, diagonal: bool = False, dropout: float = 0.0) -> Core:
     rows = torch.arange(b * d).view(b, d)
-    return Core(rows, diagonal=diagonal, dropout=dropout, base=None, quantised=False, device=torch.device("cpu"))
+    kind = "diagonal" if diagonal else "full"
+    return Core(rows, kind=kind, dropout=dropout, base=None, quantised=False, device=torch.device("cpu"))
 
 
 def pair(b: int = 3, d: int = 5, n: int = 11):

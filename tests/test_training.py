@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +191,39 @@ def test_bad_data_is_refused(name: str, content: str, message: str, llama: Path,
 def test_an_output_that_exists_is_refused_before_anything_is_loaded(tmp_path: Path, text: Path) -> None:
     with pytest.raises(CloverError, match="exists"):
         tune("no model", tmp_path, text, Recipe(**SMALL))
+
+
+# --- with TRL ---
+
+
+def test_sft_trainer(llama: Path, tmp_path: Path) -> None:
+    """In a process of its own: trl warns when it is imported."""
+    code = """
+import sys
+from pathlib import Path
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+from clover import CloverConfig
+
+folder, out = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer.eos_token = "w0"
+settings = SFTConfig(output_dir=out, max_steps=4, learning_rate=3e-2, per_device_train_batch_size=4, logging_steps=1,
+                     report_to=[], use_cpu=True, bf16=False, save_strategy="steps", save_steps=2)
+trainer = SFTTrainer(
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), args=settings, processing_class=tokenizer,
+    train_dataset=Dataset.from_dict({"text": ["w1 w2 w3 w4 w5"] * 16}), peft_config=CloverConfig(),
+)
+trainer.train()
+losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+assert losses[-1] < 0.5 * losses[0], losses
+assert (Path(out) / "checkpoint-2" / "adapter_model.safetensors").exists()
+"""
+    command = [sys.executable, "-c", code, str(llama), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 # --- merge ---

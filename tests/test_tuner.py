@@ -230,6 +230,25 @@ def test_as_plain_lora_it_computes_the_same(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs(plain, batch), out, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("core", ["full", "diagonal"])
+def test_folded_it_computes_the_same_from_a_third_of_the_file(core: str, tmp_path: Path) -> None:
+    model, batch, out = tuned("opt", core=core)
+    model.save_pretrained(tmp_path / "whole")
+    model.fold()
+    torch.testing.assert_close(outputs(model, batch), out, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "folded")
+    loaded = PeftModel.from_pretrained(fresh("opt")[0], tmp_path / "folded").eval()
+    assert torch.equal(outputs(loaded, batch), outputs(model, batch))
+    sizes = [(tmp_path / name / "adapter_model.safetensors").stat().st_size for name in ("whole", "folded")]
+    assert sizes[1] < 0.6 * sizes[0]
+    other, _ = fresh("opt")
+    other.model.decoder.layers[0].self_attn.v_proj.weight.data.mul_(2)
+    with pytest.raises(RuntimeError, match="tuned on another base model"):
+        PeftModel.from_pretrained(other, tmp_path / "folded")
+    with pytest.raises(CloverError, match="adapter 'b' is unknown"):
+        model.fold("b")
+
+
 def test_bfloat16(tmp_path: Path) -> None:
     model, batch = build("llama-gqa", torch.bfloat16)
     dense = outputs(model, batch)

@@ -9,7 +9,10 @@ from clover.plan import Plan
 from clover.pruning import inspect, orthogonalize, plan_of, prune, summary
 
 if find_spec("peft"):  # peft then loads adapters of this method by their name
-    from clover.tuner import CloverConfig
+    from clover.config import CloverConfig
+    from clover.tuner import register
+
+    register()
 else:
 
     def __getattr__(name: str) -> object:

@@ -27,18 +27,19 @@ class Core(nn.Module):
     """The trained change of ``b`` blocks of ``d`` rows and the bases that it lives in.
 
     Attributes:
-        change: parameter, ``S - diag(values)``; ``(b, d, d)``, or ``(b, d)`` if only the diagonal is trained.
-        left, right: buffers ``(b, d, d)``, float32.
-        values: buffer ``(b, d)``, the singular values at the start.
+        change: parameter, ``S - diag(values)``; ``(b, d, d)``, or ``(b, d)`` if only the diagonal is trained. In a
+            folded core ``E`` itself, and there are no bases.
+        left, right: buffers ``(b, d, d)``, float32; None in a folded core.
+        values: buffer ``(b, d)``, the singular values at the start; None in a folded core.
         fingerprint: buffer ``(b,)``, of the base weight.
         rows: buffer ``(b, d)``, not saved: where the blocks stand in the weight.
         key: the same for cores of the same rows.
         invertible: see ``turn``.
     """
 
-    left: Tensor
-    right: Tensor
-    values: Tensor
+    left: Tensor | None
+    right: Tensor | None
+    values: Tensor | None
     fingerprint: Tensor
     rows: Tensor
 
@@ -46,7 +47,7 @@ class Core(nn.Module):
         self,
         rows: Int[Tensor, "b d"],
         *,
-        diagonal: bool,
+        kind: str,
         dropout: float,
         base: Float[Tensor, " b"] | None,
         quantised: bool,
@@ -56,6 +57,7 @@ class Core(nn.Module):
         """Make a core without bases: ``start`` computes them, or a saved state brings them.
 
         Args:
+            kind: ``full``, ``diagonal`` or ``folded``, see ``CloverConfig``.
             base: the fingerprint of the weight that the core is for; None if it is not at hand.
             quantised: that weight is rounded to a few bits, so fingerprints agree less well.
             dropout: share of the entries of the change left out in each training step.
@@ -65,39 +67,50 @@ class Core(nn.Module):
         blocks, size = rows.shape
         self.key, self.invertible = (blocks, size, int(rows[0, 0])), invertible
         self.register_buffer("rows", rows.to(device), persistent=False)
-        self.change = nn.Parameter(torch.zeros((blocks, size) if diagonal else (blocks, size, size), device=device))
-        empty = torch.zeros(blocks, size, size, device=device)
-        self.register_buffer("left", empty)
-        self.register_buffer("right", empty.clone())
-        self.register_buffer("values", torch.zeros(blocks, size, device=device))
+        vector, matrix = (blocks, size), (blocks, size, size)
+        self.change = nn.Parameter(torch.zeros(vector if kind == "diagonal" else matrix, device=device))
+        for name, shape in (("left", matrix), ("right", matrix), ("values", vector)):
+            self.register_buffer(name, None if kind == "folded" else torch.zeros(shape, device=device))
         self.register_buffer("fingerprint", torch.zeros(blocks, device=device))
 
     @torch.no_grad()
-    def start(self, bases: Bases, identity: bool = True) -> int:
-        """Take up the bases; the change starts at zero, or at random when not ``identity``.
+    def start(self, bases: Bases | None, identity: bool = True) -> int:
+        """Take up the bases (None for a folded core); the change starts at zero, or at random when not ``identity``.
 
         Returns:
             How many directions have no singular value. They can't be tuned: what is not in the weight can't be
             turned into something.
         """
+        self.ready = True
+        if self.base is not None:
+            self.fingerprint.copy_(self.base)
+        if bases is None:
+            return 0
+        assert self.left is not None and self.right is not None and self.values is not None
         empty = bases.values <= bases.values[..., :1] * bases.values.shape[-1] * torch.finfo(torch.float32).eps
         shrink = torch.where(empty, 0, bases.values.clamp_min(torch.finfo(torch.float64).tiny).rsqrt())
         self.right.copy_(shrink.unsqueeze(-1) * bases.t_a)
         self.left.copy_(bases.t_b.mT * shrink.unsqueeze(-2))
         self.values.copy_(bases.values)
-        if self.base is not None:
-            self.fingerprint.copy_(self.base)
         if not identity:
             scale = 0.3 * self.values.mean(-1, keepdim=True)
             noise = torch.randn_like(self.change)
             self.change.copy_(
                 noise * (scale if self.change.dim() == 2 else scale.unsqueeze(-1) / noise.shape[-1] ** 0.5)
             )
-        self.ready = True
         return int(empty.sum())
 
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Keep ``E`` alone, for inference: a third of the numbers."""
+        training = self.training
+        self.change = nn.Parameter(self.eval().transform().to(self.change.dtype), self.change.requires_grad)
+        self.left = self.right = self.values = None
+        self.train(training)
+
     def extra_repr(self) -> str:
-        return f"blocks={self.values.shape[0]}, size={self.values.shape[1]}, diagonal={self.change.dim() == 2}"
+        kind = "folded" if self.left is None else "diagonal" if self.change.dim() == 2 else "full"
+        return f"blocks={self.rows.shape[0]}, size={self.rows.shape[1]}, {kind}"
 
     def transform(self) -> Float[Tensor, "b d d"]:
         """``E``: the block's new weight is ``(I + E) W``. float32, whatever autocast says.
@@ -108,9 +121,12 @@ class Core(nn.Module):
         if not self.ready:
             self._look()
         with torch.autocast(self.change.device.type, enabled=False):
-            left, right, change = _wide(self.left), _wide(self.right), _wide(self.change)
+            change = _wide(self.change)
             if self.training and self.dropout:
                 change = nn.functional.dropout(change, self.dropout)
+            if self.left is None or self.right is None:
+                return change
+            left, right = _wide(self.left), _wide(self.right)
             return left @ (change @ right if change.dim() == 3 else change.unsqueeze(-1) * right)
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, meta: Any, strict: Any, missing: Any,
@@ -120,7 +136,7 @@ class Core(nn.Module):
             errors.append(f"{prefix.rstrip('.')} {problem}")
             return
         super()._load_from_state_dict(state, prefix, meta, strict, missing, unexpected, errors)
-        if prefix + "left" in state and prefix + "right" in state:
+        if prefix + ("change" if self.right is None else "right") in state:
             self.ready = True
 
     def _other_base(self, stored: Tensor) -> str | None:
@@ -137,7 +153,7 @@ class Core(nn.Module):
 
     def _look(self) -> None:
         """Once, for bases that did not come through ``load_state_dict``: transformers puts tensors in by itself."""
-        if not self.right.any():
+        if not (self.fingerprint if self.right is None else self.right).any():
             raise RuntimeError(
                 "this core has no bases yet: its config was read from a saved adapter, whose weights were not loaded; "
                 "load it with PeftModel.from_pretrained, or make a new CloverConfig"

@@ -95,7 +95,7 @@ def perplexity(
 
 def _negative_log_likelihood(model: Any, piece: torch.Tensor, chunk: int = 128) -> torch.Tensor:
     """Nats for each of ``piece[1:]``; logits are made ``chunk`` rows at a time, for they dwarf the hidden states."""
-    hidden = model.base_model(piece[None], use_cache=False).last_hidden_state[0, :-1]
+    hidden = _body(model)(piece[None], use_cache=False).last_hidden_state[0, :-1]
     head = model.get_output_embeddings()
     rows = [
         nn.functional.cross_entropy(head(h).float(), t, reduction="none")
@@ -230,7 +230,7 @@ def _likelihoods(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> to
     # Padding on the right is out of sight of causal attention.
     ids = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in wholes], batch_first=True).to(model.device)
     mask = torch.arange(longest) < torch.tensor([len(whole) for whole in wholes])[:, None]
-    hidden = model.base_model(ids, attention_mask=mask.long().to(ids.device), use_cache=False).last_hidden_state
+    hidden = _body(model)(ids, attention_mask=mask.long().to(ids.device), use_cache=False).last_hidden_state
     head, scores = model.get_output_embeddings(), []
     for i, (start, whole) in enumerate(zip(starts, wholes, strict=True)):
         logits = head(hidden[i, start - 1 : len(whole) - 1]).float()
@@ -312,6 +312,11 @@ def evaluate(
     if len(tokens) < 2:
         raise CloverError(f"{data} holds {len(tokens)} tokens; perplexity needs at least 2")
     return perplexity(model, tokens, window=min(1024, max_positions(model) or 1024), limit=limit)
+
+
+def _body(model: Any) -> Any:
+    """The model without its head; of one with a peft adapter, what the adapter is in."""
+    return getattr(model, "get_base_model", lambda: model)().base_model
 
 
 def _load(name: str | Path, task: str) -> Any:

@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from clover.checkpoint import check_writable, load, ready, save
+from clover.config import CloverConfig
 from clover.data import file_kind, load_processor, read_records, read_text
 from clover.errors import CloverError
 from clover.progress import console
 from clover.targets import find_slots, out_features
-from clover.tuner import CloverConfig
 
 METHODS = ("clover", "lora", "dora", "pissa")
 IGNORED = -100  # what transformers' losses leave out
@@ -39,6 +40,7 @@ class Recipe:
     steps: int = 100
     lr: float = 1e-3
     batch: int = 8
+    """Examples a step, in each process."""
     seed: int = 0
     warmup: int = 10
     """Steps over which the learning rate rises; it then falls to zero along a line."""
@@ -184,6 +186,7 @@ def train(model: Any, data: list[Any], recipe: Recipe, folder: Path, *, save_eve
         lr_scheduler_type="linear", weight_decay=0.0, logging_steps=1, logging_nan_inf_filter=False,
         save_strategy="steps" if save_every else "no", save_steps=save_every or recipe.steps, save_total_limit=1,
         report_to=[], disable_tqdm=quiet, remove_unused_columns=False, dataloader_pin_memory=False,
+        use_cpu=_on_cpu(), ddp_find_unused_parameters=False,
     )  # fmt: skip
     trainer = Trainer(
         model=model, args=arguments, train_dataset=data, data_collator=collate, callbacks=[_StopAtNaN()]
@@ -244,7 +247,9 @@ def tune(
     learned = examples(data, tokenizer, recipe.length)
     held_out = None if eval_data is None else examples(eval_data, tokenizer, recipe.length)
     config = adapter_config(base, recipe)
-    draft = _draft(target, {"model": model, "data": str(data), **asdict(recipe)})
+    processes = PartialState(cpu=_on_cpu())
+    with processes.main_process_first():
+        draft = _draft(target, {"model": model, "data": str(data), **asdict(recipe)})
     set_seed(recipe.seed)
     before = None if held_out is None else mean_loss(base, held_out)
     adapted = get_peft_model(base, config)
@@ -260,14 +265,26 @@ def tune(
     }
     if held_out is not None:
         result |= {"eval_loss_before": before, "eval_loss_after": mean_loss(adapted, held_out)}
+    if processes.is_main_process:
+        _finish(adapted, tokenizer, {**result, "log": log}, draft, target)
+    processes.wait_for_everyone()
+    return result
+
+
+def _on_cpu() -> bool:
+    """Whether training stays on CPUs; accelerate must be told, or several processes would not find one another."""
+    return not torch.cuda.is_available()
+
+
+def _finish(adapted: Any, tokenizer: Any, record: dict[str, Any], draft: Path, target: Path) -> None:
+    """Write the adapter whole, then give it its name."""
     whole = draft / "adapter"
     adapted.save_pretrained(str(whole), safe_serialization=True)
     tokenizer.save_pretrained(str(whole))
-    (whole / "training.json").write_text(json.dumps({**result, "log": log}, indent=1))
-    _draw(log, whole / "loss.png")
+    (whole / "training.json").write_text(json.dumps(record, indent=1))
+    _draw(record["log"], whole / "loss.png")
     whole.rename(target)
     shutil.rmtree(draft, ignore_errors=True)
-    return result
 
 
 def _draft(target: Path, settings: dict[str, Any]) -> Path:

@@ -1,121 +1,30 @@
-"""CLOVER fine-tuning as a method of peft: ``CloverConfig`` is the one new word for whoever knows ``LoraConfig``.
+"""CLOVER fine-tuning as a method of peft.
 
 The base weights stay as they are, quantised or not; each targeted projection is wrapped, and its outputs are turned by
 the cores (see ``cores``). The adapter file holds the cores and their bases, so loading computes no decomposition.
-Importing this module makes the method known to peft.
+``import clover`` makes the method known to peft.
 """
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
-from peft.utils import PeftType, register_peft_method
+from peft.utils import register_peft_method
 from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from clover.config import NAME, CloverConfig, extend_enum
 from clover.cores import Core, fingerprint, turn
 from clover.errors import CloverError, UnsupportedModelError
 from clover.families import FAMILIES
-from clover.targets import PARTS, Slot, find_slots, out_features, rows_in_blocks
-
-NAME = "CLOVER"
-
-
-def _extend_enum() -> PeftType:
-    """The method's member of peft's enum: methods outside it are refused, so it is added where peft lacks it."""
-    if NAME not in PeftType.__members__:
-        member = str.__new__(PeftType, NAME)
-        member._name_, member._value_ = NAME, NAME
-        PeftType._member_names_.append(NAME)
-        PeftType._member_map_[NAME] = member
-        PeftType._value2member_map_[NAME] = member
-    return PeftType.__members__[NAME]
-
-
-@dataclass
-class CloverConfig(PeftConfig):
-    """What to tune, and how.
-
-    Without ``target_modules`` the projections of every supported attention block and of the MLP beside it are taken,
-    as far as ``parts`` asks for them.
-
-    Raises:
-        CloverError: a value that can't be used, named with its remedy.
-    """
-
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names or a regular expression of modules, or 'all-linear'. Default: all that `parts` asks "
-                  "for. Projections that are no part of a known attention block are tuned in blocks of rows."},
-    )  # fmt: skip
-    parts: Sequence[str] = field(
-        default=("qk", "vo", "up"),
-        metadata={"help": "What to tune: 'vo' (value and output projections, across the layer), 'qk' (across the "
-                  "layer, or the keys alone where positions or a norm stand between), 'q' (queries alone), 'up' and "
-                  "'gate' (the first projections of the MLP)."},
-    )  # fmt: skip
-    core: str = field(
-        default="full", metadata={"help": "'full' trains a d x d matrix a head, 'diagonal' its singular values alone."}
-    )
-    block_size: int = field(default=64, metadata={"help": "Rows in a block outside attention."})
-    clover_dropout: float = field(
-        default=0.0, metadata={"help": "Share of the entries of the trained change that a training step leaves out."}
-    )
-    bias: str = field(
-        default="none", metadata={"help": "Biases to train: 'none', 'all' or 'clover_only' (of the modules wrapped)."}
-    )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names of modules to leave out."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layers."})
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers, if `layers_to_transform` can't find it."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train and save whole beside the cores, such as a classifier."}
-    )
-    init_weights: bool = field(
-        default=True, metadata={"help": "Start as the identity. False starts at random, which only tests want."}
-    )
-    bases_stored: bool = field(
-        default=False, metadata={"help": "Set in saved configs: the bases come from the adapter's file."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType[NAME]
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        self.parts = tuple([self.parts] if isinstance(self.parts, str) else self.parts)
-        if not self.parts or set(self.parts) - set(PARTS):
-            raise CloverError(f"parts is {self.parts!r}; choose among {', '.join(map(repr, PARTS))}")
-        for name, allowed in (("core", ("full", "diagonal")), ("bias", ("none", "all", "clover_only"))):
-            if getattr(self, name) not in allowed:
-                raise CloverError(f"{name} is {getattr(self, name)!r}; choose among {', '.join(map(repr, allowed))}")
-        if self.block_size < 1:
-            raise CloverError(f"block_size is {self.block_size}; a block needs at least 1 row")
-        if not 0 <= self.clover_dropout < 1:
-            raise CloverError(f"clover_dropout is {self.clover_dropout}; choose at least 0 and less than 1")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise CloverError("layers_pattern says where layers_to_transform counts; give layers_to_transform as well")
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """As in peft; the copy on disk says that the bases lie beside it."""
-        stored = copy.copy(self)
-        stored.bases_stored = True
-        PeftConfig.save_pretrained(stored, str(save_directory), **kwargs)
+from clover.targets import Slot, find_slots, out_features, rows_in_blocks
 
 
 class CloverLayer(nn.Module, BaseTunerLayer):
@@ -153,7 +62,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         base: Any = self.get_base_layer()
         device = base.weight.device
         options: dict[str, Any] = {
-            "diagonal": config.core == "diagonal", "dropout": config.clover_dropout,
+            "kind": config.core, "dropout": config.clover_dropout,
             "quantised": self.quantization_backend is not None, "device": device,
         }  # fmt: skip
         cores = []
@@ -173,9 +82,10 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             if not weight.isfinite().all():
                 bad = "NaN" if weight.isnan().any() else "infinite values"
                 raise CloverError(f"a weight of shape {tuple(weight.shape)} contains {bad}; repair the base model")
-            if empty := core.start(slot.decompose(weight, _read), identity):
+            bases = None if core.left is None else slot.decompose(weight, _read)
+            if empty := core.start(bases, identity):
                 warnings.warn(
-                    f"{empty} of {core.values.numel()} directions of a {slot.part!r} weight have no singular value; "
+                    f"{empty} of {core.rows.numel()} directions of a {slot.part!r} weight have no singular value; "
                     "they stay as they are", stacklevel=2,
                 )  # fmt: skip
 
@@ -319,6 +229,22 @@ class CloverModel(BaseTuner):
             peft_config.target_modules = {_suffix(name) for name in wanted}
         return peft_config
 
+    def fold(self, adapter_name: str = "default") -> None:
+        """Make an adapter smaller for inference: of its cores and bases keep the change of the weights alone.
+
+        The outputs stay; ``save_pretrained`` then writes about a third. Training it further is no longer CLOVER.
+
+        Raises:
+            CloverError: there is no adapter of that name.
+        """
+        if adapter_name not in self.peft_config:
+            raise CloverError(f"adapter {adapter_name!r} is unknown; choose among {', '.join(self.peft_config)}")
+        for layer in self.modules():
+            if isinstance(layer, CloverLayer) and adapter_name in layer.clover_cores:
+                for core in layer._cores(adapter_name):
+                    core.fold()
+        self.peft_config[adapter_name].core = "folded"
+
     def _create_and_replace(
         self,
         peft_config: Any,
@@ -384,5 +310,7 @@ def _peek(module: Any) -> Tensor | None:
         return weight.T if isinstance(module, Conv1D) else weight
 
 
-if _extend_enum() not in PEFT_TYPE_TO_CONFIG_MAPPING:
-    register_peft_method(name=NAME.lower(), config_cls=CloverConfig, model_cls=CloverModel)
+def register() -> None:
+    """Make the method known to peft, unless it is by now."""
+    if extend_enum() not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name=NAME.lower(), config_cls=CloverConfig, model_cls=CloverModel)
