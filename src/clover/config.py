@@ -76,6 +76,9 @@ class CloverConfig(PeftConfig):
     bases_stored: bool = field(
         default=False, metadata={"help": "Set in saved configs: the bases come from the adapter's file."}
     )
+    quantised: bool = field(
+        default=False, metadata={"help": "Set by itself where the base weights were quantised when tuning began."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

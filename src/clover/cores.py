@@ -31,7 +31,7 @@ class Core(nn.Module):
             folded core ``E`` itself, and there are no bases.
         left, right: buffers ``(b, d, d)``, float32; None in a folded core.
         values: buffer ``(b, d)``, the singular values at the start; None in a folded core.
-        fingerprint: buffer ``(b,)``, of the base weight.
+        fingerprint: buffer ``(b, 8)``, of the base weight.
         rows: buffer ``(b, d)``, not saved: where the blocks stand in the weight.
         key: the same for cores of the same rows.
         invertible: see ``turn``.
@@ -49,7 +49,7 @@ class Core(nn.Module):
         *,
         kind: str,
         dropout: float,
-        base: Float[Tensor, " b"] | None,
+        base: Float[Tensor, "b 8"] | None,
         quantised: bool,
         device: torch.device,
         invertible: bool = False,
@@ -59,7 +59,7 @@ class Core(nn.Module):
         Args:
             kind: ``full``, ``diagonal`` or ``folded``, see ``CloverConfig``.
             base: the fingerprint of the weight that the core is for; None if it is not at hand.
-            quantised: that weight is rounded to a few bits, so fingerprints agree less well.
+            quantised: that weight is rounded to a few bits, or was when tuning began: fingerprints agree less well.
             dropout: share of the entries of the change left out in each training step.
         """
         super().__init__()
@@ -71,7 +71,7 @@ class Core(nn.Module):
         self.change = nn.Parameter(torch.zeros(vector if kind == "diagonal" else matrix, device=device))
         for name, shape in (("left", matrix), ("right", matrix), ("values", vector)):
             self.register_buffer(name, None if kind == "folded" else torch.zeros(shape, device=device))
-        self.register_buffer("fingerprint", torch.zeros(blocks, device=device))
+        self.register_buffer("fingerprint", torch.zeros(blocks, 8, device=device))
 
     @torch.no_grad()
     def start(self, bases: Bases | None, identity: bool = True) -> int:
@@ -163,16 +163,17 @@ class Core(nn.Module):
         self.ready = True
 
 
-def fingerprint(weight: Float[Tensor, "b d n"]) -> Float[Tensor, " b"]:
-    """One number for each block that another weight, even of another training run, would not give.
+def fingerprint(weight: Float[Tensor, "b d n"]) -> Float[Tensor, "b 8"]:
+    """Eight numbers for each block that another weight, even of another training run, would not give.
 
-    A projection on fixed pseudo-random directions: rounding moves it little, other weights move it by their distance.
+    Projections on fixed pseudo-random directions: rounding moves them little, other weights by their distance.
     """
 
-    def signs(n: int) -> Tensor:
-        return torch.cos(torch.arange(1, n + 1, dtype=torch.float64, device=weight.device) ** 2 * 0.7390851332151607)
+    def waves(n: int, count: int) -> Tensor:
+        squares = torch.arange(1, n + 1, dtype=torch.float64, device=weight.device) ** 2
+        return torch.cos(squares[:, None] * (torch.arange(count, device=weight.device) + 0.7390851332151607))
 
-    return (weight.double() @ signs(weight.shape[-1]) @ signs(weight.shape[-2])).float()
+    return (waves(weight.shape[-2], 1).T @ (weight.double() @ waves(weight.shape[-1], 8))).squeeze(-2).float()
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -61,9 +61,10 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         weight = _peek(self.get_base_layer())
         base: Any = self.get_base_layer()
         device = base.weight.device
+        config.quantised = config.quantised or self.quantization_backend is not None
         options: dict[str, Any] = {
             "kind": config.core, "dropout": config.clover_dropout,
-            "quantised": self.quantization_backend is not None, "device": device,
+            "quantised": config.quantised, "device": device,
         }  # fmt: skip
         cores = []
         for slot in slots:
@@ -303,6 +304,9 @@ def _peek(module: Any) -> Tensor | None:
         module = module.get_base_layer()
     with gather_params_ctx(module.parameters()):  # ZeRO-3; nothing elsewhere
         weight = dequantize_module_weight(module).detach()
+        kept: Any = getattr(module, "state", None)
+        if kept is not None and getattr(module.weight, "CB", None) is not None and module.weight.SCB is None:
+            module.weight.SCB = kept.SCB  # bitsandbytes on CPUs loses the scales when peft looks at the weight
         if hasattr(weight, "full_tensor"):  # FSDP2
             weight = weight.full_tensor()
         if weight.is_meta:
