@@ -63,7 +63,8 @@ def settings(lora: dict[str, Any]) -> dict[str, Any]:
         "task_type",
         "exclude_modules",
     }
-    return {k: v for k, v in lora.items() if k in kept} | {"block_size": 2}
+    renamed = {"init_weights": lora["init_lora_weights"]} if "init_lora_weights" in lora else {}
+    return {k: v for k, v in lora.items() if k in kept} | renamed | {"block_size": 2}
 
 
 class Inject:

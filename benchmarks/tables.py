@@ -159,6 +159,74 @@ def decomposition(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+METHODS = {"clover": "CLOVER", "lora": "LoRA", "dora": "DoRA", "pissa": "PiSSA"}
+
+
+def commonsense(results: Results, profile: str = "smollm2-short") -> str:
+    r = results[f"commonsense-{profile}"]["result"]
+    base, p = r["base"], r["profile"]
+    rows = [["untuned", "", "", f"{base['mean']:.2f}", "", f"{base['forgetting']['value']:.2f}"]]
+    for key, title in METHODS.items():
+        m = r[key]
+        score = [f"{m['mean']:.2f}", f"{m['standard_error']:.2f}", f"{m['perplexity']:.2f}"]
+        rows.append([title, f"{m['trainable_parameters']:,}", f"{m['lr']:g}", *score])
+    about = (
+        f"SmolLM2-135M-Instruct tuned for {p['steps']} steps of {p['batch']} examples of the commonsense mixture, "
+        f"{len(p['seeds'])} seeds; {p['test_questions']} test questions of each of the eight sets, scored by "
+        f"{p['score']}. Perplexity: WikiText-2, to see what was forgotten."
+    )
+    header = "Method | parameters | learning rate | mean of eight sets | standard error | perplexity"
+    return f"{about}\n\n{table(header, rows)}"
+
+
+def tuning_cost(results: Results) -> str:
+    r = results["tuning-steps"]["result"]
+    shapes = [key for key in r if " x " in key]
+    rows = [
+        [title, f"{r['trainable_parameters'][key]:,}"]
+        + [f"{r[shape][key][what]:.3f}" for shape in shapes for what in ("time_over_lora", "memory_over_lora")]
+        for key, title in METHODS.items()
+    ]
+    titles = [f"{what}, {shape}" for shape in shapes for what in ("time", "saved activations")]
+    about = "A training step of SmolLM2 on the same modules, over LoRA's; batch x tokens, float32, methods in turns."
+    text = f"{about}\n\n{table(' | '.join(['Method', 'parameters', *titles]), rows)}"
+    if start := _result(results, "tuning-start"):
+        text += (
+            f"\n\nThe cores of SmolLM2 are made in {start['smollm2_seconds']:.1f} s, those of a model of LLaMA-2-7B's "
+            f"shape in {start['llama_2_7b_seconds']:.0f} s ({start['llama_2_7b']})."
+        )
+    return text
+
+
+def healing(results: Results) -> str:
+    arms = {
+        "cores": "CLOVER's cores", "lora": "LoRA, as many parameters", "attention": "all attention weights",
+    }  # fmt: skip
+    rows = []
+    for key, title in arms.items():
+        for suffix, loss in (("", "text"), ("-distil", "dense model")):
+            if r := _result(results, f"healing-{key}{suffix}"):
+                rows.append(
+                    [title, loss, f"{r['trainable_parameters']:,}", f"{r['healed']:.2f}", f"{r['over_dense']:.3f}"]
+                )
+    if not rows:
+        raise KeyError("healing-cores")
+    r = results["healing-cores"]["result"]
+    about = (
+        f"SmolLM2 with 50 % of Q-K and V-O removed (perplexity {r['pruned']:.2f}, dense {r['dense']:.2f}), then "
+        f"trained on {r['tokens']:,} tokens of WikiText-2 train; first {r['protocol']['tokens']:,} tokens of the test split."
+    )
+    return f"{about}\n\n{table('Trained | loss from | parameters | perplexity | over dense', rows)}"
+
+
+def peft_suite(results: Results) -> str:
+    r = results["peft-suite"]["result"]
+    return (
+        f"peft {r['peft']}'s own `{'` and `'.join(r['files'])}` with `CloverConfig` put into their cases: "
+        f"{r['passed']} pass, {r['failed']} fail, {r['skipped']} are skipped."
+    )
+
+
 Section = Callable[[Results], str]
 QUICK = "language-first-24576"
 SECTIONS: dict[str, tuple[Section, str]] = {
@@ -170,9 +238,21 @@ SECTIONS: dict[str, tuple[Section, str]] = {
     "Speed": (speed, "speed-(smollm2|encoder)"),
     "Memory": (memory, "speed-memory"),
     "Decomposition": (decomposition, "decompose-"),
+    "Tuning: the cost of a step": (tuning_cost, "tuning-"),
+    "Tuning: commonsense": (commonsense, "commonsense-smollm2-short"),
+    "Healing": (healing, "healing-"),
+    "peft's tests": (peft_suite, "peft-suite"),
 }
 """Title -> (what makes the section, pattern of the result files that it reads)."""
-README = ("Language", "Language, a quick look", "Speech", "Speed", "Decomposition")
+README = (
+    "Language",
+    "Speech",
+    "Speed",
+    "Decomposition",
+    "Tuning: the cost of a step",
+    "Tuning: commonsense",
+    "Healing",
+)
 
 
 def sections(results: Results) -> dict[str, str]:
