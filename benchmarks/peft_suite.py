@@ -134,6 +134,7 @@ def main(checkout: str, *options: str) -> int:
         **{o: sum(v == o for v in ours.values()) for o in ("passed", "failed", "skipped")},
         "failures (with LoRA's outcome)": {re.sub(r"/[^\[\] ]*/", "", n): o for n, o in failures.items()},
     }
+    sys.argv[1] = "CHECKOUT"  # a path of this machine says nothing elsewhere
     record("peft-suite", result)
     return int(any(o == "passed" for o in failures.values()))
 
