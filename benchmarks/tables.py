@@ -214,7 +214,7 @@ def healing(results: Results) -> str:
     r = results["healing-cores"]["result"]
     about = (
         f"SmolLM2 with 50 % of Q-K and V-O removed (perplexity {r['pruned']:.2f}, dense {r['dense']:.2f}), then "
-        f"trained on {r['tokens']:,} tokens of WikiText-2 train; scored on the first {r['protocol']['tokens']:,} of test."
+        f"trained on {r['tokens']:,} tokens of WikiText-2 train; the first {r['protocol']['tokens']:,} of test."
     )
     return f"{about}\n\n{table('Trained | loss from | parameters | perplexity | over dense', rows)}"
 

@@ -102,7 +102,7 @@ def hidden(folder: Path) -> list[Path]:
 
 def test_help_names_the_commands_and_their_options() -> None:
     overview = run("--help").out
-    assert all(f" {name} " in overview for name in ("inspect", "prune", "eval", "tune", "merge", "demo"))
+    assert all(f" {name} " in overview for name in ("inspect", "prune", "eval", "tune", "merge", "export", "demo"))
     fixed = {
         "inspect": ["plot", "json"],
         "prune": ["qk", "vo", "part", "calibration", "metric", "qk-threshold", "vo-threshold", "granularity", "report"],
@@ -266,6 +266,17 @@ def test_tune_and_merge(wide: Path, text: Path, tmp_path: Path) -> None:
     )
     assert merged < dense
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "lora", "merged", "text.txt"]
+
+
+def test_export(llama: Path, tmp_path: Path) -> None:
+    succeed("prune", llama, tmp_path / "pruned", "--qk", 0.25, "--vo", 0.25)
+    result = run("export", tmp_path / "pruned", tmp_path / "padded", "--format", "padded")
+    assert result.code == 0 and "no smaller" in result.said
+    assert type(clover.load(tmp_path / "padded")) is transformers.LlamaForCausalLM
+    assert (tmp_path / "padded" / "tokenizer.json").exists()
+    assert "was not rewritten by clover" in refuse("export", llama, tmp_path / "other")
+    assert "'onnx' is not" in refuse("export", tmp_path / "pruned", tmp_path / "other", "--format", "onnx")
+    assert not (tmp_path / "other").exists()
 
 
 # --- mistakes ---

@@ -284,6 +284,21 @@ def merge(
 
 
 @app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    kind: Annotated[Literal["padded"], typer.Option("--format", help="padded: zeros for what was cut.")] = "padded",
+) -> None:
+    """Write a pruned model in its original class, which loads anywhere without clover and is no smaller."""
+    from clover.checkpoint import check_writable, load, save
+    from clover.export import pad
+
+    check_writable(out)
+    _quiet()
+    _note(f"saved {save(pad(load(model)), out, beside=_beside(model))}; padded with zeros, so it is no smaller")
+
+
+@app.command()
 def demo(
     model: Annotated[
         str | None, typer.Option(help="A causal language model: folder or hub name.", show_default="SmolLM2-135M")

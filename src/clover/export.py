@@ -1,0 +1,185 @@
+"""A rewritten model in the stock architecture again: what was cut becomes zeros, and any runtime can read it.
+
+This saves nothing. It is for places that know neither this project nor heads of unequal size.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from clover.attention import CloverAttention
+from clover.errors import CloverError, UnsupportedModelError
+from clover.families import Block, blocks
+from clover.plan import Group
+from clover.pruning import plan_of
+
+
+@torch.no_grad()
+def pad(model: PreTrainedModel) -> PreTrainedModel:
+    """A new model of the original class that computes what the rewritten one does.
+
+    Args:
+        model: pruned or orthogonalised; it stays as it is.
+
+    Returns:
+        The same dtype and device, the original number of parameters (plus biases, where the class has a switch for them
+        and the plan needs one).
+
+    Raises:
+        CloverError: ``model`` was not rewritten by clover.
+        UnsupportedModelError: the class has no bias that could take up the mean of what was cut.
+    """
+    plan = plan_of(model)
+    stock = _stock(model, any(b.output_bias for b in plan.blocks))
+    here = {block.name: block for block in blocks(stock)}
+    cut = [here[b.name] for b in plan.blocks]
+    replaced = tuple(name for b in cut for name in (f"{b.core_name}.", f"{b.name}.{b.family.o}."))
+    rest = {k: v for k, v in model.state_dict().items() if not k.startswith(replaced)}
+    missing = [k for k in stock.load_state_dict(rest, strict=False).missing_keys if not k.startswith(replaced)]
+    if missing:
+        raise CloverError(f"the rewritten model lacks {missing[0]}; load it again from its folder")
+    for block in cut:
+        _fill(block, model.get_submodule(block.name))
+    stock.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
+    return stock.eval()
+
+
+def _stock(model: Any, biased: bool) -> PreTrainedModel:
+    """A model of the original class and sizes, its weights not yet set."""
+    kind: Any = type(model).__bases__[1]
+    config = copy.deepcopy(model.config)
+    config.__class__ = type(model.config).__bases__[1]
+    del config.clover
+    if biased and getattr(config, "attention_bias", None) is False:
+        config.attention_bias = True
+    weight = next(model.parameters())
+    return kind._from_config(config, dtype=weight.dtype).to(weight.device)
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """A group's heads in the flat layout of a rewritten block."""
+
+    group: Group
+    qk: int
+    """KV columns before it."""
+    value: int
+
+
+def _slices(groups: tuple[Group, ...]) -> list[_Slice]:
+    found, qk, value = [], 0, 0
+    for group in groups:
+        found.append(_Slice(group, qk, value))
+        qk, value = qk + len(group.heads) * group.qk, value + len(group.heads) * group.value
+    return found
+
+
+def _fill(block: Block, holder: nn.Module) -> None:
+    """Set all weights of a stock block from those of a rewritten one."""
+    attention: Any = next(m for m in holder.modules() if isinstance(m, CloverAttention))
+    plan, n = attention.clover, attention.clover.queries
+    output: Any = holder.get_submodule(block.family.o) if block.family.core else attention.o_proj
+    for name in block.family.norms:
+        getattr(block.core, name).load_state_dict(getattr(attention, name).state_dict())
+
+    wide = {which: _Wide(block, which) for which in ("q", "k", "v", "o")}
+    o = wide["o"].weight.new_zeros(plan.kv_heads, n, plan.vo, wide["o"].weight.shape[0])
+    free = None
+    for s in _slices(plan.groups):
+        kv = len(s.group.heads)
+        for which, each, start, size in (("q", n, s.qk, s.group.qk), ("k", 1, s.qk, s.group.qk),
+                                         ("v", 1, s.value, s.group.value)):  # fmt: skip
+            source = getattr(attention, f"{which}_proj")
+            rows = slice(each * start, each * (start + kv * size))
+            places = torch.arange(size).expand(kv, size)
+            if which != "v" and attention.rotary and not block.normed:
+                places = _places(attention, s)
+            heads = torch.tensor([h * each + i for h in s.group.heads for i in range(each)])
+            wide[which].put(
+                heads, places.repeat_interleave(each, 0), source.weight[rows],
+                None if source.bias is None else source.bias[rows],
+            )  # fmt: skip
+        columns = output.weight[:, n * s.value : n * (s.value + kv * s.group.value)]
+        o[list(s.group.heads), :, : s.group.value] = columns.T.view(kv, n, s.group.value, -1)
+        if s.group.value < plan.vo:
+            free = (s.group.heads[0], plan.vo - 1)
+    if len([h for g in plan.groups for h in g.heads]) < plan.kv_heads:
+        free = (next(h for h in range(plan.kv_heads) if not any(h in g.heads for g in plan.groups)), plan.vo - 1)
+    if output.bias is not None and not wide["o"].take_bias(output.bias):
+        _constant(block, output.bias, wide["v"], o, free)
+    wide["o"].weight.copy_(o.flatten(0, 2).T)
+
+
+def _places(attention: CloverAttention, s: _Slice) -> Int[Tensor, "kv size"]:
+    """Where the columns of a group's queries and keys stand in a stock head: pairs half a head apart, then the rest."""
+    kv, size, half = len(s.group.heads), s.group.qk, attention.rotary // 2
+    keys = attention.frequencies[attention.clover.queries * attention.clover.qk_kept // 2 :]
+    pairs = keys[s.qk // 2 : (s.qk + kv * size) // 2].view(kv, size // 2).long().cpu()
+    turns = pairs < half
+    rest = 2 * ((~turns).cumsum(1) - 1) + 2 * half
+    first, second = torch.where(turns, pairs, rest), torch.where(turns, pairs + half, rest + 1)
+    return torch.stack([first, second], -1).flatten(1)
+
+
+class _Wide:
+    """One projection of a stock block, its rows by head."""
+
+    def __init__(self, block: Block, which: str) -> None:
+        module: Any = block.projection(which)
+        self.weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+        self.bias = module.bias
+        self.rows = None if which == "o" else block.rows(which)
+        rows = slice(None) if self.rows is None else self.rows.flatten()
+        self.weight[rows] = 0
+        if self.bias is not None:
+            self.bias[rows] = 0
+
+    def put(
+        self,
+        heads: Int[Tensor, " b"],
+        places: Int[Tensor, "b size"],
+        weight: Float[Tensor, "r n"],
+        bias: Float[Tensor, " r"] | None,
+    ) -> None:
+        """Set rows ``places`` of ``heads``; the others stay zero."""
+        assert self.rows is not None
+        rows = self.rows[heads].gather(1, places).flatten().to(weight.device)
+        self.weight[rows] = weight
+        if bias is not None:
+            self.bias[rows] = bias
+
+    def take_bias(self, bias: Float[Tensor, " out"]) -> bool:
+        """Set the bias of an output projection, if it has one."""
+        if self.bias is not None:
+            self.bias.copy_(bias)
+        return self.bias is not None
+
+
+def _constant(
+    block: Block, bias: Float[Tensor, " out"], v: _Wide, o: Float[Tensor, "kv n e out"], free: tuple[int, int] | None
+) -> None:
+    """Let attention itself produce a constant: a value that is always 1 comes out as 1, for its weights sum to 1.
+
+    Raises:
+        UnsupportedModelError: values have no bias, or no column is free.
+    """
+    if v.bias is None or v.rows is None:
+        raise UnsupportedModelError(
+            f"{type(block.module).__name__} has no bias for the mean of what was cut from {block.name}; "
+            "prune it by the weights alone, or keep the rewritten model"
+        )
+    if free is None:
+        raise UnsupportedModelError(
+            f"{block.name} keeps all its V-O directions, so none is free for the constant of its values; prune V-O too"
+        )
+    head, column = free
+    v.bias[v.rows[head, column]] = 1
+    o[head, 0, column] = bias
