@@ -29,8 +29,8 @@ from torch import nn
 from transformers import AutoTokenizer
 
 import clover
-from clover.data import Question, read_questions, read_records
 from clover.evaluate import perplexity
+from clover.files import Question, read_questions, read_records
 from clover.training import METHODS, Recipe, adapter_config, example, train
 from common import DATA, MODELS, RESULTS, record, text, timed
 

@@ -19,9 +19,10 @@ from transformers import AutoProcessor, WhisperForConditionalGeneration
 import clover
 from clover.basis import Basis
 from clover.budget import Rule, Share, Threshold
-from clover.data import calibration_batches, read_manifest
+from clover.data import calibration_batches
 from clover.evaluate import word_error_rate
 from clover.families import blocks
+from clover.files import read_manifest
 from clover.pruning import apply, find_bases, plan_ranks
 from common import DATA, MODELS, SEED, chosen, record
 

@@ -17,7 +17,7 @@ import transformers as t
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from clover import data
+from clover import data, files
 from clover.errors import CloverError
 
 WORDS = [f"w{i}" for i in range(50)]
@@ -122,7 +122,7 @@ def test_text_is_read_plain_and_packed(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("\ufeffschön\r\n".encode())
     with gzip.open(tmp_path / "a.txt.gz", "wt", encoding="utf-8") as file:
         file.write("schön\n")
-    assert data.read_text(tmp_path / "a.txt") == data.read_text(tmp_path / "a.txt.gz") == "schön\n"
+    assert files.read_text(tmp_path / "a.txt") == files.read_text(tmp_path / "a.txt.gz") == "schön\n"
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_text_is_read_plain_and_packed(tmp_path: Path) -> None:
 def test_unreadable_text_is_named(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CloverError, match=name):
-        data.read_text(tmp_path / name)
+        files.read_text(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,8 @@ def test_unreadable_text_is_named(tmp_path: Path, name: str, content: bytes) -> 
 )
 def test_kind_of_a_file(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / name).touch()
-    assert data.file_kind(tmp_path / name) == kind
-    assert data.file_kind(str(tmp_path)) == "images"
+    assert files.file_kind(tmp_path / name) == kind
+    assert files.file_kind(str(tmp_path)) == "images"
 
 
 @pytest.mark.parametrize("name", ["a.csv", "gone.txt", "a"])
@@ -148,14 +148,14 @@ def test_unknown_kind_is_refused(tmp_path: Path, name: str) -> None:
     if name != "gone.txt":
         (tmp_path / name).touch()
     with pytest.raises(CloverError, match=name):
-        data.file_kind(tmp_path / name)
+        files.file_kind(tmp_path / name)
 
 
 def test_manifest(manifest: Path) -> None:
-    everything = data.read_manifest(manifest)
+    everything = files.read_manifest(manifest)
     assert [u.file.name for u in everything] == ["a.wav", "b.flac", "c.ogg"]
-    assert everything[0] == data.Utterance(manifest.parent / "a.wav", 'one "quoted', "test")
-    assert data.read_manifest(manifest, "test") == [everything[0], everything[2]]
+    assert everything[0] == files.Utterance(manifest.parent / "a.wav", 'one "quoted', "test")
+    assert files.read_manifest(manifest, "test") == [everything[0], everything[2]]
 
 
 @pytest.mark.parametrize("table, split, said", [
@@ -171,12 +171,12 @@ def test_bad_manifest_is_named(manifest: Path, table: str, split: str | None, sa
     bad = manifest.with_name("bad.tsv")
     bad.write_text(table)
     with pytest.raises(CloverError, match=rf"(?s)bad\.tsv.*{said}|{said}.*bad\.tsv"):
-        data.read_manifest(bad, split)
+        files.read_manifest(bad, split)
 
 
 @pytest.mark.parametrize("name", ["a.wav", "b.flac", "c.ogg"])
 def test_audio_of_any_rate_becomes_mono_at_the_rate_asked_for(manifest: Path, name: str) -> None:
-    samples = data.read_audio(manifest.with_name(name), 16000)
+    samples = files.read_audio(manifest.with_name(name), 16000)
     assert samples.dtype == np.float32 and samples.shape == (16000,)
     assert abs(np.fft.rfft(samples)).argmax() == 440  # one second: bins are Hz
     assert samples.std() == pytest.approx(0.5 / 2**0.5, rel=0.05)
@@ -187,14 +187,14 @@ def test_missing_or_corrupt_audio_is_named(tmp_path: Path, content: bytes | None
     if content is not None:
         (tmp_path / "bad.wav").write_bytes(content)
     with pytest.raises(CloverError, match=r"bad\.wav"):
-        data.read_audio(tmp_path / "bad.wav", 16000)
+        files.read_audio(tmp_path / "bad.wav", 16000)
 
 
 @pytest.mark.parametrize("samples", [np.zeros(0), np.array([0.0, np.nan])])
 def test_empty_or_infinite_audio_is_named(tmp_path: Path, samples: np.ndarray) -> None:
     soundfile.write(tmp_path / "bad.wav", samples, 16000, subtype="FLOAT")
     with pytest.raises(CloverError, match=r"bad\.wav"):
-        data.read_audio(tmp_path / "bad.wav", 16000)
+        files.read_audio(tmp_path / "bad.wav", 16000)
 
 
 @pytest.mark.parametrize("module", ["soundfile", "soxr", "PIL.Image"])
@@ -205,7 +205,7 @@ def test_missing_extra_is_named(manifest: Path, pictures: Path, monkeypatch: pyt
         if module == "PIL.Image":
             data.calibration_batches(pictures, model, processor=images)
         else:
-            data.read_audio(manifest.with_name("b.flac"), 16000)
+            files.read_audio(manifest.with_name("b.flac"), 16000)
 
 
 def test_questions(tmp_path: Path) -> None:
@@ -215,8 +215,8 @@ def test_questions(tmp_path: Path) -> None:
         "\n\nOption1: Ann Option2: Bob Answer format: option1/option2"
     )
     records = [{"instruction": i, "answer": a} for i, a in [(ARC, "answer2"), (boolean, "false"), (blank, "option1")]]
-    first, second, third = data.read_questions(questions_file(tmp_path / "q.jsonl.gz", *records))
-    assert first == data.Question(ARC, "Why?", ("answer1", "answer2"), ("So.", "Not so: no."), 1)
+    first, second, third = files.read_questions(questions_file(tmp_path / "q.jsonl.gz", *records))
+    assert first == files.Question(ARC, "Why?", ("answer1", "answer2"), ("So.", "Not so: no."), 1)
     assert (second.stem, second.texts, second.answer) == ("is it?", ("true", "false"), 1)
     assert (third.stem, third.texts, third.answer) == ("Ann saw Bob so _ hid.", ("Ann", "Bob"), 0)
 
@@ -230,14 +230,14 @@ def test_questions(tmp_path: Path) -> None:
 def test_bad_question_is_named(tmp_path: Path, record: object, said: str) -> None:
     path = questions_file(tmp_path / "q.jsonl", {"instruction": ARC, "answer": "answer1"}, record)
     with pytest.raises(CloverError, match=said):
-        data.read_questions(path)
+        files.read_questions(path)
 
 
 @pytest.mark.parametrize("content, said", [("\n\n", "no questions"), ("{broken\n", "line 1")])
 def test_file_without_questions(tmp_path: Path, content: str, said: str) -> None:
     (tmp_path / "q.jsonl").write_text(content)
     with pytest.raises(CloverError, match=said):
-        data.read_questions(tmp_path / "q.jsonl")
+        files.read_questions(tmp_path / "q.jsonl")
 
 
 def test_text_windows_are_full_spread_and_run(tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ def test_processor_without_a_vocabulary(tmp_path: Path) -> None:
 
 def test_every_real_question_is_understood(commonsense: Path) -> None:
     for path in sorted(commonsense.glob("[bopw]*.test.jsonl.gz")):  # one of each template that is quick to read
-        questions = data.read_questions(path)
+        questions = files.read_questions(path)
         assert all(q.stem and all(q.texts) and len(q.texts) == len(q.labels) for q in questions), path
         assert path.name.startswith("boolq") or all(q.texts != q.labels for q in questions), path
 

@@ -17,10 +17,10 @@ ORDER = [
     "errors", "progress", "plan", "decompose", "rotary", "heads", "families", "budget",
     "calibrate", "refit", "basis", "attention", "surgery", "checkpoint", "pruning", "export", "targets", "config",
     "cores", "tuner",
-    "data", "cost", "evaluate", "report", "demo", "training", "show", "cli",
+    "files", "data", "cost", "evaluate", "report", "demo", "training", "show", "cli",
 ]  # fmt: skip
 """A module may import only from modules to its left."""
-ALGORITHM = ORDER[: ORDER.index("data")]
+ALGORITHM = ORDER[: ORDER.index("files")]
 """Modules that know no model by name, save ``families``."""
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 

@@ -15,9 +15,10 @@ import clover
 from clover.basis import find_basis
 from clover.budget import Share
 from clover.calibrate import calibrate
-from clover.data import calibration_batches, load_processor, read_text
+from clover.data import calibration_batches, load_processor
 from clover.evaluate import perplexity
 from clover.families import blocks
+from clover.files import read_text
 from clover.pruning import plan_ranks
 from clover.surgery import operate
 

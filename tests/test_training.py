@@ -55,8 +55,17 @@ def test_of_a_record_the_output_is_learned() -> None:
     assert made == {"input_ids": ids, "labels": [IGNORED] * 3 + ids[3:]}
 
 
+@pytest.mark.parametrize("key", ["output", "answer"])
+def test_a_file_of_records(key: str, tmp_path: Path) -> None:
+    (tmp_path / "records.jsonl").write_text(json.dumps({"instruction": "w1 w2", key: "w3"}) + "\n")
+    ids = tokenizer()("w1 w2 w3").input_ids
+    assert examples(tmp_path / "records.jsonl", tokenizer(), 8) == [
+        {"input_ids": ids, "labels": [IGNORED] * 2 + ids[2:]}
+    ]
+
+
 def test_of_a_long_prompt_the_end_is_kept() -> None:
-    made = example({"instruction": "w1 w2 w3 w4", "answer": "w5"}, tokenizer(), 3)
+    made = example({"instruction": "w1 w2 w3 w4", "output": "w5"}, tokenizer(), 3)
     assert made["input_ids"] == tokenizer()("w3 w4 w5").input_ids
 
 

@@ -247,7 +247,7 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Tune a language model by an adapter. A run that was killed goes on when it is called again."""
-    from clover.data import extra
+    from clover.files import extra
 
     extra("peft", "tune")
     from clover.training import Recipe
@@ -274,7 +274,7 @@ def merge(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
 ) -> None:
     """Merge an adapter into its model: the same outputs at the speed of the model alone."""
-    from clover.data import extra
+    from clover.files import extra
 
     extra("peft", "tune")
     from clover.training import merge as run
@@ -332,7 +332,7 @@ def _rule(name: str, share: float | None, threshold: float | None) -> Rule:
 
 
 def _check_metric(metric: str | None, calibration: Path | None) -> None:
-    from clover.data import file_kind
+    from clover.files import file_kind
 
     if metric == "activations" and calibration is None:
         raise CloverError("--metric activations needs data; give --calibration FILE, or choose --metric weights")

@@ -14,20 +14,9 @@ from torch import nn
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from clover.cost import accepts, compare_throughput, encoder, sizes, throughput, writes_text
-from clover.data import (
-    Question,
-    Utterance,
-    audio_features,
-    extra,
-    file_kind,
-    is_multilingual,
-    load_processor,
-    max_positions,
-    read_manifest,
-    read_questions,
-    read_text,
-)
+from clover.data import audio_features, is_multilingual, load_processor, max_positions
 from clover.errors import CloverError
+from clover.files import Question, Utterance, extra, file_kind, read_manifest, read_questions, read_text
 from clover.progress import track
 
 __all__ = [

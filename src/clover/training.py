@@ -23,8 +23,9 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from clover.checkpoint import check_writable, load, ready, save
 from clover.config import CloverConfig
-from clover.data import file_kind, load_processor, read_records, read_text
+from clover.data import load_processor
 from clover.errors import CloverError
+from clover.files import file_kind, read_records, read_text
 from clover.progress import console
 from clover.targets import find_slots, out_features
 
@@ -131,7 +132,7 @@ def examples(path: str | Path, tokenizer: Any, length: int) -> list[dict[str, li
 def example(record: dict[str, Any], tokenizer: Any, length: int) -> dict[str, list[int]]:
     """Ids and labels of one record: the loss is that of its ``output`` (or ``answer``) and the end-of-text token."""
     prompt = tokenizer(f"{record['instruction']}\n").input_ids
-    answer = tokenizer(str(record.get("output") or record["answer"]), add_special_tokens=False).input_ids
+    answer = tokenizer(record["output"], add_special_tokens=False).input_ids
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     prompt = prompt[-max(1, length - len(answer) - len(end)) :]  # of a long prompt, its end names the choices
     return {"input_ids": prompt + answer + end, "labels": [IGNORED] * len(prompt) + answer + end}

@@ -1,0 +1,189 @@
+"""What users' files hold: texts, audio manifests and lists of questions."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import importlib
+import io
+import json
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+
+from clover.errors import CloverError
+
+Kind = Literal["text", "manifest", "questions", "images"]
+KINDS: dict[str, Kind] = {".txt": "text", ".tsv": "manifest", ".jsonl": "questions"}
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One audio file, what is said in it, and the split that the manifest puts it in."""
+
+    file: Path
+    text: str
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """One multiple-choice question in the template of LLM-Adapters.
+
+    ``instruction`` is all of it, ``stem`` the bare question or unfinished sentence, ``labels`` the choices by name
+    ("answer1", "true"), ``texts`` what they stand for (or the labels again), ``answer`` the index of the right one.
+    """
+
+    instruction: str
+    stem: str
+    labels: tuple[str, ...]
+    texts: tuple[str, ...]
+    answer: int
+
+
+def file_kind(path: str | Path) -> Kind:
+    """What a path holds, judged by its name: text, manifest, questions (each may end in ``.gz``) or images (a folder).
+
+    Raises:
+        CloverError: nothing is there, or the ending is none of those.
+    """
+    if (path := Path(path)).is_dir():
+        return "images"
+    if not path.exists():
+        raise CloverError(f"{path} does not exist; give a .txt, .tsv or .jsonl file or a folder of images")
+    ending = Path(path.name.removesuffix(".gz")).suffix
+    if ending not in KINDS:
+        raise CloverError(f"{path} is of no known kind; give {', '.join(KINDS)}, any with .gz, or a folder of images")
+    return KINDS[ending]
+
+
+def read_text(path: str | Path) -> str:
+    """A whole UTF-8 file, unpacked where the name ends in ``.gz``.
+
+    Raises:
+        CloverError: the file is missing, unreadable, corrupt or no UTF-8.
+    """
+    try:
+        content = Path(path).read_bytes()
+        text = (gzip.decompress(content) if Path(path).suffix == ".gz" else content).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise CloverError(f"{path} cannot be read as UTF-8 text ({error}); give another file") from error
+    return text.replace("\r\n", "\n")
+
+
+def read_manifest(path: str | Path, split: str | None = None) -> list[Utterance]:
+    """The rows of a tab-separated file with columns ``file``, ``text`` and optionally ``split``, in their order.
+
+    Args:
+        path: the manifest; its audio files are named relative to its folder.
+        split: keep only the rows of this split.
+
+    Raises:
+        CloverError: a column, a field or an audio file is missing, or no row is left.
+    """
+    path = Path(path)
+    table = csv.DictReader(io.StringIO(read_text(path)), delimiter="\t", quoting=csv.QUOTE_NONE)
+    columns, rows = table.fieldnames or [], list(table)
+    for column in ("file", "text") if split is None else ("file", "text", "split"):
+        if column not in columns:
+            raise CloverError(f"{path} has no column '{column}', only {list(columns)}; name it in the first line")
+    chosen = [row for row in rows if split is None or row["split"] == split]
+    if not chosen:
+        found = f"its splits are {sorted({str(row['split']) for row in rows})}" if rows and split else "it has no rows"
+        raise CloverError(f"{path} holds no utterance{f' of split {split!r}' if split else ''}; {found}")
+    return [_utterance(path, row) for row in chosen]
+
+
+def _utterance(manifest: Path, row: dict[str, str | None]) -> Utterance:
+    name, text = row["file"], row["text"]
+    if not name or not text:
+        raise CloverError(f"{manifest} has a row without file or text: {list(row.values())}; complete it")
+    file = manifest.parent / name
+    if not file.is_file():
+        raise CloverError(f"audio file {file}, listed in {manifest}, does not exist; correct the row or add the file")
+    return Utterance(file, text, row.get("split"))
+
+
+def read_audio(path: str | Path, rate: int) -> np.ndarray:
+    """One audio file in any format that libsndfile reads: float32 samples of shape ``(n,)``, mono, at ``rate`` Hz.
+
+    Channels are averaged, then resampled with soxr.
+
+    Raises:
+        CloverError: the file is missing, corrupt, empty or not finite, or the ``eval`` extra is not installed.
+    """
+    soundfile = extra("soundfile")
+    if not Path(path).is_file():
+        raise CloverError(f"audio file {path} does not exist; correct the path")
+    try:
+        samples, original = soundfile.read(str(path), dtype="float32", always_2d=True)
+    except (RuntimeError, OSError) as error:
+        raise CloverError(f"audio file {path} cannot be decoded ({error}); replace it") from error
+    if not len(samples) or not np.isfinite(samples).all():
+        raise CloverError(f"audio file {path} is empty or holds NaN or infinite samples; replace it")
+    samples = samples.mean(axis=1)
+    return samples if original == rate else extra("soxr").resample(samples, original, rate)
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """The questions of a ``.jsonl[.gz]`` file whose lines hold ``instruction`` and ``answer`` (LLM-Adapters).
+
+    An instruction ends in ``Answer format: a/b/...``, which names the choices; what they stand for is read from
+    ``A: ... B: ...`` in front of it.
+
+    Raises:
+        CloverError: the file is empty, or a line is no JSON object, lacks a field or names no choices.
+    """
+    return [_question(record, where) for where, record in read_records(path)]
+
+
+def read_records(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+    """Objects of a ``.jsonl[.gz]`` file, with where they stand: ``instruction``, and ``output`` or ``answer``."""
+    lines = [(f"line {i} of {path}", line) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    if not lines:
+        raise CloverError(f"{path} holds no questions; give one JSON object a line")
+    return [(where, _record(line, where)) for where, line in lines]
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = {"output": json.loads(line).get("answer"), **json.loads(line)}
+        if isinstance(record["instruction"], str) and isinstance(record["output"], str):
+            return record
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        pass
+    wanted = "'instruction' and 'answer' (or 'output')"
+    raise CloverError(f"{where} must be a JSON object with strings {wanted}; got {line[:80]!r}")
+
+
+def _question(record: dict[str, Any], where: str) -> Question:
+    instruction, answer = record["instruction"], record.get("answer")
+    ending = re.search(r"\s*Answer format: (\S+/\S+)\s*$", instruction)
+    if not ending:
+        raise CloverError(f"{where}: the instruction does not end in 'Answer format: a/b/...', which names the choices")
+    labels = tuple(ending[1].split("/"))
+    if answer not in labels:
+        raise CloverError(f"{where}: the answer is '{answer}', which is none of the choices {list(labels)}")
+    body = instruction[: ending.start()]
+    choices = "".join(rf"\s+{re.escape(label.capitalize())}:\s*(.+?)" for label in labels)
+    spelled = re.search(choices + r"\s*$", body, re.DOTALL)
+    stem = body[: spelled.start()] if spelled else body
+    stem = re.split(r"\b(?:question|sentence): ", stem, maxsplit=1)[-1].strip()
+    return Question(instruction, stem, labels, spelled.groups() if spelled else labels, labels.index(answer))
+
+
+def extra(module: str, name: str = "eval") -> ModuleType:
+    """Import a module of an extra, see ``pyproject.toml``.
+
+    Raises:
+        CloverError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise CloverError(f'this needs {module}, which is missing: pip install "clover-attention[{name}]"') from error
