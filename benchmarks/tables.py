@@ -201,12 +201,6 @@ def tuning_cost(results: Results) -> str:
     titles = [f"{what}, {shape}" for shape in shapes for what in ("time", "saved activations")]
     about = "A training step of SmolLM2 on the same modules, over LoRA's; batch x tokens, float32, methods in turns."
     text = f"{about}\n\n{table(' | '.join(['Method', 'parameters', *titles]), rows)}"
-    if memory := _result(results, "tuning-memory"):
-        peaks = ", ".join(
-            f"{METHODS[key]} {m['peak_rss_bytes'] / 2**30:.2f} GiB ({m['over_lora']:.3f})"
-            for key, m in memory[shapes[0]].items()
-        )
-        text += f"\n\nMost memory of a process that takes such steps ({shapes[0]}), in brackets over LoRA's: {peaks}."
     if start := _result(results, "tuning-start"):
         text += (
             f"\n\nThe cores of SmolLM2 are made in {start['smollm2_seconds']:.1f} s, those of a model of LLaMA-2-7B's "

@@ -1,10 +1,9 @@
 """What tuning costs: CLOVER beside LoRA, DoRA and PiSSA on the same modules with as many parameters; and its start.
 
-    python benchmarks/tuning.py [steps] [memory] [start]     (all when left out)
+    python benchmarks/tuning.py [steps] [start]     (both when left out)
 
-steps: seconds of a training step of SmolLM2 at several batch shapes, methods in turns in one process; and the bytes
-that a step keeps for its backward pass.
-memory: most bytes that a process of its own holds during such steps.
+steps: seconds of a training step of SmolLM2 at several batch shapes, methods in turns in one process;
+and the bytes that a step keeps for its backward pass.
 start: seconds to make the cores of SmolLM2, and those of a model of LLaMA-2-7B's shape (random weights, one layer at a
 time, so that it fits into memory; bfloat16).
 """
@@ -23,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from clover import CloverConfig
 from clover.training import METHODS, Recipe, adapter_config
-from common import MODELS, SEED, chosen, isolated, peak_memory, record, reset_peak_memory, side_by_side, timed
+from common import MODELS, SEED, chosen, record, side_by_side, timed
 
 SHAPES = ((8, 128), (2, 512))
 ROUNDS = 7
@@ -92,29 +91,6 @@ def steps() -> dict:
     return result
 
 
-def peak(method: str, rows: int, tokens: int) -> int:
-    """Most resident bytes during three steps. Top level, so that a fresh process can call it."""
-    model = adapted(method)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    ids = torch.randint(1000, (rows, tokens), generator=torch.Generator().manual_seed(SEED))
-    reset_peak_memory()
-    for _ in range(3):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    return peak_memory()
-
-
-def memory() -> dict:
-    result = {}
-    for rows, tokens in SHAPES:
-        peaks = {method: isolated(peak, method, rows, tokens) for method in METHODS}
-        result[f"{rows} x {tokens}"] = {
-            method: {"peak_rss_bytes": p, "over_lora": p / peaks["lora"]} for method, p in peaks.items()
-        }
-    return result
-
-
 def start() -> dict:
     torch.manual_seed(SEED)
     small = timed(partial(get_peft_model, load(), CloverConfig()))[1]
@@ -137,6 +113,6 @@ def start() -> dict:
 
 
 if __name__ == "__main__":
-    benchmarks: dict[str, Callable[[], dict]] = {"steps": steps, "memory": memory, "start": start}
+    benchmarks: dict[str, Callable[[], dict]] = {"steps": steps, "start": start}
     for name in chosen(benchmarks):
         record(f"tuning-{name}", benchmarks[name]())
