@@ -261,7 +261,6 @@ README = (
     "Speed",
     "Decomposition",
     "Tuning: the cost of a step",
-    "Tuning: commonsense",
     "Healing",
 )
 

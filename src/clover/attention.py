@@ -264,14 +264,13 @@ class CloverAttention(nn.Module):
 
     def _groups(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Iterator[tuple]:
         """Each group with its queries, keys, values ``(batch, heads, tokens, columns)`` and its mask."""
-        n, at_qk, at_v = self.clover.queries, 0, 0
-        for group in self.clover.groups:
+        n = self.clover.queries
+        for group, at_qk, at_v in self.clover.spans():
             kv = len(group.heads)
             q = _heads(queries, n * at_qk, n * kv, group.qk)
             k, v = _heads(keys, at_qk, kv, group.qk), _heads(values, at_v, kv, group.value)
             m = mask if mask is None or mask.shape[1] == 1 else mask[:, self._query_heads(group)]
             yield group, q, k, v, m
-            at_qk, at_v = at_qk + kv * group.qk, at_v + kv * group.value
 
     def _writes_one(self, x: Tensor) -> bool:
         """Whether this is one new token for heads that no fused kernel can take together."""

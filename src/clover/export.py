@@ -6,7 +6,6 @@ This saves nothing. It is for places that know neither this project nor heads of
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,24 +63,6 @@ def _stock(model: Any, biased: bool) -> PreTrainedModel:
     return kind._from_config(config, dtype=weight.dtype).to(weight.device)
 
 
-@dataclass(frozen=True)
-class _Slice:
-    """A group's heads in the flat layout of a rewritten block."""
-
-    group: Group
-    qk: int
-    """KV columns before it."""
-    value: int
-
-
-def _slices(groups: tuple[Group, ...]) -> list[_Slice]:
-    found, qk, value = [], 0, 0
-    for group in groups:
-        found.append(_Slice(group, qk, value))
-        qk, value = qk + len(group.heads) * group.qk, value + len(group.heads) * group.value
-    return found
-
-
 def _fill(block: Block, holder: nn.Module) -> None:
     """Set all weights of a stock block from those of a rewritten one."""
     attention: Any = next(m for m in holder.modules() if isinstance(m, CloverAttention))
@@ -92,37 +73,34 @@ def _fill(block: Block, holder: nn.Module) -> None:
 
     wide = {which: _Wide(block, which) for which in ("q", "k", "v", "o")}
     o = wide["o"].weight.new_zeros(plan.kv_heads, n, plan.vo, wide["o"].weight.shape[0])
-    free = None
-    for s in _slices(plan.groups):
-        kv = len(s.group.heads)
-        for which, each, start, size in (("q", n, s.qk, s.group.qk), ("k", 1, s.qk, s.group.qk),
-                                         ("v", 1, s.value, s.group.value)):  # fmt: skip
+    for group, at_qk, at_v in plan.spans():
+        kv = len(group.heads)
+        for which, each, start, size in (("q", n, at_qk, group.qk), ("k", 1, at_qk, group.qk),
+                                         ("v", 1, at_v, group.value)):  # fmt: skip
             source = getattr(attention, f"{which}_proj")
             rows = slice(each * start, each * (start + kv * size))
             places = torch.arange(size).expand(kv, size)
             if which != "v" and attention.rotary and not block.normed:
-                places = _places(attention, s)
-            heads = torch.tensor([h * each + i for h in s.group.heads for i in range(each)])
+                places = _places(attention, group, at_qk)
+            heads = torch.tensor([h * each + i for h in group.heads for i in range(each)])
             wide[which].put(
                 heads, places.repeat_interleave(each, 0), source.weight[rows],
                 None if source.bias is None else source.bias[rows],
             )  # fmt: skip
-        columns = output.weight[:, n * s.value : n * (s.value + kv * s.group.value)]
-        o[list(s.group.heads), :, : s.group.value] = columns.T.view(kv, n, s.group.value, -1)
-        if s.group.value < plan.vo:
-            free = (s.group.heads[0], plan.vo - 1)
-    if len([h for g in plan.groups for h in g.heads]) < plan.kv_heads:
-        free = (next(h for h in range(plan.kv_heads) if not any(h in g.heads for g in plan.groups)), plan.vo - 1)
+        columns = output.weight[:, n * at_v : n * (at_v + kv * group.value)]
+        o[list(group.heads), :, : group.value] = columns.T.view(kv, n, group.value, -1)
+    kept = {h: group.value for group in plan.groups for h in group.heads}
+    free = next(((h, plan.vo - 1) for h in range(plan.kv_heads) if kept.get(h, 0) < plan.vo), None)
     if output.bias is not None and not wide["o"].take_bias(output.bias):
         _constant(block, output.bias, wide["v"], o, free)
     wide["o"].weight.copy_(o.flatten(0, 2).T)
 
 
-def _places(attention: CloverAttention, s: _Slice) -> Int[Tensor, "kv size"]:
+def _places(attention: CloverAttention, group: Group, start: int) -> Int[Tensor, "kv size"]:
     """Where the columns of a group's queries and keys stand in a stock head: pairs half a head apart, then the rest."""
-    kv, size, half = len(s.group.heads), s.group.qk, attention.rotary // 2
+    kv, size, half = len(group.heads), group.qk, attention.rotary // 2
     keys = attention.frequencies[attention.clover.queries * attention.clover.qk_kept // 2 :]
-    pairs = keys[s.qk // 2 : (s.qk + kv * size) // 2].view(kv, size // 2).long().cpu()
+    pairs = keys[start // 2 : (start + kv * size) // 2].view(kv, size // 2).long().cpu()
     turns = pairs < half
     rest = 2 * ((~turns).cumsum(1) - 1) + 2 * half
     first, second = torch.where(turns, pairs, rest), torch.where(turns, pairs + half, rest + 1)

@@ -152,7 +152,8 @@ def read_records(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
 
 def _record(line: str, where: str) -> dict[str, Any]:
     try:
-        record = {"output": json.loads(line).get("answer"), **json.loads(line)}
+        found = json.loads(line)
+        record = {"output": found.get("answer"), **found}
         if isinstance(record["instruction"], str) and isinstance(record["output"], str):
             return record
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):

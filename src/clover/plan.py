@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from clover.errors import CloverError
@@ -53,6 +54,13 @@ class BlockPlan:
     def vo_kept(self) -> int:
         """V-O directions kept, over the KV heads."""
         return sum(len(g.heads) * g.value for g in self.groups)
+
+    def spans(self) -> Iterator[tuple[Group, int, int]]:
+        """Each group with the Q-K and the V-O columns of the KV heads before it, in the flat layout."""
+        qk = value = 0
+        for group in self.groups:
+            yield group, qk, value
+            qk, value = qk + len(group.heads) * group.qk, value + len(group.heads) * group.value
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,11 @@ def out_features(module: Any) -> int:
     return module.nf if hasattr(module, "nf") else module.out_features
 
 
+def in_features(module: Any) -> int:
+    """Columns of a projection; GPT-2's transposed Conv1D calls them ``nx``."""
+    return module.nx if hasattr(module, "nx") else module.in_features
+
+
 def _heads(model: nn.Module, name: str, module: Any) -> Iterator[_Heads]:
     if hasattr(module, "clover"):
         yield from _pruned_heads(model, name, module)
@@ -145,8 +150,7 @@ def _pruned_heads(model: nn.Module, name: str, module: Any) -> Iterator[_Heads]:
     if isinstance(o, nn.Identity):
         o = model.get_submodule(name.removesuffix("." + module.family.core) + "." + module.family.o)
     crosses = not module.rotary and not module.family.norms
-    at_qk = at_v = 0
-    for group in plan.groups:
+    for group, at_qk, at_v in plan.spans():
         kv, n = len(group.heads), plan.queries
 
         def rows(start: int, heads: int, size: int) -> Tensor:
@@ -156,7 +160,6 @@ def _pruned_heads(model: nn.Module, name: str, module: Any) -> Iterator[_Heads]:
         k = (f"{name}.k_proj", module.k_proj, rows(at_qk, kv, group.qk))
         v = (f"{name}.v_proj", module.v_proj, rows(at_v, kv, group.value))
         yield _Heads(kv, q, k, v, (o, rows(n * at_v, n * kv, group.value)), crosses)
-        at_qk, at_v = at_qk + kv * group.qk, at_v + kv * group.value
 
 
 def _mlp(modules: dict[str, nn.Module], name: str, module: Any) -> Iterator[tuple[str, str]]:

@@ -27,7 +27,7 @@ from clover.data import load_processor
 from clover.errors import CloverError
 from clover.files import file_kind, read_records, read_text
 from clover.progress import console
-from clover.targets import find_slots, out_features
+from clover.targets import find_slots, in_features, out_features
 
 METHODS = ("clover", "lora", "dora", "pissa")
 IGNORED = -100  # what transformers' losses leave out
@@ -99,7 +99,7 @@ def matching_rank(model: nn.Module, chosen: dict[str, list[Any]], diagonal: bool
     widths = 0
     for name in chosen:
         module: Any = modules[name]
-        widths += out_features(module) + (module.nx if hasattr(module, "nx") else module.in_features)
+        widths += in_features(module) + out_features(module)
     return max(1, round(cores / widths))
 
 

@@ -24,7 +24,7 @@ from clover.config import NAME, CloverConfig, extend_enum
 from clover.cores import Core, fingerprint, turn
 from clover.errors import CloverError, UnsupportedModelError
 from clover.families import FAMILIES
-from clover.targets import Slot, find_slots, out_features, rows_in_blocks
+from clover.targets import Slot, find_slots, in_features, out_features, rows_in_blocks
 
 
 class CloverLayer(nn.Module, BaseTunerLayer):
@@ -47,7 +47,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         base: Any = self.get_base_layer()
         self.out_features = out_features(base)
-        self.in_features = base.nx if isinstance(base, Conv1D) else base.in_features
+        self.in_features = in_features(base)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, slots, config)
 
