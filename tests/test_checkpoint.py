@@ -243,7 +243,7 @@ def test_tensor_that_is_missing(name: str, tmp_path: Path) -> None:
     clover.save(model, tmp_path / "model")
     file = tmp_path / "model/model.safetensors"
     tensors = safetensors.torch.load_file(file)
-    gone = next(k for k in tensors if k.endswith("k_proj.weight"))
+    gone = next(k for k in tensors if k.endswith("qkv_proj.weight"))
     del tensors[gone]
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CloverError, match=f"contradict the plan.*{gone} is missing"):

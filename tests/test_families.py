@@ -127,10 +127,14 @@ def test_pruned_shapes_match_the_plan(name: str) -> None:
         n, qk, vo = columns(model, i)
         kv = block.kv_heads
         assert qk <= kv * block.qk and vo <= kv * block.vo
-        shapes = {"q_proj": (n * qk, WIDTH), "k_proj": (qk, WIDTH), "v_proj": (vo, WIDTH)}
-        for projection, shape in shapes.items():
-            assert getattr(attention, projection).weight.shape == shape
-        assert attention.v_proj.bias is None
+        shapes = {"q": n * qk, "k": qk, "v": vo}
+        held: dict[str, int] = {}
+        for which, size in shapes.items():
+            projection, rows = attention.rows(which)
+            assert rows == slice(held.get(projection, 0), held.get(projection, 0) + size)
+            held[projection] = rows.stop
+        for projection, size in held.items():
+            assert attention.get_submodule(projection).weight.shape == (size, WIDTH)
         names = [k for k in state if k.startswith(f"{block.name}.")]
         output = next(
             k
@@ -138,9 +142,9 @@ def test_pruned_shapes_match_the_plan(name: str) -> None:
             if tuple(state[k].shape) == (WIDTH, n * vo) and k.endswith(("dense.weight", "o_proj.weight"))
         )
         assert state[output.replace("weight", "bias")].shape == (WIDTH,)  # holds the mean of what was cut
-        q_bias, k_bias = attention.q_proj.bias is not None, attention.k_proj.bias is not None
-        assert not k_bias or name in ROTARY
-        kept += WIDTH * (2 * n * qk // 2 + qk + vo + n * vo) + WIDTH + q_bias * n * qk + k_bias * qk
+        biases = {p: attention.get_submodule(p).bias for p in held}
+        assert block.part != "cross" or biases["kv_proj"] is None
+        kept += WIDTH * (n * qk + qk + vo + n * vo) + WIDTH + sum(len(b) for b in biases.values() if b is not None)
         cached += (qk + vo) * (block.part != "encoder")
     before = sum(p.numel() for p in dense.parameters())
     original = sum(_attention_parameters(dense, block.name) for block in plan.blocks)

@@ -9,8 +9,7 @@ columns.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,44 +17,14 @@ from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from clover.cache import growing
 from clover.families import Block, arguments
 from clover.plan import BlockPlan, Group
 
 SPAN = 8
 """KV heads that a single new token reads as one: more would waste arithmetic, fewer would waste launches."""
-SHORT = 2**18
-"""Up to this many logits a head, heads of unequal sizes are padded into one call: launches cost more than sums."""
 NOTHING = 1e-30
 """Attention weights below this are zero: they change no float32 sum, and denormal numbers are slow on CPUs."""
-
-
-class _Padding(NamedTuple):
-    """Where the flat columns of all heads go when every head is padded to the same size."""
-
-    size: int
-    queries: Tensor
-    """For each flat column, its padded one; the padded columns without one are zero."""
-    keys: Tensor
-    """For each padded column, a flat one: the head's own, or any, since it meets a zero."""
-    values: Tensor
-    outputs: Tensor
-    """For each flat column of the output, its padded one."""
-
-    @classmethod
-    @torch.inference_mode(False)  # made under it, they could not be used in training later
-    def of(cls, sizes: list[tuple[int, int]], n: int, device: torch.device) -> _Padding:
-        """Heads of (Q-K, V-O) ``sizes``, ``n`` queries each."""
-        size = max(max(s) for s in sizes)
-
-        def spread(widths: list[int], repeats: int) -> tuple[Tensor, Tensor]:
-            widths = [w for w in widths for _ in range(repeats)]
-            into = torch.cat([head * size + torch.arange(w) for head, w in enumerate(widths)])
-            source = torch.zeros(len(widths) * size, dtype=torch.int64)
-            source[into] = torch.arange(len(into))
-            return into.to(device), source.to(device)
-
-        qk, value = ([s[i] for s in sizes] for i in (0, 1))
-        return cls(size, spread(qk, n)[0], spread(qk, 1)[1], spread(value, 1)[1], spread(value, n)[0])
 
 
 class _Span(NamedTuple):
@@ -92,8 +61,9 @@ class _Span(NamedTuple):
 class CloverAttention(nn.Module):
     """Attention whose heads keep only the directions of a plan.
 
-    Submodules: ``q_proj``, ``k_proj``, ``v_proj`` and, unless the model keeps it elsewhere, ``o_proj``: plain
-    ``Linear``, so quantisers and adapters find what they know. Buffer ``frequencies``, int32: for each pair of flat
+    Submodules, plain ``Linear`` so that quantisers and adapters find what they know: ``qkv_proj`` with the rows of the
+    queries, of the keys, then of the values (``q_proj`` and ``kv_proj`` where keys and values read another sequence)
+    and, unless the model keeps it elsewhere, ``o_proj``. Buffer ``frequencies``, int32: for each pair of flat
     columns of queries, then of keys, the number of its frequency in the model's table, or one past the last where it
     does not turn.
     """
@@ -111,7 +81,7 @@ class CloverAttention(nn.Module):
         core, family = block.core, block.family
         self.clover = plan
         self.family, self.config = family, block.config
-        self.layer_idx = getattr(core, "layer_idx", None)
+        self.layer_idx: Any = getattr(core, "layer_idx", None)
         self.is_causal = plan.part == "decoder"
         self.is_cross = plan.part == "cross"
         self.num_key_value_groups = plan.queries
@@ -121,22 +91,58 @@ class CloverAttention(nn.Module):
         self.sliding_window = getattr(core, "sliding_window", getattr(block.config, "sliding_window", None))
         self.rotary = block.rotary
 
+        heads, n = block.heads(), plan.queries
+        width, source, out = heads.q.shape[-1], heads.k.shape[-1], heads.o.shape[-2]
+        self.sizes = [n * plan.qk_kept, plan.qk_kept, plan.vo_kept]
+        # A key bias shifts all logits of a query alike and softmax ignores it, unless position or a norm comes between.
+        self.keeps_key_bias = block.rotary > 0 or block.normed
+        biases = heads.q_bias is not None, self.keeps_key_bias and heads.k_bias is not None
+
         def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias=bias, dtype=dtype, device=device)
 
-        heads = block.heads()
-        width, source, out = heads.q.shape[-1], heads.k.shape[-1], heads.o.shape[-2]
-        n = plan.queries
-        self.q_proj = linear(width, n * plan.qk_kept, heads.q_bias is not None)
-        self.k_proj = linear(source, plan.qk_kept, keeps_key_bias(block) and heads.k_bias is not None)
-        self.v_proj = linear(source, plan.vo_kept, False)
+        if self.is_cross:
+            self.q_proj = linear(width, self.sizes[0], biases[0])
+            self.kv_proj = linear(source, sum(self.sizes[1:]), biases[1])
+        else:
+            self.qkv_proj = linear(width, sum(self.sizes), any(biases))
         self.o_proj = nn.Identity() if family.core else linear(n * plan.vo_kept, out, plan.output_bias)
         for name in family.norms:
             setattr(self, name, copy.deepcopy(getattr(core, name)))
         rotated = (n + 1) * plan.qk_kept // 2 if self.rotary else 0
         self._made_spans: list[_Span] = []
-        self._made_padding: _Padding | None = None
         self.register_buffer("frequencies", torch.zeros(rotated, dtype=torch.int32, device=device))
+
+    def rows(self, which: str) -> tuple[str, slice]:
+        """The name of the projection that holds ``q``, ``k`` or ``v``, and their rows in it."""
+        start = {"q": 0, "k": self.sizes[0], "v": sum(self.sizes[:2])}[which]
+        stop = start + self.sizes["qkv".index(which)]
+        if not self.is_cross:
+            return "qkv_proj", slice(start, stop)
+        first = 0 if which == "q" else self.sizes[0]
+        return ("q_proj" if which == "q" else "kv_proj"), slice(start - first, stop - first)
+
+    @torch.no_grad()
+    def fill(self, pieces: Mapping[str, Tensor], output: nn.Linear | None = None) -> None:
+        """Set the weights.
+
+        Args:
+            pieces: of one block, from ``Basis.cut``; biases that this module has no use for are left out.
+            output: the output projection, where it lives outside of this module.
+        """
+        for which in "qkv":
+            name, rows = self.rows(which)
+            projection: nn.Linear = self.get_submodule(name)  # type: ignore[assignment]
+            projection.weight[rows] = pieces[which].to(projection.weight.dtype)
+            if projection.bias is not None:
+                kept = which == "q" or (which == "k" and self.keeps_key_bias)
+                projection.bias[rows] = pieces[f"{which}_bias"] if kept and f"{which}_bias" in pieces else 0
+        o: Any = self.o_proj if output is None else output
+        o.weight.copy_(pieces["o"])
+        if o.bias is not None:
+            o.bias.copy_(pieces["o_bias"])
+        if self.rotary:
+            self.frequencies.copy_(pieces["frequencies"])
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Attend; takes the arguments of the class it replaces.
@@ -148,116 +154,92 @@ class CloverAttention(nn.Module):
         call = arguments(self.family, self.is_cross, args, kwargs)
         x = call.pop("hidden_states")
         queries, keys, values = self._project(x, call)
-        interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         mask = self._mask(call.pop("attention_mask", None), call.pop("alibi", None), x.shape[0])
         residual = call.pop("residual", None)
-        for name in ("past_key_values", "key_value_states", "position_embeddings", "use_cache", "sliding_window"):
-            call.pop(name, None)
-        if self._writes_one(x):
-            y = self.o_proj(self._attend_one(queries, keys, values, mask))
-            return (y if residual is None else y + residual), None
-        attend = partial(
-            interface, self, scaling=self.scaling, sliding_window=self.sliding_window,
-            dropout=self.attention_dropout if self.training else 0.0, **call,
-        )  # fmt: skip
         weights: list[Tensor | None] = [None]
-        if self._is_short(queries, keys):
-            z = self._attend_padded(attend, queries, keys, values, mask)
+        if self._writes_one(x):
+            z = self._attend_one(queries, keys, values, mask)
         else:
-            z, weights = self._attend_by_group(attend, queries, keys, values, mask)
-        y = nn.functional.dropout(self.o_proj(z), self.output_dropout, self.training)
-        if residual is not None:
-            y = y + residual
-        return y, self._in_order(weights)
+            for name in ("past_key_values", "key_value_states", "position_embeddings", "use_cache", "sliding_window"):
+                call.pop(name, None)
+            z, weights = self._attend(queries, keys, values, mask, call)
+        y = self.o_proj(z)
+        if self.training:
+            y = nn.functional.dropout(y, self.output_dropout)
+        return (y if residual is None else y + residual), self._in_order(weights)
 
     def _project(self, x: Tensor, call: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Flat queries ``(batch, tokens, columns)``, and keys and values with whatever the cache holds before them."""
         cache = call.get("past_key_values")
-        queries = self.q_proj(x)
-        cached = False
+        if self.is_cross:
+            return self._project_cross(x, call["key_value_states"], cache)
+        qk, values = self.qkv_proj(x).split([sum(self.sizes[:2]), self.sizes[2]], -1)
+        if self.family.norms:
+            qk = self._normed(qk)
+        if self.rotary:
+            qk = self._rotate(qk, call.get("position_embeddings"))
+        queries, keys = qk.split(self.sizes[:2], -1)
         if isinstance(cache, EncoderDecoderCache):
-            if self.is_cross:
-                cached = bool(cache.is_updated.get(self.layer_idx))
-                cache.is_updated[self.layer_idx] = True
-                cache = cache.cross_attention_cache
-            else:
-                cache = cache.self_attention_cache
-        if cache is not None and cached:
-            return queries, cache.layers[self.layer_idx].keys[:, 0], cache.layers[self.layer_idx].values[:, 0]
-        source = x if (other := call.get("key_value_states")) is None else other
-        keys, values = self.k_proj(source), self.v_proj(source)
-        queries, keys = self._normed(queries, keys)
-        queries, keys = self._rotate(queries, keys, call.get("position_embeddings"))
+            cache = cache.self_attention_cache
+        if cache is not None:
+            cache = growing(cache, self.layer_idx)
+            keys, values = (t[:, 0] for t in cache.update(keys[:, None], values[:, None], self.layer_idx))
+        return queries, keys, values
+
+    def _project_cross(self, x: Tensor, source: Tensor | None, cache: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The same where keys and values read another sequence; a cache that has seen it gives them back."""
+        queries = self.q_proj(x)
+        if isinstance(cache, EncoderDecoderCache):
+            known = bool(cache.is_updated.get(self.layer_idx))
+            cache.is_updated[self.layer_idx] = True
+            cache = cache.cross_attention_cache
+            if known:
+                return queries, cache.layers[self.layer_idx].keys[:, 0], cache.layers[self.layer_idx].values[:, 0]
+        keys, values = self.kv_proj(source).split(self.sizes[1:], -1)
         if cache is not None:
             keys, values = (t[:, 0] for t in cache.update(keys[:, None], values[:, None], self.layer_idx))
         return queries, keys, values
 
-    def _normed(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.family.norms:
-            return queries, keys
-        # A norm takes its heads in their original order, halves apart; behind it the halves are paired for the
-        # rotation.
-        sizes, half = self.clover.qk, self.rotary // 2
-        heads = [t.unflatten(-1, (-1, sizes)) for t in (queries, keys)]
-        normed = [getattr(self, name)(t) for name, t in zip(self.family.norms, heads, strict=True)]
-        paired = [t[..., : 2 * half].unflatten(-1, (2, half)).transpose(-1, -2).flatten(-2) for t in normed]
-        q, k = (torch.cat([p, t[..., 2 * half :]], -1).flatten(-2) for p, t in zip(paired, normed, strict=True))
-        return q, k
+    def _normed(self, qk: Tensor) -> Tensor:
+        """Norm each head, whose columns lie in their original order, halves apart; pair the halves for the rotation."""
+        half, heads = self.rotary // 2, [t.unflatten(-1, (-1, self.clover.qk)) for t in qk.split(self.sizes[:2], -1)]
+        normed = torch.cat([getattr(self, n)(t) for n, t in zip(self.family.norms, heads, strict=True)], -2)
+        paired = normed[..., : 2 * half].unflatten(-1, (2, half)).transpose(-1, -2).flatten(-2)
+        return torch.cat([paired, normed[..., 2 * half :]], -1).flatten(-2)
 
-    def _rotate(
-        self, queries: Tensor, keys: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        """Turn every pair of columns by its own frequency, as one complex product over queries and keys together."""
-        if not self.rotary:
-            return queries, keys
+    def _rotate(self, qk: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Turn every pair of columns, of queries and keys together, by its own frequency."""
         if position_embeddings is None:
             raise TypeError("attention with rotary positions was called without position_embeddings")
-        half, dtype = self.rotary // 2, queries.dtype
-        cos, sin = (t[..., :half] for t in position_embeddings)
-        table = torch.stack([cos, sin], -1)
-        if self.clover.qk > self.rotary:  # columns that do not turn find a 1 at the end
-            table = torch.cat(
-                [table, torch.eye(2, dtype=table.dtype, device=table.device)[:1].expand(*table.shape[:-2], 1, 2)], -2
-            )
-        x = torch.cat([queries, keys], -1)
-        x = x.view(*x.shape[:-1], -1, 2)
-        if dtype.itemsize < 4:  # there are no complex numbers of half precision to rely on
-            x, table = x.float(), table.float()
-        turned = torch.view_as_complex(x) * torch.view_as_complex(table).index_select(-1, self.frequencies)
-        flat = torch.view_as_real(turned).flatten(-2).to(dtype)
-        return flat.split([queries.shape[-1], keys.shape[-1]], -1)
+        cos, sin = (t[..., : self.rotary // 2] for t in position_embeddings)
+        if self.clover.qk > self.rotary:  # columns that do not turn find an angle of zero at the end
+            cos, sin = nn.functional.pad(cos, (0, 1), value=1.0), nn.functional.pad(sin, (0, 1))
+        if torch.compiler.is_compiling():  # compilers and exporters know real numbers only
+            return _turn(qk, cos.index_select(-1, self.frequencies), sin.index_select(-1, self.frequencies))
+        if half := qk.dtype.itemsize < 4:  # there are no complex numbers of half precision to rely on
+            cos, sin = cos.float(), sin.float()
+        table = torch.complex(cos, sin).index_select(-1, self.frequencies)
+        x = qk.float() if half else qk
+        if any(stride % 2 for stride in x.stride()[:-1]):
+            x = x.clone(memory_format=torch.contiguous_format)
+        turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * table
+        return torch.view_as_real(turned).flatten(-2).to(qk.dtype)
 
-    def _is_short(self, queries: Tensor, keys: Tensor) -> bool:
-        """Whether one padded call is cheaper than one for each group."""
-        fused = self.config._attn_implementation != "eager"
-        return fused and len(self.clover.groups) > 1 and queries.shape[1] * keys.shape[1] <= SHORT
-
-    def _attend_padded(
-        self, attend: Callable, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """All heads in one call, padded to the largest: ``(batch, tokens, columns)``."""
-        if self._made_padding is None or self._made_padding.queries.device != queries.device:
-            self._made_padding = _Padding.of(self._sizes(), self.clover.queries, queries.device)
-        size, q_to, k_from, v_from, out_from = self._made_padding
-        kv, n = len(v_from) // size, self.clover.queries
-        wide = queries.new_zeros(*queries.shape[:2], kv * n * size).index_copy(-1, q_to, queries)
-        if mask is not None and mask.shape[1] > 1:
-            mask = mask[:, [h for group in self.clover.groups for h in self._query_heads(group)]]
-        k, v = (t.index_select(-1, order) for t, order in ((keys, k_from), (values, v_from)))
-        out, _ = attend(_heads(wide, 0, kv * n, size), _heads(k, 0, kv, size), _heads(v, 0, kv, size), mask)
-        return out.flatten(2).index_select(-1, out_from)
-
-    def _attend_by_group(
-        self, attend: Callable, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+    def _attend(
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, options: dict[str, Any]
     ) -> tuple[Tensor, list[Tensor | None]]:
         """One call a group: ``(batch, tokens, columns)``, and the weights of each group."""
+        name = self.config._attn_implementation
+        interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
+        dropout = self.attention_dropout if self.training else 0.0
+        options |= {"scaling": self.scaling, "sliding_window": self.sliding_window, "dropout": dropout}
         outputs, weights = [], []
         for group, q, k, v, m in self._groups(queries, keys, values, mask):
-            if self.config._attn_implementation != "eager":
+            if name != "eager":
                 # The fused kernels want one head size; their fallback costs far more than a few zero columns.
                 size = max(group.qk, group.value)
                 q, k, v = (_pad(t, size) for t in (q, k, v))
-            out, weight = attend(q, k, v, m)
+            out, weight = interface(self, q, k, v, m, **options)
             outputs.append(out[..., : group.value].flatten(2))
             weights.append(weight)
         return torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0], weights
@@ -338,15 +320,16 @@ class CloverAttention(nn.Module):
         return ", ".join(f"{len(g.heads)} kv heads of {g.qk}/{g.value}" for g in self.clover.groups)
 
 
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn neighbouring columns by angles whose cosines and sines are given, in real numbers."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2).to(x.dtype)
+
+
 def _heads(flat: Tensor, start: int, heads: int, size: int) -> Tensor:
     """``heads`` heads of ``size`` columns from ``start`` on: ``(batch, heads, tokens, size)``, a view."""
     batch, tokens, _ = flat.shape
     return flat.narrow(-1, start, heads * size).view(batch, tokens, heads, size).transpose(1, 2)
-
-
-def keeps_key_bias(block: Block) -> bool:
-    """A key bias shifts all logits of a query alike and softmax ignores it, unless position or a norm comes between."""
-    return block.rotary > 0 or block.normed
 
 
 def eager_attention(

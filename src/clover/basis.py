@@ -73,14 +73,18 @@ class Basis:
             qk_norms=_rows((q.sum(1) * k).sqrt()), vo_norms=_rows((v * o).sqrt()),
         )  # fmt: skip
 
-    def cut(self, plan: BlockPlan) -> dict[str, Tensor | None]:
-        """The weights and biases of the block at the ranks of ``plan``: the state of its ``CloverAttention``, float64.
+    def cut(self, plan: BlockPlan) -> dict[str, Tensor]:
+        """The weights and biases of the block at the ranks of ``plan``, float64, see ``CloverAttention.fill``.
 
         At full rank the block's function is unchanged. With moments, values and output projection are refitted over all
         heads to the uncut block's output, and the output bias takes up the mean of what was cut.
+
+        Returns:
+            ``q``, ``k``, ``v`` and ``o``, those of ``q_bias``, ``k_bias`` and ``o_bias`` that there are, and under RoPE
+            the ``frequencies``.
         """
         heads = self.heads
-        parts: dict[str, list[Tensor]] = {"q": [], "q_bias": [], "k": [], "k_bias": []}
+        parts: dict[str, list[Tensor]] = {"q": [], "k": [], "q_bias": [], "k_bias": []}
         for group in plan.groups:
             for head in group.heads:
                 t_q, t_k = self._qk_transforms(head, group)
@@ -90,21 +94,11 @@ class Basis:
                     parts["q_bias"].append((t_q @ heads.q_bias[head].unsqueeze(-1)).flatten())
                 if heads.k_bias is not None:
                     parts["k_bias"].append(t_k @ heads.k_bias[head])
-        values, output, bias = self._output(plan)
-        state: dict[str, Tensor | None] = {
-            "q_proj.weight": torch.cat(parts["q"]),
-            "k_proj.weight": torch.cat(parts["k"]),
-            "v_proj.weight": values,
-            "o_proj.weight": output,
-            "o_proj.bias": bias,
-        }
-        if heads.q_bias is not None:
-            state["q_proj.bias"] = torch.cat(parts["q_bias"])
-        if heads.k_bias is not None:
-            state["k_proj.bias"] = torch.cat(parts["k_bias"])
+        pieces = {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
+        pieces |= self._output(plan)
         if heads.rotary:
-            state["frequencies"] = self._frequencies(plan)
-        return state
+            pieces["frequencies"] = self._frequencies(plan)
+        return pieces
 
     def _kept_pairs(self, head: int, group: Group) -> Tensor:
         return self.pair_order[head, : group.pairs].sort().values
@@ -133,7 +127,7 @@ class Basis:
         order = [h for g in plan.groups for h in g.heads]
         return torch.cat([pairs[h] for h in [h for h in order for _ in range(plan.queries)] + order]).int()
 
-    def _output(self, plan: BlockPlan) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _output(self, plan: BlockPlan) -> dict[str, Tensor]:
         """Value projection ``(columns of the KV heads, C)``, output projection ``(M, columns)`` and its bias."""
         heads, n, moments = self.heads, plan.queries, self.moments
         ranks = [(h, g.value) for g in plan.groups for h in g.heads]
@@ -149,7 +143,7 @@ class Basis:
             bias = bias + cut @ (layout.spread(bases) @ heads.v_bias.unsqueeze(1).expand(-1, n, -1).flatten())
         rows = bases.split([r for _, r in ranks])
         values = torch.cat([basis @ heads.v[h] for basis, (h, _) in zip(rows, ranks, strict=True)])
-        return values, cut, bias if plan.output_bias else None
+        return {"v": values, "o": cut} | ({"o_bias": bias} if plan.output_bias else {})
 
 
 @torch.no_grad()

@@ -77,8 +77,9 @@ def _fill(block: Block, holder: nn.Module) -> None:
         kv = len(group.heads)
         for which, each, start, size in (("q", n, at_qk, group.qk), ("k", 1, at_qk, group.qk),
                                          ("v", 1, at_v, group.value)):  # fmt: skip
-            source = getattr(attention, f"{which}_proj")
-            rows = slice(each * start, each * (start + kv * size))
+            path, inside = attention.rows(which)
+            source: Any = attention.get_submodule(path)
+            rows = slice(inside.start + each * start, inside.start + each * (start + kv * size))
             places = torch.arange(size).expand(kv, size)
             if which != "v" and attention.rotary and not block.normed:
                 places = _places(attention, group, at_qk)
@@ -131,7 +132,7 @@ class _Wide:
         assert self.rows is not None
         rows = self.rows[heads].gather(1, places).flatten().to(weight.device)
         self.weight[rows] = weight
-        if bias is not None:
+        if bias is not None and self.bias is not None:
             self.bias[rows] = bias
 
     def take_bias(self, bias: Float[Tensor, " out"]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,20 +38,18 @@ def operate(model: nn.Module, bases: Sequence[Basis], plan: Plan) -> None:
 
 def _filled(block: Block, basis: Basis, plan: BlockPlan) -> tuple[CloverAttention, nn.Linear | None]:
     attention, output = skeleton(block, plan)
-    state = basis.cut(plan)
-    owner = {"o_proj": output if output is not None else attention.o_proj}
-    for name, value in state.items():
-        module, _, leaf = name.rpartition(".")
-        target = owner.get(module) or (attention.get_submodule(module) if module else attention)
-        parameter = getattr(target, leaf)
-        if parameter is None or value is None:
-            continue
-        parameter.copy_(value)
+    attention.fill(basis.cut(plan), output)
+    named = dict(attention.named_parameters()) | {f"o_proj.{n}": p for n, p in _parameters(output)}
+    for name, parameter in named.items():
         if not parameter.isfinite().all():
             raise CloverError(
                 f"{basis.name}: {name} overflows {parameter.dtype}; load the model in float32 or bfloat16"
             )
     return attention, output
+
+
+def _parameters(module: nn.Module | None) -> Iterable[tuple[str, nn.Parameter]]:
+    return () if module is None else module.named_parameters()
 
 
 def skeleton(block: Block, plan: BlockPlan) -> tuple[CloverAttention, nn.Linear | None]:

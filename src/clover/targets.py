@@ -156,9 +156,12 @@ def _pruned_heads(model: nn.Module, name: str, module: Any) -> Iterator[_Heads]:
         def rows(start: int, heads: int, size: int) -> Tensor:
             return torch.arange(start, start + heads * size).view(heads, size)
 
-        q = (f"{name}.q_proj", module.q_proj, rows(n * at_qk, n * kv, group.qk))
-        k = (f"{name}.k_proj", module.k_proj, rows(at_qk, kv, group.qk))
-        v = (f"{name}.v_proj", module.v_proj, rows(at_v, kv, group.value))
+        def place(which: str, start: int, heads: int, size: int) -> tuple[str, nn.Module, Tensor]:
+            path, inside = module.rows(which)
+            return f"{name}.{path}", module.get_submodule(path), rows(inside.start + start, heads, size)
+
+        q, k = place("q", n * at_qk, n * kv, group.qk), place("k", at_qk, kv, group.qk)
+        v = place("v", at_v, kv, group.value)
         yield _Heads(kv, q, k, v, (o, rows(n * at_v, n * kv, group.value)), crosses)
 
 

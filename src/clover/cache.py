@@ -1,0 +1,72 @@
+"""A KV-cache layer that grows in place: a new token is written, not the whole cache copied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+ROOM, LEAST = 8, 64
+"""A buffer that is full grows by an ``1 / ROOM`` of its tokens, and by ``LEAST`` of them at least."""
+
+
+class GrowingLayer(DynamicLayer):
+    """A ``DynamicLayer`` whose ``keys`` and ``values`` are views into buffers with room for more tokens.
+
+    Whatever else is done to a cache (cropping, reordering for beams, moving) leaves other tensors in their place;
+    they are taken over into a fresh buffer at the next token.
+    """
+
+    keys: Any
+    values: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers: dict[str, Tensor] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append ``(batch, heads, new tokens, columns)``; returns the whole, of which it keeps views."""
+        if torch.compiler.is_compiling() or key_states.requires_grad or value_states.requires_grad:
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._append("keys", key_states)
+        self.values = self._append("values", value_states)
+        return self.keys, self.values
+
+    def _append(
+        self, which: str, fresh: Shaped[Tensor, "batch heads new size"]
+    ) -> Shaped[Tensor, "batch heads tokens size"]:
+        held, buffer = getattr(self, which), self.buffers.get(which)
+        had = held.shape[-2] if held.numel() else 0
+        total = had + fresh.shape[-2]
+        if buffer is None or buffer.shape[-2] < total or not _begins(held, buffer):
+            room = total + max(LEAST, total // ROOM)
+            buffer = self.buffers[which] = fresh.new_empty(*fresh.shape[:2], room, fresh.shape[-1])
+            if had:
+                buffer[:, :, :had] = held
+        buffer[:, :, had:total] = fresh
+        return buffer[:, :, :total]
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.buffers = {}
+        super().reset()
+
+
+def _begins(held: Tensor, buffer: Tensor) -> bool:
+    """Whether what is held is still the beginning of the buffer, for all its sequences."""
+    return held.data_ptr() == buffer.data_ptr() and held.shape[0] == buffer.shape[0]
+
+
+def growing(cache: Cache, layer: int) -> Cache:
+    """Let an empty dynamic layer of a cache be one that grows in place; any other kind stays what it is."""
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= layer:
+            cache.layers.append(cache.layer_class_to_replicate())
+    if type(cache.layers[layer]) is DynamicLayer and not cache.layers[layer].is_initialized and not cache.offloading:
+        cache.layers[layer] = GrowingLayer()
+    return cache
