@@ -74,11 +74,11 @@ def encoder() -> dict:
 def stored(block: Block, plan: BlockPlan) -> int:
     """Numbers that a cut block stores, by the plan alone: weights, biases, under RoPE a frequency for each pair."""
     heads, n = block.heads(), plan.queries
-    width, source, out = heads.q.shape[-1], heads.k.shape[-1], heads.o.shape[-2]
-    q = n * plan.qk_kept * (width + (heads.q_bias is not None))
-    k = plan.qk_kept * (source + (heads.k_bias is not None and heads.rotary > 0))
-    frequencies = (n + 1) * plan.qk_kept // 2 if heads.rotary else 0  # int32, as wide as the float32 weights
-    return q + k + plan.vo_kept * (source + n * out) + plan.output_bias * out + frequencies
+    width, out = heads.q.shape[-1], heads.o.shape[-2]
+    biased = heads.q_bias is not None or (heads.k_bias is not None and heads.rotary > 0)
+    rows = (n + 1) * plan.qk_kept + plan.vo_kept  # of queries, keys and values, in one projection
+    frequencies = (n + 1) * plan.qk_kept if heads.rotary else 0  # one a pair, int64: twice as wide as the weights
+    return rows * (width + biased) + plan.vo_kept * n * out + plan.output_bias * out + frequencies
 
 
 def planned(dense: Any, model: Any, tokens: int) -> dict[str, int]:

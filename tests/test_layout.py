@@ -15,8 +15,8 @@ from clover.families import FAMILIES
 SOURCE = Path(__file__).resolve().parents[1] / "src/clover"
 ORDER = [
     "errors", "progress", "plan", "decompose", "rotary", "heads", "families", "budget",
-    "calibrate", "refit", "basis", "cache", "attention", "surgery", "checkpoint", "pruning", "export", "targets",
-    "config", "cores", "tuner",
+    "calibrate", "refit", "basis", "cache", "ragged", "attention", "surgery", "checkpoint", "pruning", "export",
+    "targets", "config", "cores", "tuner",
     "files", "data", "cost", "evaluate", "report", "demo", "training", "show", "cli",
 ]  # fmt: skip
 """A module may import only from modules to its left."""

@@ -10,52 +10,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from clover.cache import growing
+from clover.cache import grow
 from clover.families import Block, arguments
 from clover.plan import BlockPlan, Group
+from clover.ragged import Padding, Span, as_heads, joined, padded, take
 
 SPAN = 8
 """KV heads that a single new token reads as one: more would waste arithmetic, fewer would waste launches."""
+SHORT = 2**16
+"""Up to this many logits a head, heads of unequal sizes are padded into one call: launches cost more than zeros."""
 NOTHING = 1e-30
 """Attention weights below this are zero: they change no float32 sum, and denormal numbers are slow on CPUs."""
-
-
-class _Span(NamedTuple):
-    """A stretch of neighbouring KV heads in the flat layout, see ``CloverAttention._attend_one``."""
-
-    first: int
-    heads: int
-    columns: tuple[slice, slice, slice]
-    """Of queries, keys and values."""
-    into_rows: Tensor
-    """Where each query column goes in the rows."""
-    from_rows: Tensor
-    """Where each output column comes from."""
-
-    @classmethod
-    @torch.inference_mode(False)  # made under it, they could not be used in training later
-    def of(cls, sizes: list[tuple[int, int]], first: int, last: int, n: int, device: torch.device) -> _Span:
-        """The KV heads ``first`` to ``last`` of heads with (Q-K, V-O) ``sizes``, ``n`` queries each."""
-        before, inside = sizes[:first], sizes[first:last]
-        qk, value = (sum(s[i] for s in inside) for i in (0, 1))
-        at_qk, at_value = (sum(s[i] for s in before) for i in (0, 1))
-        index: list[list[int]] = [[], []]
-        for which, width in enumerate((qk, value)):
-            start = 0
-            for head, size in enumerate(inside):
-                rows = range(head * n, (head + 1) * n)
-                index[which] += [row * width + start + c for row in rows for c in range(size[which])]
-                start += size[which]
-        columns = slice(n * at_qk, n * (at_qk + qk)), slice(at_qk, at_qk + qk), slice(at_value, at_value + value)
-        into_rows, from_rows = (torch.tensor(i, device=device) for i in index)
-        return cls(first, last - first, columns, into_rows, from_rows)
 
 
 class CloverAttention(nn.Module):
@@ -63,7 +36,7 @@ class CloverAttention(nn.Module):
 
     Submodules, plain ``Linear`` so that quantisers and adapters find what they know: ``qkv_proj`` with the rows of the
     queries, of the keys, then of the values (``q_proj`` and ``kv_proj`` where keys and values read another sequence)
-    and, unless the model keeps it elsewhere, ``o_proj``. Buffer ``frequencies``, int32: for each pair of flat
+    and, unless the model keeps it elsewhere, ``o_proj``. Buffer ``frequencies``, int64: for each pair of flat
     columns of queries, then of keys, the number of its frequency in the model's table, or one past the last where it
     does not turn.
     """
@@ -93,6 +66,7 @@ class CloverAttention(nn.Module):
 
         heads, n = block.heads(), plan.queries
         width, source, out = heads.q.shape[-1], heads.k.shape[-1], heads.o.shape[-2]
+        self.uneven = len(plan.groups) > 1 or plan.groups[0].qk != plan.groups[0].value
         self.sizes = [n * plan.qk_kept, plan.qk_kept, plan.vo_kept]
         # A key bias shifts all logits of a query alike and softmax ignores it, unless position or a norm comes between.
         self.keeps_key_bias = block.rotary > 0 or block.normed
@@ -110,8 +84,9 @@ class CloverAttention(nn.Module):
         for name in family.norms:
             setattr(self, name, copy.deepcopy(getattr(core, name)))
         rotated = (n + 1) * plan.qk_kept // 2 if self.rotary else 0
-        self._made_spans: list[_Span] = []
-        self.register_buffer("frequencies", torch.zeros(rotated, dtype=torch.int32, device=device))
+        self._made_spans: list[Span] = []
+        self._made_padding: Padding | None = None
+        self.register_buffer("frequencies", torch.zeros(rotated, dtype=torch.int64, device=device))
 
     def rows(self, which: str) -> tuple[str, slice]:
         """The name of the projection that holds ``q``, ``k`` or ``v``, and their rows in it."""
@@ -182,8 +157,9 @@ class CloverAttention(nn.Module):
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         if cache is not None:
-            cache = growing(cache, self.layer_idx)
-            keys, values = (t[:, 0] for t in cache.update(keys[:, None], values[:, None], self.layer_idx))
+            grow(cache, self.layer_idx)
+            keys, values = cache.update(keys.unsqueeze(1), values.unsqueeze(1), self.layer_idx)
+            keys, values = keys.squeeze(1), values.squeeze(1)
         return queries, keys, values
 
     def _project_cross(self, x: Tensor, source: Tensor | None, cache: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,19 +187,20 @@ class CloverAttention(nn.Module):
         """Turn every pair of columns, of queries and keys together, by its own frequency."""
         if position_embeddings is None:
             raise TypeError("attention with rotary positions was called without position_embeddings")
-        cos, sin = (t[..., : self.rotary // 2] for t in position_embeddings)
-        if self.clover.qk > self.rotary:  # columns that do not turn find an angle of zero at the end
-            cos, sin = nn.functional.pad(cos, (0, 1), value=1.0), nn.functional.pad(sin, (0, 1))
+        idle = self.clover.qk > self.rotary
         if torch.compiler.is_compiling():  # compilers and exporters know real numbers only
-            return _turn(qk, cos.index_select(-1, self.frequencies), sin.index_select(-1, self.frequencies))
-        if half := qk.dtype.itemsize < 4:  # there are no complex numbers of half precision to rely on
-            cos, sin = cos.float(), sin.float()
-        table = torch.complex(cos, sin).index_select(-1, self.frequencies)
+            return _turn(qk, *(self._of_pairs(t) for t in _angles(*position_embeddings, self.rotary // 2, idle)))
+        table = self._of_pairs(_table(*position_embeddings, self.rotary // 2, idle))
+        half = qk.dtype.itemsize < 4
         x = qk.float() if half else qk
-        if any(stride % 2 for stride in x.stride()[:-1]):
+        if x.stride(-2) % 2:
             x = x.clone(memory_format=torch.contiguous_format)
-        turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * table
-        return torch.view_as_real(turned).flatten(-2).to(qk.dtype)
+        turned = torch.view_as_real(torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)) * table).flatten(-2)
+        return turned.to(qk.dtype) if half else turned
+
+    def _of_pairs(self, table: Tensor) -> Tensor:
+        """From a column for each frequency to one for each pair."""
+        return take(table, self.frequencies)
 
     def _attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, options: dict[str, Any]
@@ -233,31 +210,47 @@ class CloverAttention(nn.Module):
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
         dropout = self.attention_dropout if self.training else 0.0
         options |= {"scaling": self.scaling, "sliding_window": self.sliding_window, "dropout": dropout}
+        if self.uneven and name != "eager" and queries.shape[1] * keys.shape[1] <= SHORT:
+            return self._attend_padded(partial(interface, self, **options), queries, keys, values, mask), [None]
         outputs, weights = [], []
         for group, q, k, v, m in self._groups(queries, keys, values, mask):
-            if name != "eager":
+            if group.qk != group.value and name != "eager":
                 # The fused kernels want one head size; their fallback costs far more than a few zero columns.
                 size = max(group.qk, group.value)
-                q, k, v = (_pad(t, size) for t in (q, k, v))
+                q, k, v = (padded(t, size) for t in (q, k, v))
             out, weight = interface(self, q, k, v, m, **options)
             outputs.append(out[..., : group.value].flatten(2))
             weights.append(weight)
-        return torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0], weights
+        return joined(outputs), weights
+
+    def _attend_padded(
+        self, attend: Callable, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """All heads in one call, padded to the largest: ``(batch, tokens, columns)``."""
+        if self._made_padding is None or self._made_padding.queries.device != queries.device:
+            self._made_padding = Padding.of(self._head_sizes(), self.clover.queries, queries.device)
+        padding = self._made_padding
+        q, v = take(queries, padding.queries), take(values, padding.values)
+        k = take(nn.functional.pad(keys, (0, 1)), padding.keys)
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask[:, [h for group in self.clover.groups for h in self._query_heads(group)]]
+        q, k, v = (as_heads(t, t.shape[-1] // padding.size) for t in (q, k, v))
+        return take(attend(q, k, v, mask)[0].flatten(2), padding.outputs)
 
     def _groups(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Iterator[tuple]:
         """Each group with its queries, keys, values ``(batch, heads, tokens, columns)`` and its mask."""
-        n = self.clover.queries
-        for group, at_qk, at_v in self.clover.spans():
-            kv = len(group.heads)
-            q = _heads(queries, n * at_qk, n * kv, group.qk)
-            k, v = _heads(keys, at_qk, kv, group.qk), _heads(values, at_v, kv, group.value)
+        n, groups = self.clover.queries, self.clover.groups
+        heads = [len(group.heads) for group in groups]
+        qk = [h * group.qk for h, group in zip(heads, groups, strict=True)]
+        vo = [h * group.value for h, group in zip(heads, groups, strict=True)]
+        split = queries.split([n * size for size in qk], -1), keys.split(qk, -1), values.split(vo, -1)
+        for group, h, q, k, v in zip(groups, heads, *split, strict=True):
             m = mask if mask is None or mask.shape[1] == 1 else mask[:, self._query_heads(group)]
-            yield group, q, k, v, m
+            yield group, as_heads(q, n * h), as_heads(k, h), as_heads(v, h), m
 
     def _writes_one(self, x: Tensor) -> bool:
         """Whether this is one new token for heads that no fused kernel can take together."""
-        uneven = len(self.clover.groups) > 1 or self.clover.groups[0].qk != self.clover.groups[0].value
-        return uneven and x.shape[1] == 1 and not self.training and self.config._attn_implementation == "sdpa"
+        return self.uneven and x.shape[1] == 1 and not self.training and self.config._attn_implementation == "sdpa"
 
     def _attend_one(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """One token against the flat cache, all heads at once: ``(batch, 1, columns)``.
@@ -269,30 +262,33 @@ class CloverAttention(nn.Module):
         n, results = self.clover.queries, []
         if mask is not None and mask.shape[1] > 1:
             mask = mask[:, [h for group in self.clover.groups for h in self._query_heads(group)]]
-        for span in self._spans(queries.device):
-            q, k, v = (x[..., part] for x, part in zip((queries, keys, values), span.columns, strict=True))
+        spans = self._spans(queries.device)
+        for span in spans:
+            q, k, v = queries, keys, values
+            if len(spans) > 1:
+                q, k, v = (x[..., part] for x, part in zip((q, k, v), span.columns, strict=True))
             rows = q.new_zeros(len(q), span.heads * n * k.shape[-1])
             rows.index_copy_(1, span.into_rows, q.flatten(1) * self.scaling)
-            logits = rows.view(len(q), span.heads * n, -1) @ k.mT
+            logits = torch.bmm(rows.view(len(q), span.heads * n, -1), k.mT)
             if mask is not None:
                 m = mask[:, :, 0] if mask.shape[1] == 1 else mask[:, span.first * n : (span.first + span.heads) * n, 0]
                 logits = logits.masked_fill(~m, -torch.inf) if m.dtype == torch.bool else logits + m
             weights = logits.softmax(-1, dtype=torch.float32)
             weights = nn.functional.threshold(weights, NOTHING, 0.0, inplace=True).to(v.dtype)
-            results.append((weights @ v).flatten(1).index_select(1, span.from_rows))
-        return (torch.cat(results, -1) if len(results) > 1 else results[0]).unsqueeze(1)
+            results.append(torch.bmm(weights, v).flatten(1).index_select(1, span.from_rows))
+        return joined(results).unsqueeze(1)
 
-    def _spans(self, device: torch.device) -> list[_Span]:
+    def _spans(self, device: torch.device) -> list[Span]:
         """The heads in stretches of at most ``SPAN``, made once for a device."""
         if not self._made_spans or self._made_spans[0].into_rows.device != device:
-            sizes = self._sizes()
+            sizes = self._head_sizes()
             self._made_spans = [
-                _Span.of(sizes, first, min(first + SPAN, len(sizes)), self.clover.queries, device)
+                Span.of(sizes, first, min(first + SPAN, len(sizes)), self.clover.queries, device)
                 for first in range(0, len(sizes), SPAN)
             ]
         return self._made_spans
 
-    def _sizes(self) -> list[tuple[int, int]]:
+    def _head_sizes(self) -> list[tuple[int, int]]:
         """Q-K and V-O columns of every KV head that is left, in the order of the flat layout."""
         return [(g.qk, g.value) for g in self.clover.groups for _ in g.heads]
 
@@ -320,16 +316,27 @@ class CloverAttention(nn.Module):
         return ", ".join(f"{len(g.heads)} kv heads of {g.qk}/{g.value}" for g in self.clover.groups)
 
 
+def _angles(cos: Tensor, sin: Tensor, pairs: int, idle: bool) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the frequencies, with an angle of zero at the end if there are columns that do not turn."""
+    cos, sin = cos[..., :pairs], sin[..., :pairs]
+    if idle:
+        cos, sin = nn.functional.pad(cos, (0, 1), value=1.0), nn.functional.pad(sin, (0, 1))
+    return cos, sin
+
+
+def _table(cos: Any, sin: Tensor, pairs: int, idle: bool) -> Tensor:
+    """The same as complex numbers. Every layer is handed the same two tensors, so it is kept on one of them."""
+    if not hasattr(cos, "clover_table"):
+        # There are no complex numbers of half precision to rely on.
+        wide = (t.float() if t.dtype.itemsize < 4 else t for t in _angles(cos, sin, pairs, idle))
+        cos.clover_table = torch.complex(*wide)
+    return cos.clover_table
+
+
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn neighbouring columns by angles whose cosines and sines are given, in real numbers."""
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2).to(x.dtype)
-
-
-def _heads(flat: Tensor, start: int, heads: int, size: int) -> Tensor:
-    """``heads`` heads of ``size`` columns from ``start`` on: ``(batch, heads, tokens, size)``, a view."""
-    batch, tokens, _ = flat.shape
-    return flat.narrow(-1, start, heads * size).view(batch, tokens, heads, size).transpose(1, 2)
 
 
 def eager_attention(
@@ -351,7 +358,3 @@ def eager_attention(
     weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)  # as every eager attention of transformers
     weights = nn.functional.dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-def _pad(x: Tensor, size: int) -> Tensor:
-    return nn.functional.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x

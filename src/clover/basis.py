@@ -125,7 +125,7 @@ class Basis:
             for head in group.heads
         }
         order = [h for g in plan.groups for h in g.heads]
-        return torch.cat([pairs[h] for h in [h for h in order for _ in range(plan.queries)] + order]).int()
+        return torch.cat([pairs[h] for h in [h for h in order for _ in range(plan.queries)] + order])
 
     def _output(self, plan: BlockPlan) -> dict[str, Tensor]:
         """Value projection ``(columns of the KV heads, C)``, output projection ``(M, columns)`` and its bias."""

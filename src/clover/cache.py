@@ -41,15 +41,15 @@ class GrowingLayer(DynamicLayer):
         self, which: str, fresh: Shaped[Tensor, "batch heads new size"]
     ) -> Shaped[Tensor, "batch heads tokens size"]:
         held, buffer = getattr(self, which), self.buffers.get(which)
-        had = held.shape[-2] if held.numel() else 0
+        had = held.shape[-2] if held.dim() > 1 else 0  # a layer begins with empty vectors
         total = had + fresh.shape[-2]
         if buffer is None or buffer.shape[-2] < total or not _begins(held, buffer):
             room = total + max(LEAST, total // ROOM)
             buffer = self.buffers[which] = fresh.new_empty(*fresh.shape[:2], room, fresh.shape[-1])
             if had:
                 buffer[:, :, :had] = held
-        buffer[:, :, had:total] = fresh
-        return buffer[:, :, :total]
+        buffer.narrow(2, had, fresh.shape[2]).copy_(fresh)
+        return buffer.narrow(2, 0, total)
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -62,11 +62,10 @@ def _begins(held: Tensor, buffer: Tensor) -> bool:
     return held.data_ptr() == buffer.data_ptr() and held.shape[0] == buffer.shape[0]
 
 
-def growing(cache: Cache, layer: int) -> Cache:
+def grow(cache: Cache, layer: int) -> None:
     """Let an empty dynamic layer of a cache be one that grows in place; any other kind stays what it is."""
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= layer:
             cache.layers.append(cache.layer_class_to_replicate())
     if type(cache.layers[layer]) is DynamicLayer and not cache.layers[layer].is_initialized and not cache.offloading:
         cache.layers[layer] = GrowingLayer()
-    return cache

@@ -1,0 +1,90 @@
+"""Heads of unequal sizes side by side: a token's columns lie flat, group by group, head by head.
+
+Index tables that bring the flat columns into the shapes that kernels want, and back.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Padding(NamedTuple):
+    """Which flat column each column takes when all heads are padded to the same size; and back, for the outputs."""
+
+    size: int
+    queries: Tensor
+    keys: Tensor
+    """One past the last, where zeros must be, for a column that a head doesn't have."""
+    values: Tensor
+    outputs: Tensor
+
+    @classmethod
+    @torch.inference_mode(False)  # made under it, they could not be used in training later
+    def of(cls, sizes: list[tuple[int, int]], n: int, device: torch.device) -> Padding:
+        """Heads of (Q-K, V-O) ``sizes``, ``n`` queries each."""
+        size = max(max(s) for s in sizes)
+
+        def columns(widths: list[int], repeats: int, absent: int) -> tuple[Tensor, Tensor]:
+            widths = [w for w in widths for _ in range(repeats)]
+            places = torch.cat([head * size + torch.arange(w) for head, w in enumerate(widths)])
+            taken = torch.full((len(widths) * size,), absent)
+            taken[places] = torch.arange(len(places))
+            return taken.to(device), places.to(device)
+
+        qk, value = ([s[i] for s in sizes] for i in (0, 1))
+        queries, keys, values = (columns(*of)[0] for of in ((qk, n, 0), (qk, 1, sum(qk)), (value, 1, 0)))
+        return cls(size, queries, keys, values, columns(value, n, 0)[1])
+
+
+class Span(NamedTuple):
+    """A stretch of neighbouring KV heads in the flat layout, see ``CloverAttention._attend_one``."""
+
+    first: int
+    heads: int
+    columns: tuple[slice, slice, slice]
+    """Of queries, keys and values."""
+    into_rows: Tensor
+    """Where each query column goes in the rows."""
+    from_rows: Tensor
+    """Where each output column comes from."""
+
+    @classmethod
+    @torch.inference_mode(False)  # made under it, they could not be used in training later
+    def of(cls, sizes: list[tuple[int, int]], first: int, last: int, n: int, device: torch.device) -> Span:
+        """The KV heads ``first`` to ``last`` of heads with (Q-K, V-O) ``sizes``, ``n`` queries each."""
+        before, inside = sizes[:first], sizes[first:last]
+        qk, value = (sum(s[i] for s in inside) for i in (0, 1))
+        at_qk, at_value = (sum(s[i] for s in before) for i in (0, 1))
+        index: list[list[int]] = [[], []]
+        for which, width in enumerate((qk, value)):
+            start = 0
+            for head, size in enumerate(inside):
+                rows = range(head * n, (head + 1) * n)
+                index[which] += [row * width + start + c for row in rows for c in range(size[which])]
+                start += size[which]
+        columns = slice(n * at_qk, n * (at_qk + qk)), slice(at_qk, at_qk + qk), slice(at_value, at_value + value)
+        into_rows, from_rows = (torch.tensor(i, device=device) for i in index)
+        return cls(first, last - first, columns, into_rows, from_rows)
+
+
+def as_heads(flat: Tensor, heads: int) -> Tensor:
+    """The columns as equal heads: ``(batch, heads, tokens, size)``, a view."""
+    return flat.view(*flat.shape[:2], heads, flat.shape[-1] // heads).transpose(1, 2)
+
+
+def take(x: Tensor, which: Tensor) -> Tensor:
+    """These columns of ``x``, in this order."""
+    return x.gather(-1, which.expand(*x.shape[:-1], -1))
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Columns of all parts in one tensor."""
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+
+def padded(x: Tensor, size: int) -> Tensor:
+    """``x`` with zero columns up to ``size``."""
+    return nn.functional.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x

@@ -1,0 +1,122 @@
+"""The cache layer that grows in place holds what transformers' own would hold, whatever is done to it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from clover.cache import LEAST, GrowingLayer, grow
+from families import pruned
+
+Step = tuple[str, int]
+
+
+def states(batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, 1, tokens, 5), torch.randn(batch, 1, tokens, 3)
+
+
+def same(a: Any, b: Any) -> bool:
+    return torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("update"), st.integers(1, 90)),
+        st.tuples(st.just("crop"), st.integers(1, 3)),
+        st.tuples(st.sampled_from(["reorder", "repeat", "select", "copy", "reset"]), st.just(0)),
+    ),
+    max_size=12,
+)
+
+
+@settings(deadline=None)
+@given(STEPS)
+def test_it_holds_what_a_dynamic_layer_holds(steps: list[Step]) -> None:
+    ours, theirs, batch = GrowingLayer(), DynamicLayer(), 2
+    for kind, count in [("update", 2), *steps]:
+        if kind == "update":
+            fresh = states(batch, count)
+            for got, want in zip(ours.update(*fresh), theirs.update(*fresh), strict=True):
+                assert torch.equal(got, want)
+        elif kind == "copy":
+            ours = copy.deepcopy(ours)
+        elif kind == "reset":
+            ours.reset()
+            theirs.reset()
+            assert ours.get_seq_length() == 0
+            continue
+        elif theirs.get_seq_length() <= count:
+            continue
+        elif kind == "crop":
+            for layer in (ours, theirs):
+                layer.crop(-count)
+        elif kind == "reorder":
+            for layer in (ours, theirs):
+                layer.reorder_cache(torch.arange(batch).flip(0))
+        elif kind == "repeat" and batch < 5:
+            for layer in (ours, theirs):
+                layer.batch_repeat_interleave(2)
+            batch *= 2
+        elif kind == "select":
+            for layer in (ours, theirs):
+                layer.batch_select_indices(torch.tensor([batch - 1]))
+            batch = 1
+        assert theirs.get_seq_length() == 0 or same(ours, theirs)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+
+
+def test_a_token_is_written_without_moving_the_others() -> None:
+    layer = GrowingLayer()
+    layer.update(*states(1, 10))
+    place = layer.keys.data_ptr(), layer.values.data_ptr()
+    for _ in range(LEAST):
+        layer.update(*states(1, 1))
+        assert (layer.keys.data_ptr(), layer.values.data_ptr()) == place
+    layer.update(*states(1, 1))
+    assert layer.keys.data_ptr() != place[0], "full, so it has moved"
+    assert layer.keys.shape == (1, 1, 11 + LEAST, 5)
+    assert layer.keys.nbytes == 4 * 5 * (11 + LEAST), "room is not counted as held"
+
+
+def test_copies_do_not_share_room() -> None:
+    layer = GrowingLayer()
+    layer.update(*states(1, 4))
+    other = copy.deepcopy(layer)
+    fresh = states(1, 1), states(1, 1)
+    layer.update(*fresh[0])
+    other.update(*fresh[1])
+    assert torch.equal(layer.keys[:, :, 4:], fresh[0][0]) and torch.equal(other.keys[:, :, 4:], fresh[1][0])
+
+
+def test_gradients_go_through_the_cache() -> None:
+    layer = GrowingLayer()
+    keys, values = (x.requires_grad_() for x in states(1, 3))
+    layer.update(keys, values)
+    held, _ = layer.update(*states(1, 2))
+    held.sum().backward()
+    assert torch.equal(keys.grad, torch.ones_like(keys))
+
+
+@pytest.mark.parametrize("offloading", [False, True])
+def test_only_empty_dynamic_layers_are_replaced(offloading: bool) -> None:
+    cache = DynamicCache()
+    cache.update(*states(1, 2), 0)
+    cache.offloading = offloading
+    grow(cache, 0)
+    grow(cache, 1)
+    assert type(cache.layers[0]) is DynamicLayer
+    assert type(cache.layers[1]) is (DynamicLayer if offloading else GrowingLayer)
+
+
+def test_a_pruned_model_fills_it() -> None:
+    model, batch = pruned("llama-gqa")
+    with torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+    assert all(isinstance(layer, GrowingLayer) for layer in cache.layers)
