@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from clover.data import max_positions
@@ -94,10 +96,15 @@ def compare_throughput(
     batch: int = 1,
     repeats: int = 5,
     inputs: dict[str, torch.Tensor] | None = None,
+    decode_only: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Speed of several models side by side: they take turns, so what slows the machine down slows all of them.
 
     Args and errors are those of :func:`throughput`; the models must read the same inputs.
+
+    Args:
+        decode_only: read the context once, as one sequence that the whole batch shares, and time only the writing of
+            new tokens behind it: for long contexts, which take minutes to read.
 
     Returns:
         For each name what :func:`throughput` returns, and under ``ratio``, for every name but the first, its medians
@@ -112,9 +119,14 @@ def compare_throughput(
         raise CloverError(f"{context=} and {new_tokens=} exceed the {bound} positions of the model; lower them")
     inputs = _random_inputs(first, batch, context) if inputs is None else inputs
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    runners: dict[str, Callable[[], dict[str, float]]]
+    if decode_only:
+        runners = {name: _decoder(model, inputs, new_tokens) for name, model in models.items()}
+    else:
+        runners = {name: partial(_rates, model, inputs, new_tokens) for name, model in models.items()}
     for turn in track(range(repeats + 1), "timing"):
         for name in names if turn % 2 else reversed(names):
-            runs[name].append(_rates(models[name], inputs, new_tokens))
+            runs[name].append(runners[name]())
     result = {name: {key: median(run[key] for run in kept[1:]) for key in kept[0]} for name, kept in runs.items()}
     ratio = {n: {k: v / result[names[0]][k] for k, v in result[n].items()} for n in names[1:]}
     return {**result, "ratio": ratio}
@@ -129,15 +141,30 @@ def _rates(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int) -> dict
     last = {"logits_to_keep": 1} if "logits_to_keep" in accepts(model) else {}
     out, seconds = _clock(model, lambda: model(**inputs, **last, use_cache=True))
     prefill = inputs["input_ids"].numel() / seconds
-    cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+    _, seconds = _clock(model, lambda: _write(model, out.past_key_values, out.logits[:, -1:].argmax(-1), new_tokens))
+    return {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": items * new_tokens / seconds}
 
-    def write() -> None:
-        nonlocal token
-        for _ in range(new_tokens):
-            token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
 
-    decode = items * new_tokens / _clock(model, write)[1]
-    return {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode}
+def _decoder(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int) -> Callable[[], dict[str, float]]:
+    """What times the writing of tokens behind a context that is read here, and forgets them again."""
+    ids = inputs["input_ids"]
+    cache = DynamicCache(config=model.config)
+    for piece in ids[:1].split(512, 1):
+        last = model(input_ids=piece, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    cache.batch_repeat_interleave(len(ids))
+    last = last.expand(len(ids), 1)
+
+    def run() -> dict[str, float]:
+        _, seconds = _clock(model, lambda: _write(model, cache, last, new_tokens))
+        cache.crop(-new_tokens)
+        return {"decode_tokens_per_second": len(ids) * new_tokens / seconds}
+
+    return run
+
+
+def _write(model: Any, cache: Any, token: torch.Tensor, new_tokens: int) -> None:
+    for _ in range(new_tokens):
+        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
 
 
 def _clock(model: Any, call: Callable[[], T]) -> tuple[T, float]:
