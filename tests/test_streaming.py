@@ -22,8 +22,9 @@ from clover.checkpoint import ready
 from clover.crew import Crew
 from clover.draft import Draft, draft, hidden
 from clover.errors import CloverError
+from clover.layout import Layout
 from clover.shards import INDEX, Checkpoint
-from clover.streaming import Layout, prune_folder
+from clover.streaming import prune_folder
 from families import CASES, build, pruned
 
 CUT: dict[str, Any] = {"qk": 0.3, "vo": 0.4}

@@ -301,8 +301,13 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def ready(model: Any) -> tuple[Any, torch.dtype]:
-    """The model on the GPU, else in float32 (half precision crawls on a CPU), and the dtype that it had."""
+    """The model where and in the dtype that it can be computed with, and the dtype that it had."""
     dtype = dtype_of(model)
+    return model.to(*workplace(dtype)), dtype
+
+
+def workplace(dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
+    """Where a model is computed with: on the GPU, else in float32, since half precision crawls on a CPU."""
     if torch.cuda.is_available():
-        return model.cuda(), dtype
-    return (model.float() if dtype in (torch.float16, torch.bfloat16) else model), dtype
+        return torch.device("cuda"), dtype
+    return torch.device("cpu"), torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

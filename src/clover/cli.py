@@ -160,9 +160,11 @@ def prune(
         from clover.streaming import prune_folder
 
         _quiet()
+        weights = metric == "weights" or calibration is None
         sizes = prune_folder(
             model, out, qk=qk, vo=vo, part=part, qk_threshold=qk_threshold, vo_threshold=vo_threshold,
-            granularity=granularity, limits=Limits(groups=groups), beside=_beside(model), resume=resume,
+            granularity=granularity, limits=Limits(groups=groups), beside=_beside(model), resume=resume, seed=seed,
+            calibration=None if weights else lambda shell: _batches(shell, calibration, metric, split, limit) or (),
         )  # fmt: skip
         _tell(sizes, f"saved {out.absolute()}", as_json)
         return

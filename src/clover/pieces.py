@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from clover.basis import Basis
-from clover.checkpoint import blank, ready
+from clover.checkpoint import blank, workplace
 from clover.errors import CloverError
 from clover.families import Block, blocks
 from clover.plan import BlockPlan
@@ -58,19 +58,50 @@ class Pieces:
         """The attention blocks of a part, without weights. See ``families.blocks``."""
         return blocks(self.model, part)
 
-    def fill(self, name: str, module: nn.Module) -> nn.Module:
-        """A copy of a module of the model, with its weights, in the model's dtype."""
-        filled = copy.deepcopy(module)
-        tensors = {
-            key: self.source.read(self.names[f"{name}.{key}"]).to(tensor.dtype)
-            for key, tensor in module.state_dict().items()
-        }
-        filled.load_state_dict(tensors, assign=True)
+    def fill(self, name: str, module: nn.Module | None = None) -> nn.Module:
+        """A copy of a module of the model, with its weights, ready to be computed with (as ``checkpoint.ready``)."""
+        filled = copy.deepcopy(self.model.get_submodule(name) if module is None else module)
+        for path, part in filled.named_modules():
+            self._load(f"{name}.{path}".rstrip("."), part)
         return filled
 
+    def shell(self, layers: Iterable[str]) -> PreTrainedModel:
+        """A copy of the model with the weights that lie outside the layers, save those behind them."""
+        shell, inside = copy.deepcopy(self.model), tuple(f"{layer}." for layer in layers)
+        head = shell.get_output_embeddings()
+        for name, module in shell.named_modules():
+            if not f"{name}.".startswith(inside) and module is not head:
+                self._load(name, module)
+        return shell
+
     def real(self, block: Block) -> Block:
-        """A block with its weights, where and in the dtype that it can be computed with (as ``checkpoint.ready``)."""
-        return replace(block, module=ready(self.fill(block.name, block.module))[0])
+        """A block with its weights."""
+        return replace(block, module=self.fill(block.name, block.module))
+
+    def _load(self, name: str, module: nn.Module) -> None:
+        """Give the tensors of a module, but not of its children, their values."""
+        device, dtype = workplace(self.model.dtype)
+        prefix = f"{name}." if name else ""
+        fresh = False
+        for tensors in (vars(module)["_parameters"], vars(module)["_buffers"]):
+            for key, tensor in tensors.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                source = self._source(prefix + key)
+                if source is None:  # a buffer that no checkpoint holds, such as frequencies of positions
+                    value, fresh = torch.empty_like(tensor, device=device), True
+                else:
+                    value = self.source.read(source).to(tensor.dtype)
+                    value = value.to(device, dtype if value.is_floating_point() else value.dtype)
+                value = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+                vars(value)["_is_hf_initialized"] = source is not None
+                tensors[key] = value
+        if fresh:
+            self.model._init_weights(module)
+
+    def _source(self, key: str) -> str | None:
+        """Where the checkpoint holds a tensor of the model."""
+        return self.names.get(key) or self.names.get(self.model.all_tied_weights_keys.get(key, ""))
 
     def inside(self, block: Block) -> tuple[str, ...]:
         """What the names in the model of all that a cut of the block takes the place of begin with."""

@@ -41,6 +41,28 @@ class Entry:
     start: int
     size: int
 
+    def read(self, name: str) -> Tensor:
+        """The tensor, in memory of its own.
+
+        Raises:
+            CloverError: the file can't be read, or the dtype is none that weights have.
+        """
+        if self.dtype not in DTYPES:
+            raise CloverError(f"{name} in {self.file} has dtype {self.dtype}; prune the unquantised model")
+        tensor = torch.empty(self.shape, dtype=DTYPES[self.dtype])
+        view, at = _view(tensor), 0
+        try:
+            with open(self.file, "rb", buffering=0) as handle:
+                handle.seek(self.start)
+                while at < self.size:
+                    count = handle.readinto(view[at:])
+                    if not count:
+                        raise CloverError(f"{self.file} ends inside {name}; it was cut off while being read")
+                    at += count
+        except OSError as error:
+            raise CloverError(f"{self.file} can't be read: {error.strerror}; restore the file") from error
+        return tensor
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -85,28 +107,8 @@ class Checkpoint:
         return dict(sorted(found.items()))
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own.
-
-        Raises:
-            CloverError: the file can't be read, or the dtype is none that weights have.
-        """
-        entry = self.entries[name]
-        if entry.dtype not in DTYPES:
-            raise CloverError(f"{name} in {entry.file} has dtype {entry.dtype}; prune the unquantised model")
-        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        view = _view(tensor)
-        try:
-            with open(entry.file, "rb", buffering=0) as handle:
-                handle.seek(entry.start)
-                at = 0
-                while at < entry.size:
-                    count = handle.readinto(view[at:])
-                    if not count:
-                        raise CloverError(f"{entry.file} ends inside {name}; it was cut off while being read")
-                    at += count
-        except OSError as error:
-            raise CloverError(f"{entry.file} can't be read: {error.strerror}; restore the file") from error
-        return tensor
+        """One tensor, see ``Entry.read``."""
+        return self.entries[name].read(name)
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells whether these are still the same files."""
@@ -163,17 +165,25 @@ class Shard:
             tensors: dtype, shape and bytes of each, by name.
         """
         self.file = file
-        self.places: dict[str, tuple[int, int]] = {}
         header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+        ordered = dict(sorted(tensors.items(), key=lambda item: -_width(item[1])))
         at = 0
-        for name, (dtype, shape, size) in sorted(tensors.items(), key=lambda item: -_width(item[1])):
+        for name, (dtype, shape, size) in ordered.items():
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
-            self.places[name] = (at, size)
             at += size
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self.head = len(text).to_bytes(8, "little") + text
         self.size = len(self.head) + at
+        at = len(self.head)
+        self.entries: dict[str, Entry] = {}
+        for name, (dtype, shape, size) in ordered.items():
+            self.entries[name] = Entry(file, dtype, shape, at, size)
+            at += size
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that was written."""
+        return self.entries[name].read(name)
 
     def create(self) -> bool:
         """Write the header and take the room for all of it.
@@ -197,9 +207,9 @@ class Shard:
         handle = os.open(self.file, os.O_WRONLY)
         try:
             for name, value in items:
-                at, size = self.places[name]
+                at, size = self.entries[name].start, self.entries[name].size
                 for piece in _copied(value) if isinstance(value, Entry) else _bytes(value):
-                    _write(handle, piece, len(self.head) + at)
+                    _write(handle, piece, at)
                     at, size = at + len(piece), size - len(piece)
                 if size:
                     raise CloverError(f"{name} has {-size} bytes too many for {self.file}; the source has changed")

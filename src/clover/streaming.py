@@ -7,35 +7,30 @@ finished is never done again: a run that was killed goes on where it was.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from clover.basis import Basis, find_basis
-from clover.budget import Costs, Granularity, Limits
-from clover.calibrate import Moments
-from clover.checkpoint import adopt, rebuild, write_config
+from clover.basis import find_basis
+from clover.budget import Granularity, Limits
 from clover.crew import Crew, crew
-from clover.decompose import Bases
 from clover.draft import Draft, draft
 from clover.errors import CloverError
 from clover.families import Block
+from clover.layout import BASES, DONE, Layout
+from clover.packed import pack, pack_costs, unpack, unpack_costs
 from clover.pieces import Pieces, cut
 from clover.plan import Plan
 from clover.progress import track
 from clover.pruning import Part, plan_costs, rule, summary
-from clover.shards import INDEX, Entry, Shard, form
+from clover.sequential import Calibrated
 
-BASES, DONE = "bases", "done"
-COSTS = "costs."
+Calibration = Iterable[Any] | Callable[[PreTrainedModel], Iterable[Any]]
 
 
 def prune_folder(
@@ -51,19 +46,24 @@ def prune_folder(
     vo_energy: float | None = None,
     granularity: Granularity = "head",
     limits: Limits | None = None,
+    calibration: Calibration | None = None,
+    seed: int = 0,
     beside: tuple[Any, ...] = (),
     resume: bool = False,
 ) -> dict[str, float | int]:
-    """Prune a model by its weights, from folder to folder, holding one attention block in memory.
+    """Prune a model from folder to folder, holding one attention block in memory, or one layer to calibrate it.
 
-    The result is that of ``load``, ``prune`` and ``save`` in float32, to the last bit. Started by ``torchrun`` or
-    ``accelerate launch``, the processes share the blocks; the folder of ``out`` must be one for all of them.
+    By the weights the result is that of ``load``, ``prune`` and ``save`` in float32, to the last bit. With calibration
+    data it is another one, see ``clover.sequential``. Started by ``torchrun`` or ``accelerate launch``, the processes
+    share the blocks, or the calibration batches; the folder of ``out`` must be one for all of them.
 
     Args:
         model: a folder of safetensors or a hub name.
         out: the folder to make; must not exist. A draft of the same request, left by a run that was killed, is gone on
             with.
         qk, vo, part, qk_threshold, vo_threshold, qk_energy, vo_energy, granularity, limits: as in ``prune``.
+        calibration: batches as for ``prune``, or what makes them from the model (most of its weights are missing).
+        seed: of the samples that calibration draws.
         beside: tokenizers and processors to save with the model.
         resume: insist on a draft to go on with.
 
@@ -83,10 +83,19 @@ def prune_folder(
             "model": pieces.source.fingerprint(), "config": pieces.model.config.to_dict(), "part": part,
             "qk": repr(rules[0]), "vo": repr(rules[1]), "granularity": granularity, "limits": asdict(limits),
         }  # fmt: skip
+        work: Weights | Calibrated = Weights(pieces, found)
+        if calibration is not None:
+            work = Calibrated.of(pieces, found, calibration, we, seed)
+            request |= {"calibration": work.fingerprint, "seed": seed}
         with draft(out, _plain(request), we, kinds=(BASES, DONE), resume=resume) as made:
-            costs = decompose_all(pieces, found, made, we)
+            work.survey(made, we)
+            costs = [unpack_costs(made.load(BASES, block.name)) for block in found]
             plan = plan_costs(costs, *rules, granularity=granularity, limits=limits)
-            return cut_all(pieces, found, plan, made, we, beside)
+            layout = Layout.of(pieces, found, plan, made.out)
+            layout.begin(made, we)
+            work.cut(plan, layout, made, we)
+            layout.finish(made, we, beside)
+            return summary(layout.model)
 
 
 def local(model: str | os.PathLike[str]) -> Path:
@@ -106,132 +115,28 @@ def local(model: str | os.PathLike[str]) -> Path:
         raise CloverError(f"{model} is no model that can be loaded: {str(error).splitlines()[0]}") from error
 
 
-def decompose_all(pieces: Pieces, found: Sequence[Block], made: Draft, we: Crew) -> list[Costs]:
-    """Bases of all blocks, kept in the draft, and what their directions cost."""
-    todo = [block for block in found if not made.has(BASES, block.name)]
-    for block in track(we.share(todo), "decompose"):
-        basis = find_basis(pieces.real(block))
-        made.keep(BASES, block.name, pack(basis) | pack_costs(basis.costs()))
-    we.meet()
-    return [unpack_costs(made.load(BASES, block.name)) for block in found]
-
-
-def cut_all(
-    pieces: Pieces, found: Sequence[Block], plan: Plan, made: Draft, we: Crew, beside: tuple[Any, ...]
-) -> dict[str, float | int]:
-    """Cut every block to the plan, copy the rest, and give the folder its name."""
-    layout = Layout.of(pieces, found, plan, made.out)
-    layout.begin(made, we)
-    plans = {block.name: block for block in plan.blocks}
-    for block in track(we.share([b for b in found if not made.has(DONE, b.name)]), "cut"):
-        real = pieces.real(block)
-        basis = unpack(real, made.load(BASES, block.name))
-        layout.write(block, cut(real, basis, plans[block.name], pieces.model.dtype))
-        made.keep(DONE, block.name, {})
-    layout.finish(made, we, beside)
-    return summary(layout.model)
-
-
 @dataclass(frozen=True)
-class Layout:
-    """Which tensor goes where: a file for each file of the source, cut tensors in the place of what they replace."""
+class Weights:
+    """Decompose and cut by the weights; the processes share the blocks."""
 
     pieces: Pieces
-    model: PreTrainedModel
-    """The rewritten model, on the meta device."""
-    shards: dict[str, Shard]
-    rest: dict[str, dict[str, Entry]]
-    """What each file takes over unchanged."""
+    blocks: Sequence[Block]
 
-    @classmethod
-    def of(cls, pieces: Pieces, found: Sequence[Block], plan: Plan, folder: Path) -> Layout:
-        model = copy.deepcopy(pieces.model)
-        rebuild(model, plan)
-        adopt(model, plan)
-        gone = tuple(start for block in found for start in pieces.inside(block))
-        rest: dict[str, dict[str, Entry]] = {file: {} for file in pieces.source.files}
-        for key, name in pieces.names.items():
-            if not key.startswith(gone):
-                entry = pieces.source.entries[name]
-                rest[entry.file.name][key] = entry
-        tensors = {f: {n: (e.dtype, e.shape, e.size) for n, e in kept.items()} for f, kept in rest.items()}
-        for block in found:
-            inside = pieces.inside(block)
-            tensors[pieces.home(block)] |= {k: form(t) for k, t in model.state_dict().items() if k.startswith(inside)}
-        return cls(pieces, model, {f: Shard(folder / f, of) for f, of in tensors.items()}, rest)
-
-    def begin(self, made: Draft, we: Crew) -> None:
-        """Take the room for all files; those of an earlier run stay as they are."""
-        if we.leads:
-            new = [file for file, shard in self.shards.items() if shard.create()]
-            if new:
-                made.forget(DONE)
+    def survey(self, made: Draft, we: Crew) -> None:
+        """Keep the bases of all blocks, and what their directions cost, in the draft."""
+        for block in track(we.share([b for b in self.blocks if not made.has(BASES, b.name)]), "decompose"):
+            basis = find_basis(self.pieces.real(block))
+            made.keep(BASES, block.name, pack(basis) | pack_costs(basis.costs()))
         we.meet()
 
-    def write(self, block: Block, state: Mapping[str, Tensor]) -> None:
-        """Put the tensors of a block's cut, by their names in the model, into their file."""
-        self.shards[self.pieces.home(block)].write(state.items())
-
-    def finish(self, made: Draft, we: Crew, beside: tuple[Any, ...]) -> None:
-        """Copy what is unchanged, write what lies beside the weights, and give the folder its name."""
-        for file in track(we.share([f for f in self.rest if not made.has(DONE, f)]), "copy"):
-            self.shards[file].write(self.rest[file].items())
-            made.keep(DONE, file, {})
-        we.meet()
-        if we.leads:
-            write_config(self.model, made.out)
-            for thing in beside:
-                thing.save_pretrained(made.out)
-            if self.pieces.source.indexed:
-                (made.out / INDEX).write_text(json.dumps(self._index(), indent=2) + "\n")
-            made.finish()
-        we.meet()
-
-    def _index(self) -> dict[str, Any]:
-        sizes = {
-            "total_parameters": sum(p.numel() for p in self.model.parameters()),
-            "total_size": sum(size for shard in self.shards.values() for _, size in shard.places.values()),
-        }
-        places = {name: file for file, shard in self.shards.items() for name in shard.places}
-        return {"metadata": sizes, "weight_map": dict(sorted(places.items()))}
-
-
-# --- a basis and its costs, as tensors ---
-
-
-def pack(basis: Basis) -> dict[str, Tensor]:
-    """A basis without its weights and moments."""
-    packed: dict[str, Tensor] = {}
-    for name, value in vars(basis).items():
-        if isinstance(value, Tensor):
-            packed[name] = value
-        elif isinstance(value, Bases):
-            packed |= {f"{name}.{key}": tensor for key, tensor in value._asdict().items()}
-    return packed
-
-
-def unpack(block: Block, packed: Mapping[str, Tensor], moments: Moments | None = None) -> Basis:
-    """The basis again, beside the block that it is of."""
-    heads = block.heads().double()
-    here = {key: tensor.to(heads.q.device) for key, tensor in packed.items() if not key.startswith(COSTS)}
-    values: dict[str, Any] = {key: tensor for key, tensor in here.items() if "." not in key}
-    for name in {key.partition(".")[0] for key in here if "." in key}:
-        values[name] = Bases(*(here[f"{name}.{key}"] for key in Bases._fields))
-    return Basis(block, heads, moments, **values)
-
-
-def pack_costs(costs: Costs) -> dict[str, Tensor]:
-    """What the directions of a block cost; all that is no tensor becomes one of JSON's bytes."""
-    tensors = {COSTS + key: value for key, value in vars(costs).items() if isinstance(value, Tensor)}
-    others = {key: value for key, value in vars(costs).items() if not isinstance(value, Tensor)}
-    return tensors | {COSTS: torch.tensor(list(json.dumps(others).encode()), dtype=torch.uint8)}
-
-
-def unpack_costs(packed: Mapping[str, Tensor]) -> Costs:
-    """What ``pack_costs`` packed."""
-    others: dict[str, Any] = json.loads(bytes(packed[COSTS].tolist()))
-    tensors = {k.removeprefix(COSTS): t for k, t in packed.items() if k.startswith(COSTS) and k != COSTS}
-    return Costs(**others | tensors)
+    def cut(self, plan: Plan, layout: Layout, made: Draft, we: Crew) -> None:
+        """Write the cut of every block."""
+        plans = {block.name: block for block in plan.blocks}
+        for block in track(we.share([b for b in self.blocks if not made.has(DONE, b.name)]), "cut"):
+            real = self.pieces.real(block)
+            basis = unpack(real, made.load(BASES, block.name))
+            layout.write(block, cut(real, basis, plans[block.name], self.pieces.model.dtype))
+            made.keep(DONE, block.name, {})
 
 
 def _plain(request: dict[str, Any]) -> dict[str, Any]:
