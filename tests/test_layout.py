@@ -17,6 +17,7 @@ ORDER = [
     "errors", "progress", "plan", "decompose", "rotary", "heads", "families", "budget",
     "calibrate", "refit", "basis", "cache", "ragged", "attention", "surgery", "checkpoint", "pruning", "export",
     "targets", "config", "cores", "tuner",
+    "crew", "shards", "pieces", "draft", "packed", "layerwise", "layout", "sequential", "streaming",
     "files", "data", "cost", "evaluate", "report", "demo", "training", "show", "cli",
 ]  # fmt: skip
 """A module may import only from modules to its left."""

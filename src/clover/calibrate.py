@@ -67,7 +67,7 @@ def calibrate(
         CloverError: no batches, a block that none of them reached, or activations that are not finite.
     """
     device = next(model.parameters()).device
-    watchers = [_Watcher(block, queries, torch.Generator().manual_seed(seed + i)) for i, block in enumerate(blocks)]
+    watchers = [Watcher(block, queries, torch.Generator().manual_seed(seed + i)) for i, block in enumerate(blocks)]
     training, trainable = [m for m in model.modules() if m.training], [p for p in model.parameters() if p.requires_grad]
     draws = torch.Generator(device).manual_seed(seed)
     model.eval().requires_grad_(False)
@@ -75,13 +75,8 @@ def calibrate(
     try:
         seen = 0
         for batch in track(batches, "calibrate"):
-            batch = _to(batch, device)
-            padding = (
-                [m for name, m in batch.items() if name.endswith("attention_mask")]
-                if isinstance(batch, Mapping)
-                else []
-            )
-            masks = [m.bool() for m in padding if m.dim() == 2]
+            batch = on(batch, device)
+            masks = padding(batch)
             for watcher in watchers:
                 watcher.masks = masks
             with torch.enable_grad():
@@ -125,13 +120,20 @@ def _valid(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
     return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
 
 
-def _to(batch: Any, device: torch.device) -> Any:
+def padding(batch: Any) -> list[Tensor]:
+    """The masks of a batch that keep padding out of the statistics."""
+    named = batch.items() if isinstance(batch, Mapping) else ()
+    return [mask.bool() for name, mask in named if name.endswith("attention_mask") and mask.dim() == 2]
+
+
+def on(batch: Any, device: torch.device) -> Any:
+    """A batch on a device."""
     if isinstance(batch, Mapping):
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     return batch.to(device)
 
 
-class _Watcher:
+class Watcher:
     """Sums of one block. Products are made in float32, sums kept in float64 where the device has it."""
 
     def __init__(self, block: Block, queries: int, generator: torch.Generator) -> None:
@@ -142,6 +144,7 @@ class _Watcher:
         self.rows = self.tokens = 0
 
     def attach(self) -> list[Any]:
+        """Begin to watch; returns the hooks, to be removed."""
         projection = self.block.projection("o")
         hooks = [projection.register_forward_pre_hook(self._output), projection.register_forward_hook(self._gradient)]
         if not self.block.normed:
@@ -214,6 +217,11 @@ class _Watcher:
             self._add("key", (spread - torch.einsum("gnmd,gnme->gde", means, means)) / q.shape[1])
 
     def moments(self) -> Moments:
+        """What was gathered.
+
+        Raises:
+            CloverError: nothing, or what is not finite.
+        """
         name = self.block.name
         if not self.tokens:
             raise CloverError(f"no calibration batch reached {name}; give batches that run that part of the model")

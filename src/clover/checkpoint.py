@@ -148,6 +148,8 @@ def adopt(model: PreTrainedModel, plan: Plan) -> None:
     # The constructor is where transformers notes which outputs (attentions, hidden states) a class can record.
     PreTrainedModel.__init__(kind.__new__(kind), copy.deepcopy(model.config))
     model.__class__ = kind
+    # Loading translates a family's old tensor names for classes of transformers alone, so none may be saved.
+    vars(model).pop("_weight_conversions", None)
 
 
 def rebuild(model: nn.Module, plan: Plan) -> None:
@@ -185,9 +187,34 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     Raises:
         CloverError: no model there, or a checkpoint that contradicts itself.
     """
-    config_args = {
-        k: kwargs[k] for k in ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only") if k in kwargs
-    }
+    keys = ("revision", "trust_remote_code", "token", "cache_dir", "local_files_only")
+    _, kind = _kind(path, **{k: kwargs[k] for k in keys if k in kwargs})
+    try:
+        model = kind.from_pretrained(path, **kwargs)
+    except CloverError:
+        raise
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise CloverError(f"{path} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+    return model.eval()
+
+
+def blank(path: str | os.PathLike[str], dtype: torch.dtype) -> PreTrainedModel:
+    """A model as ``load`` gives it, without weights: on the meta device, and of ``dtype`` unless its config has one.
+
+    Raises:
+        CloverError: no model there.
+    """
+    config, kind = _kind(path, trust_remote_code=False)
+    make = kind.from_config if kind is transformers.AutoModel else kind._from_config
+    with torch.device("meta"):
+        model = make(config, dtype=config.dtype or dtype)
+    if model.can_generate() and (Path(path) / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    return model.eval()
+
+
+def _kind(path: str | os.PathLike[str], **config_args: Any) -> tuple[Any, Any]:
+    """Config of a model, and the class that it names."""
     try:
         config = AutoConfig.from_pretrained(path, **config_args)
     except (OSError, ValueError) as error:
@@ -199,13 +226,7 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     kind: Any = transformers.AutoModel if base is None else base
     if base is not None and hasattr(config, "clover"):
         kind = model_class(base, type(config))  # type: ignore[arg-type]
-    try:
-        model = kind.from_pretrained(path, **kwargs)
-    except CloverError:
-        raise
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise CloverError(f"{path} can't be loaded: {str(error).strip().splitlines()[0]}") from error
-    return model.eval()
+    return config, kind
 
 
 def save(
@@ -228,7 +249,7 @@ def save(
         for thing in (model, *beside):
             extra = {"max_shard_size": max_shard_size} if thing is model else {}
             thing.save_pretrained(draft, **extra)
-        _sync(draft)
+        sync(draft)
         draft.chmod(0o755)
         draft.rename(target)
     except (OSError, SafetensorError) as error:
@@ -238,6 +259,15 @@ def save(
         if draft is not None and draft.exists():
             shutil.rmtree(draft, ignore_errors=True)
     return target
+
+
+def write_config(model: PreTrainedModel, folder: Path) -> None:
+    """Write what ``save`` writes beside the weights."""
+    config: Any = model.config
+    config.dtype, config.architectures = str(model.dtype).removeprefix("torch."), [type(model).__name__]
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:
@@ -258,7 +288,7 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Force the files to disk, so that the rename is never ahead of what it names."""
     for file in folder.iterdir():
         with open(file, "rb") as handle:
@@ -271,8 +301,13 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def ready(model: Any) -> tuple[Any, torch.dtype]:
-    """The model on the GPU, else in float32 (half precision crawls on a CPU), and the dtype that it had."""
+    """The model where and in the dtype that it can be computed with, and the dtype that it had."""
     dtype = dtype_of(model)
+    return model.to(*workplace(dtype)), dtype
+
+
+def workplace(dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
+    """Where a model is computed with: on the GPU, else in float32, since half precision crawls on a CPU."""
     if torch.cuda.is_available():
-        return model.cuda(), dtype
-    return (model.float() if dtype in (torch.float16, torch.bfloat16) else model), dtype
+        return torch.device("cuda"), dtype
+    return torch.device("cpu"), torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
@@ -13,44 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
 
 from clover.errors import CloverError
 from clover.progress import console
-from clover.show import describe, show, show_blocks
+from clover.show import Commands, describe, note, show, show_blocks
 
 if TYPE_CHECKING:
     from clover.budget import Rule
-
-INTERRUPTED = 130  # what shells report for Ctrl-C
-
-
-class _Group(TyperGroup):
-    """Tells a mistake in one sentence and exits with 2, whether the parser found it or the library."""
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            code = super().main(*args, **{**kwargs, "standalone_mode": False})
-        except CloverError as error:
-            _fail(str(error))
-        except Exception as error:
-            if not hasattr(error, "format_message"):  # only what the parser raises has it
-                raise
-            command = getattr(getattr(error, "ctx", None), "command_path", "clover")
-            _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
-        if code == INTERRUPTED:
-            _note("interrupted; nothing was written")
-        sys.exit(code or 0)
-
-
-def _fail(sentence: str) -> None:
-    _note("error: " + " ".join(sentence.split()))
-    sys.exit(2)
-
-
-def _note(text: str) -> None:
-    """Say something on standard error."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _share(value: float | None) -> float | None:
@@ -66,7 +34,7 @@ def _threshold(value: float | None) -> float | None:
 
 
 app = typer.Typer(
-    cls=_Group,
+    cls=Commands,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Make the attention of trained transformers smaller in its own latent space, without training.",
@@ -106,7 +74,7 @@ def _options(
         bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = None,
 ) -> None:
-    warnings.showwarning = lambda message, *_: _note(f"warning: {message}")
+    warnings.showwarning = lambda message, *_: note(f"warning: {message}")
 
 
 @app.command()
@@ -158,13 +126,19 @@ def prune(
     limit: Limit = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the sample of calibration queries.")] = 0,
     report: Annotated[Path | None, typer.Option(metavar="OUT.html", help="Write spectra and ranks to a page.")] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="From file to file, a block at a time, for models larger than memory.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="With --stream: insist on going on with a run that was stopped.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Remove the head directions that carry little, and save the smaller model as OUT."""
     from clover.budget import Limits
     from clover.checkpoint import check_writable, save
     from clover.pruning import apply, find_bases, plan_of, plan_ranks, summary
-    from clover.report import table, write_report
+    from clover.report import write_report
 
     check_writable(out)
     rules = _rule("qk", qk, qk_threshold), _rule("vo", vo, vo_threshold)
@@ -177,7 +151,23 @@ def prune(
     if report:
         _check_figure(report)
     if cuts and (metric == "weights" or calibration is None):
-        _note("warning: pruning by the weights alone breaks most modern models; give --calibration FILE instead")
+        note("warning: pruning by the weights alone breaks most modern models; give --calibration FILE instead")
+    if resume and not stream:
+        raise CloverError("--resume goes on with a run of --stream; give both")
+    if stream:
+        if report:
+            raise CloverError(f"--report {report} needs all blocks at once; leave out --report or --stream")
+        from clover.streaming import prune_folder
+
+        _quiet()
+        weights = metric == "weights" or calibration is None
+        sizes = prune_folder(
+            model, out, qk=qk, vo=vo, part=part, qk_threshold=qk_threshold, vo_threshold=vo_threshold,
+            granularity=granularity, limits=Limits(groups=groups), beside=_beside(model), resume=resume, seed=seed,
+            calibration=None if weights else lambda shell: _batches(shell, calibration, metric, split, limit) or (),
+        )  # fmt: skip
+        _tell(sizes, f"saved {out.absolute()}", as_json)
+        return
 
     loaded, dtype = _load(model)
     batches = _batches(loaded, calibration, metric, split, limit)
@@ -188,11 +178,7 @@ def prune(
     if report:
         spectra = [basis.spectrum() for basis in bases]
         write_report(report, title=f"{model}, pruned", spectra=spectra, plan=plan_of(loaded), summary=sizes)
-    _note(f"saved {target}" + (f" and {report}" if report else ""))
-    if as_json:
-        print(json.dumps(sizes))
-    else:
-        show(table(sizes))
+    _tell(sizes, f"saved {target}" + (f" and {report}" if report else ""), as_json)
 
 
 @app.command("eval")
@@ -258,7 +244,7 @@ def tune(
     _quiet()
     recipe = Recipe(method, steps, lr, batch, seed, length=length, core=core, rank=rank)
     result = run(model, adapter, data, recipe, eval_data=eval_data)
-    _note(f"saved {adapter}")
+    note(f"saved {adapter}")
     if as_json:
         print(json.dumps(result))
         return
@@ -280,7 +266,7 @@ def merge(
     from clover.training import merge as run
 
     _quiet()
-    _note(f"saved {run(model, adapter, out)}")
+    note(f"saved {run(model, adapter, out)}")
 
 
 @app.command()
@@ -295,7 +281,7 @@ def export(
 
     check_writable(out)
     _quiet()
-    _note(f"saved {save(pad(load(model)), out, beside=_beside(model))}; padded with zeros, so it is no smaller")
+    note(f"saved {save(pad(load(model)), out, beside=_beside(model))}; padded with zeros, so it is no smaller")
 
 
 @app.command()
@@ -339,7 +325,7 @@ def _check_metric(metric: str | None, calibration: Path | None) -> None:
     if calibration is not None:
         file_kind(calibration)
         if metric == "weights":
-            _note(f"warning: --metric weights makes no use of {calibration}")
+            note(f"warning: --metric weights makes no use of {calibration}")
 
 
 def _check_figure(path: Path) -> None:
@@ -350,6 +336,19 @@ def _check_figure(path: Path) -> None:
         raise CloverError(f"{path} can't be written; name a file in an existing folder that you may write to")
     if find_spec("matplotlib") is None:
         raise CloverError('plots need matplotlib, which is missing: pip install "clover-attention[report]"')
+
+
+def _tell(sizes: dict[str, float | int], sentence: str, as_json: bool) -> None:
+    """What became of the model; once, where several processes made it."""
+    from clover.report import table
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    note(sentence)
+    if as_json:
+        print(json.dumps(sizes))
+    else:
+        show(table(sizes))
 
 
 def _quiet() -> None:
@@ -387,7 +386,7 @@ def _beside(name: str) -> tuple[Any, ...]:
     for kind in ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoFeatureExtractor"):
         with suppress(CloverError):
             return (load_processor(name, kind),)
-    _note(f"warning: {name} has no tokenizer or processor that could be saved with the pruned model")
+    note(f"warning: {name} has no tokenizer or processor that could be saved with the pruned model")
     return ()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from clover.attention import CloverAttention
 from clover.basis import Basis, find_basis
-from clover.budget import Energy, Granularity, Limits, Rule, Share, Threshold, make_plan
+from clover.budget import Costs, Energy, Granularity, Limits, Rule, Share, Threshold, make_plan
 from clover.calibrate import calibrate
 from clover.checkpoint import adopt
 from clover.errors import CloverError
@@ -78,7 +78,7 @@ def prune(
         CloverError: a ratio outside [0, 1), weights that are not finite, head counts that contradict the weights, no
             calibration data where the metric needs it, or rules that leave nothing. The model is then unchanged.
     """
-    rules = _rule("qk", qk, qk_threshold, qk_energy), _rule("vo", vo, vo_threshold, vo_energy)
+    rules = rule("qk", qk, qk_threshold, qk_energy), rule("vo", vo, vo_threshold, vo_energy)
     bases = find_bases(model, part=part, calibration=calibration, metric=metric, seed=seed)
     plan = plan_ranks(bases, *rules, granularity=granularity, limits=limits)
     apply(model, bases, plan)
@@ -112,12 +112,18 @@ def plan_ranks(
     bases: list[Basis], qk: Rule, vo: Rule, *, granularity: Granularity = "head", limits: Limits | None = None
 ) -> Plan:
     """Second step of ``prune``: choose ranks. See ``clover.budget.make_plan``."""
-    costs = [basis.costs() for basis in bases]
+    return plan_costs([basis.costs() for basis in bases], qk, vo, granularity=granularity, limits=limits)
+
+
+def plan_costs(
+    costs: Sequence[Costs], qk: Rule, vo: Rule, *, granularity: Granularity = "head", limits: Limits | None = None
+) -> Plan:
+    """As ``plan_ranks``, from what the directions of each block cost."""
     fixed = sum(c.fixed_qk for c in costs)
     if fixed and qk != Share(0.0):
         warnings.warn(
             f"Q-K of {fixed} of {len(costs)} blocks stays whole: a norm stands between their projections and logits",
-            stacklevel=3,
+            stacklevel=4,
         )
     return make_plan(costs, qk, vo, granularity=granularity, limits=limits)
 
@@ -128,7 +134,12 @@ def apply(model: PreTrainedModel, bases: list[Basis], plan: Plan) -> None:
     adopt(model, plan)
 
 
-def _rule(name: str, share: float | None, threshold: float | None, energy: float | None) -> Rule:
+def rule(name: str, share: float | None, threshold: float | None, energy: float | None) -> Rule:
+    """The one rule of three that was given.
+
+    Raises:
+        CloverError: more than one was.
+    """
     given = {"share": share, "threshold": threshold, "energy": energy}
     chosen = [key for key, value in given.items() if value is not None]
     if len(chosen) > 1:

@@ -1,7 +1,8 @@
-"""Results as tables on the terminal."""
+"""How the command line talks: results as tables, mistakes and notes in one sentence."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,47 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
+
+from clover.errors import CloverError
+from clover.progress import console
 
 if TYPE_CHECKING:
     from clover.families import Block
     from clover.plan import Spectrum
     from clover.report import Row
+
+
+INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+class Commands(TyperGroup):
+    """Tells a mistake in one sentence and exits with 2, whether the parser found it or the library."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command; never returns."""
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except CloverError as error:
+            _fail(str(error))
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # only what the parser raises has it
+                raise
+            command = getattr(getattr(error, "ctx", None), "command_path", "clover")
+            _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
+        if code == INTERRUPTED:
+            note("interrupted; nothing was written")
+        sys.exit(code or 0)
+
+
+def _fail(sentence: str) -> None:
+    note("error: " + " ".join(sentence.split()))
+    sys.exit(2)
+
+
+def note(text: str) -> None:
+    """Say something on standard error."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def describe(block: Block, spectrum: Spectrum) -> dict[str, Any]:

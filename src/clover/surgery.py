@@ -30,13 +30,19 @@ def operate(model: nn.Module, bases: Sequence[Basis], plan: Plan) -> None:
             f"{type(model).__name__} has no block {missing[0]}; cut the model that the bases were found in"
         )
     ready = [
-        (here[b.name], _filled(here[b.name], b, block_plan)) for b, block_plan in zip(bases, plan.blocks, strict=True)
+        (here[b.name], filled(here[b.name], b, block_plan)) for b, block_plan in zip(bases, plan.blocks, strict=True)
     ]
     for block, (attention, output) in ready:
         install(model, block, attention, output)
 
 
-def _filled(block: Block, basis: Basis, plan: BlockPlan) -> tuple[CloverAttention, nn.Linear | None]:
+@torch.no_grad()
+def filled(block: Block, basis: Basis, plan: BlockPlan) -> tuple[CloverAttention, nn.Linear | None]:
+    """The module for a block with its cut weights, and the output projection where it lives outside of it.
+
+    Raises:
+        CloverError: the cut is not finite in the block's dtype.
+    """
     attention, output = skeleton(block, plan)
     attention.fill(basis.cut(plan), output)
     named = dict(attention.named_parameters()) | {f"o_proj.{n}": p for n, p in _parameters(output)}

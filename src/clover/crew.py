@@ -1,0 +1,81 @@
+"""The processes of one run: alone, or as many as ``torchrun`` or ``accelerate launch`` started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from clover.errors import CloverError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Crew:
+    """This process among its equals. Alone, every method is a matter of course."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process does what must be done once."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """The part of the work that is this process's own."""
+        return items[self.rank :: self.size]
+
+    def meet(self) -> None:
+        """Wait for all.
+
+        Raises:
+            CloverError: one of them died.
+        """
+        if self.size > 1:
+            with _together():
+                dist.barrier()
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Add up tensors over all processes, in place; alike in all of them afterwards, to the last bit.
+
+        Raises:
+            CloverError: one of the processes died.
+        """
+        if self.size > 1:
+            with _together():
+                for tensor in tensors:
+                    dist.all_reduce(tensor)
+
+
+@contextmanager
+def crew() -> Iterator[Crew]:
+    """Join the processes that were started together, for as long as the block runs."""
+    if dist.is_available() and dist.is_initialized():
+        yield Crew(dist.get_rank(), dist.get_world_size())
+    elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        with _together():
+            dist.init_process_group("gloo")
+        try:
+            yield Crew(dist.get_rank(), dist.get_world_size())
+        finally:
+            dist.destroy_process_group()
+    else:
+        yield Crew()
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise CloverError(
+            f"another process of this run died or can't be reached ({reason}); start all again to go on"
+        ) from error

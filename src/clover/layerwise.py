@@ -1,0 +1,212 @@
+"""Run a model a layer at a time, all batches through one layer before the next is looked at.
+
+A layer is an entry of a list of modules that holds attention. What each layer is called with (masks, positions, the
+output of an encoder) is found by running the model's own forward with its layers left out; only hidden states are
+carried from layer to layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from clover.errors import CloverError
+from clover.families import Block
+from clover.progress import track
+
+MEMORY = 2**28
+"""Bytes of hidden states that are carried in memory; the rest lies on disk."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A list of layers: its path in the model, and the layers' numbers."""
+
+    name: str
+    layers: tuple[str, ...]
+
+
+@dataclass
+class Call:
+    """What one layer is called with for one batch, but for the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+Layer = Callable[[str, Sequence[tuple[Tensor, Call]]], nn.Module]
+"""Is given a layer's path and its inputs, batch by batch; returns the module that carries them on."""
+
+
+def stacks(model: nn.Module, blocks: Sequence[Block]) -> list[Stack]:
+    """The lists of layers that hold the blocks, in the order of the model's modules.
+
+    Raises:
+        CloverError: a block in no list.
+    """
+    found: dict[str, nn.ModuleList] = {}
+    for block in blocks:
+        parts = block.name.split(".")
+        paths = (".".join(parts[:end]) for end in range(1, len(parts)))
+        lists = {path: m for path in paths if isinstance(m := model.get_submodule(path), nn.ModuleList)}
+        if not lists:
+            raise CloverError(f"{block.name} is in no list of layers; calibrate the model in memory")
+        found |= dict([next(iter(lists.items()))])
+    return [Stack(name, tuple(f"{name}.{i}" for i in range(len(layers)))) for name, layers in found.items()]
+
+
+class Carried(Sequence[Tensor]):
+    """Hidden states of each batch: in memory up to a size, beyond it in files of a folder."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder, self.left = folder, MEMORY
+        self.held: list[Tensor | Path] = []
+
+    def append(self, value: Tensor) -> None:
+        """Add a batch."""
+        self.left -= value.nbytes
+        if self.left >= 0 or self.folder is None:
+            self.held.append(value)
+        else:
+            self.folder.mkdir(exist_ok=True)
+            self.held.append(self.folder / f"{id(self)}-{len(self.held)}.safetensors")
+            self[len(self.held) - 1] = value
+
+    def __setitem__(self, at: int, value: Tensor) -> None:
+        place = self.held[at]
+        if isinstance(place, Path):
+            save_file({"hidden": value.contiguous()}, place)
+        else:
+            self.held[at] = value
+
+    def __getitem__(self, at: Any) -> Any:
+        value = self.held[at]
+        return load_file(value)["hidden"] if isinstance(value, Path) else value
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+
+@torch.no_grad()
+def walk(
+    model: nn.Module, order: Sequence[Stack], batches: Sequence[Any], layer: Layer, spill: Path | None = None
+) -> None:
+    """Take batches through all layers of a model.
+
+    Args:
+        model: its modules outside the layers must have weights, save those behind the last layer.
+        order: the lists of layers, see ``stacks``.
+        batches: mappings of the forward's arguments, or tensors for the first.
+        layer: called for each layer in turn.
+        spill: a folder for hidden states that don't fit ``MEMORY``.
+
+    Raises:
+        CloverError: a layer that can't be run alone.
+    """
+    done: dict[str, Carried] = {}
+    tuples: set[str] = set()
+    for stack in order:
+
+        def record(at: int, stack: Stack = stack) -> tuple[Tensor, list[Call]]:
+            return _record(model, order, stack, batches[at], {name: of[at] for name, of in done.items()}, tuples)
+
+        hidden, calls = Carried(spill), []
+        for at in range(len(batches)):
+            first, found = record(at)
+            hidden.append(first)
+            calls.append(found)
+        for i, name in enumerate(track(stack.layers, "layers")):
+            module = layer(name, _Inputs(hidden, [found[i] for found in calls]))
+            for at in range(len(batches)):
+                hidden[at], tupled = run(module, hidden[at], calls[at][i])
+                if tupled and stack.name not in tuples:
+                    tuples.add(stack.name)  # stand-ins must do likewise, else what layers are called with is wrong
+                    calls = [record(again)[1] for again in range(len(batches))]
+        done[stack.name] = hidden
+
+
+class _Inputs(Sequence[tuple[Tensor, Call]]):
+    def __init__(self, hidden: Carried, calls: list[Call]) -> None:
+        self.hidden, self.calls = hidden, calls
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.hidden[at], self.calls[at]
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+
+def run(module: nn.Module, hidden: Tensor, call: Call) -> tuple[Tensor, bool]:
+    """Call a layer; returns the hidden states, and whether they came in a tuple."""
+    out = module(hidden, *call.args, **call.kwargs)
+    return (out, False) if isinstance(out, Tensor) else (out[0], True)
+
+
+class _ReachedError(Exception):
+    """The last layer was called; what comes behind it isn't needed."""
+
+
+def _record(
+    model: nn.Module,
+    order: Sequence[Stack],
+    stack: Stack,
+    batch: Any,
+    done: Mapping[str, Tensor],
+    tuples: Collection[str],
+) -> tuple[Tensor, list[Call]]:
+    """What goes into the first layer of a stack, and what its layers are called with, behind what is done."""
+    calls: list[Call] = []
+    first: list[Tensor] = []
+
+    def note(last: bool, *args: Any, **kwargs: Any) -> Any:
+        given = dict(kwargs)
+        hidden = args[0] if args else given.pop("hidden_states")
+        first.append(hidden)
+        calls.append(Call(args[1:], given))
+        if last:
+            raise _ReachedError
+        return (hidden, None) if stack.name in tuples else hidden
+
+    def skip(result: Tensor | None, tupled: bool, *args: Any, **kwargs: Any) -> Any:
+        hidden = (args[0] if args else kwargs["hidden_states"]) if result is None else result
+        return (hidden, None) if tupled else hidden
+
+    stubs: dict[str, Callable[..., Any]] = {}
+    for other in order:
+        for name in other.layers:
+            last = name == other.layers[-1]
+            result = done.get(other.name) if last else None
+            stubs[name] = partial(note, last) if other == stack else partial(skip, result, other.name in tuples)
+    with _replaced(model, stubs):
+        try:
+            forward(model, batch)
+        except _ReachedError:
+            return first[0], calls
+    raise CloverError(f"no calibration batch reached {stack.name}; give batches that run that part of the model")
+
+
+def forward(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch, without a cache."""
+    off = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
+    return model(**off | dict(batch)) if isinstance(batch, Mapping) else model(batch, **off)
+
+
+@contextmanager
+def _replaced(model: nn.Module, forwards: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    modules = {name: model.get_submodule(name) for name in forwards}
+    for name, module in modules.items():
+        module.forward = forwards[name]
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            del module.forward

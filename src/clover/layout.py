@@ -1,0 +1,101 @@
+"""The files of a pruned model in the making, tensor by tensor."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from clover.checkpoint import adopt, rebuild, write_config
+from clover.crew import Crew
+from clover.draft import Draft
+from clover.families import Block
+from clover.pieces import Pieces
+from clover.plan import BlockPlan, Plan
+from clover.progress import track
+from clover.shards import INDEX, Entry, Shard, form
+from clover.surgery import install, skeleton
+
+BASES, DONE = "bases", "done"
+"""Kinds of pieces in a draft: blocks that were decomposed, blocks and files that were written."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tensor goes where: a file for each file of the source, cut tensors in the place of what they replace."""
+
+    pieces: Pieces
+    model: PreTrainedModel
+    """The rewritten model, on the meta device."""
+    shards: dict[str, Shard]
+    rest: dict[str, dict[str, Entry]]
+    """What each file takes over unchanged."""
+
+    @classmethod
+    def of(cls, pieces: Pieces, found: Sequence[Block], plan: Plan, folder: Path) -> Layout:
+        model = copy.deepcopy(pieces.model)
+        rebuild(model, plan)
+        adopt(model, plan)
+        gone = tuple(start for block in found for start in pieces.inside(block))
+        rest: dict[str, dict[str, Entry]] = {file: {} for file in pieces.source.files}
+        for key, name in pieces.names.items():
+            if not key.startswith(gone):
+                entry = pieces.source.entries[name]
+                rest[entry.file.name][key] = entry
+        tensors = {f: {n: (e.dtype, e.shape, e.size) for n, e in kept.items()} for f, kept in rest.items()}
+        for block in found:
+            inside = pieces.inside(block)
+            tensors[pieces.home(block)] |= {k: form(t) for k, t in model.state_dict().items() if k.startswith(inside)}
+        return cls(pieces, model, {f: Shard(folder / f, of) for f, of in tensors.items()}, rest)
+
+    def begin(self, made: Draft, we: Crew) -> None:
+        """Take the room for all files; those of an earlier run stay as they are."""
+        if we.leads:
+            new = [file for file, shard in self.shards.items() if shard.create()]
+            if new:
+                made.forget(DONE)
+        we.meet()
+
+    def write(self, block: Block, state: Mapping[str, Tensor]) -> None:
+        """Put the tensors of a block's cut, by their names in the model, into their file."""
+        self.shards[self.pieces.home(block)].write(state.items())
+
+    def install(self, block: Block, layer: nn.Module, layer_name: str, plan: BlockPlan) -> None:
+        """Put the cut of a block that was written into the layer that holds it, in the dtype of the layer."""
+        attention, output = skeleton(block, plan)
+        made: dict[str, nn.Module] = {block.core_name: attention}
+        if output is not None:
+            made[f"{block.name}.{block.family.o}"] = output
+        shard = self.shards[self.pieces.home(block)]
+        for name, module in made.items():
+            module.load_state_dict({key: shard.read(f"{name}.{key}") for key in module.state_dict()})
+        install(layer, replace(block, name=block.name.removeprefix(f"{layer_name}.")), attention, output)
+
+    def finish(self, made: Draft, we: Crew, beside: tuple[Any, ...]) -> None:
+        """Copy what is unchanged, write what lies beside the weights, and give the folder its name."""
+        for file in track(we.share([f for f in self.rest if not made.has(DONE, f)]), "copy"):
+            self.shards[file].write(self.rest[file].items())
+            made.keep(DONE, file, {})
+        we.meet()
+        if we.leads:
+            write_config(self.model, made.out)
+            for thing in beside:
+                thing.save_pretrained(made.out)
+            if self.pieces.source.indexed:
+                (made.out / INDEX).write_text(json.dumps(self._index(), indent=2) + "\n")
+            made.finish()
+        we.meet()
+
+    def _index(self) -> dict[str, Any]:
+        sizes = {
+            "total_parameters": sum(p.numel() for p in self.model.parameters()),
+            "total_size": sum(entry.size for shard in self.shards.values() for entry in shard.entries.values()),
+        }
+        places = {name: file for file, shard in self.shards.items() for name in shard.entries}
+        return {"metadata": sizes, "weight_map": dict(sorted(places.items()))}

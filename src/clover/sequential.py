@@ -1,0 +1,210 @@
+"""Calibration of a model that is never whole in memory: each block behind those that are already cut.
+
+All moments are those of ``calibrate`` but one. What an error at a block's output costs can't be asked of a loss that
+lies layers ahead, so it is asked of the layer's own output: the gradient there is noise of the size of each token's
+hidden state over its square, carried back through the rest of this one layer. A cost of V-O is then a squared error of
+the hidden state, relative to its square, instead of nats; it is comparable between layers, but knows nothing of what
+later layers make of it.
+
+Twice all batches go through all layers. First nothing is cut, and all costs are gathered for one plan. Then each block
+is decomposed again by what comes out of the cut layers before it, cut to the plan, written, and carries its batches on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from clover.basis import find_basis
+from clover.calibrate import Moments, Watcher, on, padding
+from clover.checkpoint import workplace
+from clover.crew import Crew
+from clover.draft import Draft
+from clover.errors import CloverError
+from clover.families import Block
+from clover.layerwise import Call, Stack, run, stacks, walk
+from clover.layout import BASES, DONE, Layout
+from clover.packed import pack_costs
+from clover.pieces import Pieces, cut
+from clover.plan import Plan
+
+QUERIES = 32
+"""Queries sampled from each sequence, as in ``calibrate``."""
+STRIDE = 1_000_003
+"""Between the seeds of batches: what is drawn for a batch must not depend on which process has it."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The batches of this process: their numbers among all, and masks that keep padding out."""
+
+    numbers: tuple[int, ...]
+    masks: tuple[list[Tensor], ...]
+    seed: int
+
+    @classmethod
+    def of(cls, batches: Sequence[Any], we: Crew, seed: int) -> tuple[Sample, list[Any]]:
+        """This process's share of the batches.
+
+        Raises:
+            CloverError: no batches, or fewer than processes.
+        """
+        if len(batches) < we.size:
+            raise CloverError(
+                f"there are {len(batches)} calibration batches for {we.size} processes; give more, or smaller ones"
+                if batches
+                else "the calibration data is empty; give at least one batch"
+            )
+        numbers = tuple(we.share(range(len(batches))))
+        mine = [batches[i] for i in numbers]
+        return cls(numbers, tuple(padding(batch) for batch in mine), seed), mine
+
+
+def inside(layer: str, blocks: Sequence[Block], module: nn.Module) -> list[Block]:
+    """The blocks of a layer, on a module of that layer with weights."""
+    start = f"{layer}."
+    mine = [block for block in blocks if block.name.startswith(start)]
+    return [replace(block, module=module.get_submodule(block.name.removeprefix(start))) for block in mine]
+
+
+def observe(
+    module: nn.Module, blocks: Sequence[Block], inputs: Sequence[tuple[Tensor, Call]], sample: Sample, we: Crew
+) -> list[Moments]:
+    """Moments of a layer's blocks over the batches of all processes.
+
+    Args:
+        module: the layer, with weights; its blocks still whole.
+        blocks: those of its blocks that are watched, see ``inside``.
+        inputs: of the batches of this process.
+
+    Raises:
+        CloverError: see ``calibrate``.
+    """
+    watchers = [Watcher(block, QUERIES, torch.Generator()) for block in blocks]
+    module.eval().requires_grad_(False)
+    hooks = [hook for watcher in watchers for hook in watcher.attach()]
+    try:
+        for at, (hidden, call) in enumerate(inputs):
+            seed = sample.seed + crc32(blocks[0].name.encode()) + STRIDE * (sample.numbers[at] + 1)
+            for i, watcher in enumerate(watchers):
+                watcher.masks = sample.masks[at]
+                watcher.generator.manual_seed(seed + i)
+            noise = torch.Generator(hidden.device).manual_seed(seed)
+            with torch.enable_grad():
+                score = _likelihood(run(module, hidden, call)[0], sample.masks[at], noise)
+            score.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for watcher in watchers:
+        _add_up(watcher, we)
+    return [watcher.moments() for watcher in watchers]
+
+
+def _add_up(watcher: Watcher, we: Crew) -> None:
+    """Sums over the batches of all processes."""
+    counts = torch.tensor([watcher.rows, watcher.tokens])
+    we.sum([counts, *(watcher.sums[name] for name in sorted(watcher.sums))])
+    watcher.rows, watcher.tokens = counts.tolist()
+
+
+def _likelihood(output: Tensor, masks: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    """Derivative by its mean of the log-likelihood of noise as large as each token's hidden state."""
+    noise = torch.randn(output.shape, generator=generator, device=output.device)
+    for mask in masks:
+        if mask.shape == output.shape[:2]:
+            noise = noise * mask.unsqueeze(-1)
+    size = output.detach().float().square().mean(-1, keepdim=True).sqrt()
+    return (output.float() / size.clamp_min(torch.finfo(torch.float32).tiny) * noise).sum()
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Decompose and cut by activations; the processes share the batches, the first of them cuts."""
+
+    pieces: Pieces
+    blocks: Sequence[Block]
+    order: Sequence[Stack]
+    model: PreTrainedModel
+    """With weights outside its layers."""
+    batches: Sequence[Any]
+    sample: Sample
+    fingerprint: str
+    """Of all batches, those of other processes too."""
+
+    @classmethod
+    def of(
+        cls,
+        pieces: Pieces,
+        blocks: Sequence[Block],
+        calibration: Iterable[Any] | Callable[[PreTrainedModel], Iterable[Any]],
+        we: Crew,
+        seed: int,
+    ) -> Calibrated:
+        """Make ready.
+
+        Raises:
+            CloverError: no batches, fewer than processes, or blocks that are in no list of layers.
+        """
+        order = stacks(pieces.model, pieces.blocks("all"))
+        model = pieces.shell([name for stack in order for name in stack.layers])
+        device = workplace(pieces.model.dtype)[0]
+        batches = [on(b, device) for b in (calibration(model) if callable(calibration) else calibration)]
+        sample, mine = Sample.of(batches, we, seed)
+        return cls(pieces, blocks, order, model, mine, sample, _fingerprint(batches))
+
+    def survey(self, made: Draft, we: Crew) -> None:
+        """Keep what the directions of all blocks cost in the draft."""
+
+        def layer(name: str, inputs: Sequence[tuple[Tensor, Call]]) -> nn.Module:
+            module = self.pieces.fill(name)
+            blocks = inside(name, self.blocks, module)
+            if not all(made.has(BASES, block.name) for block in blocks):
+                for block, moments in zip(blocks, observe(module, blocks, inputs, self.sample, we), strict=True):
+                    if we.leads:
+                        made.keep(BASES, block.name, pack_costs(find_basis(block, moments).costs()))
+            return module
+
+        if not all(made.has(BASES, block.name) for block in self.blocks):
+            walk(self.model, self.order, self.batches, layer, made.folder / f"hidden-{we.rank}")
+        we.meet()
+
+    def cut(self, plan: Plan, layout: Layout, made: Draft, we: Crew) -> None:
+        """Write the cut of every block, each calibrated behind those before it."""
+        plans = {block.name: block for block in plan.blocks}
+
+        def layer(name: str, inputs: Sequence[tuple[Tensor, Call]]) -> nn.Module:
+            module = self.pieces.fill(name)
+            blocks = inside(name, self.blocks, module)
+            if not all(made.has(DONE, block.name) for block in blocks):
+                for block, moments in zip(blocks, observe(module, blocks, inputs, self.sample, we), strict=True):
+                    if we.leads:
+                        basis = find_basis(block, moments)
+                        layout.write(block, cut(block, basis, plans[block.name], self.pieces.model.dtype))
+                        made.keep(DONE, block.name, {})
+                we.meet()
+            for block in blocks:
+                layout.install(block, module, name, plans[block.name])
+            return module
+
+        if not all(made.has(DONE, block.name) for block in self.blocks):
+            walk(self.model, self.order, self.batches, layer, made.folder / f"hidden-{we.rank}")
+        we.meet()
+
+
+def _fingerprint(batches: Iterable[Any]) -> str:
+    """Tells whether these are still the same batches."""
+    found = hashlib.sha256()
+    for batch in batches:
+        for name, value in sorted(batch.items() if isinstance(batch, Mapping) else [("", batch)]):
+            held = value.contiguous().flatten().cpu() if isinstance(value, Tensor) else None
+            found.update(f"{name} {getattr(value, 'shape', value)}".encode())
+            found.update(b"" if held is None else held.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,256 @@
+"""Checkpoints of safetensors, read and written a tensor at a time.
+
+Files are read with ordinary reads, never mapped: mapped pages count as the process's memory, and a model may be larger
+than that. A file is written at places known beforehand, so tensors may come in any order and from several processes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from clover.errors import CloverError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+CHUNK = 2**24
+"""Bytes copied at a time."""
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""Those that a tensor can be read in; others are only copied."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor's form, and where its bytes stand in which file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, in memory of its own.
+
+        Raises:
+            CloverError: the file can't be read, or the dtype is none that weights have.
+        """
+        if self.dtype not in DTYPES:
+            raise CloverError(f"{name} in {self.file} has dtype {self.dtype}; prune the unquantised model")
+        tensor = torch.empty(self.shape, dtype=DTYPES[self.dtype])
+        view, at = _view(tensor), 0
+        try:
+            with open(self.file, "rb", buffering=0) as handle:
+                handle.seek(self.start)
+                while at < self.size:
+                    count = handle.readinto(view[at:])
+                    if not count:
+                        raise CloverError(f"{self.file} ends inside {name}; it was cut off while being read")
+                    at += count
+        except OSError as error:
+            raise CloverError(f"{self.file} can't be read: {error.strerror}; restore the file") from error
+        return tensor
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of safetensors whose files were found whole and to agree with their index."""
+
+    folder: Path
+    entries: Mapping[str, Entry]
+    indexed: bool
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
+        """Read the headers and check them; no tensor is read.
+
+        Raises:
+            CloverError: no safetensors there, a file is missing or damaged, or the index contradicts the files.
+        """
+        folder = Path(folder)
+        index = folder / INDEX
+        if index.exists():
+            places = _read_index(index)
+            files = sorted(set(places.values()))
+        elif (folder / SINGLE).exists():
+            places, files = None, [SINGLE]
+        else:
+            raise CloverError(
+                f"{folder} holds no {SINGLE} and no {INDEX}; streaming reads safetensors alone: save the model so first"
+            )
+        entries: dict[str, Entry] = {}
+        for file in files:
+            found = _header(folder / file)
+            if places is not None:
+                _agree(index, places, file, found)
+            entries |= found
+        return cls(folder, entries, places is not None)
+
+    @property
+    def files(self) -> dict[str, list[str]]:
+        """Names of the tensors in each file, in the order of their bytes."""
+        found: dict[str, list[str]] = {}
+        for name, entry in sorted(self.entries.items(), key=lambda item: item[1].start):
+            found.setdefault(entry.file.name, []).append(name)
+        return dict(sorted(found.items()))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, see ``Entry.read``."""
+        return self.entries[name].read(name)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells whether these are still the same files."""
+        stats = {file: (self.folder / file).stat() for file in self.files}
+        return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        places = json.loads(index.read_text())["weight_map"]
+        if isinstance(places, dict) and places and all(Path(f).name == f for f in places.values()):
+            return places
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise CloverError(f"{index} is no index of safetensors: it needs a weight_map from names to files; restore it")
+
+
+def _agree(index: Path, places: Mapping[str, str], file: str, found: Mapping[str, Entry]) -> None:
+    listed = {name for name, place in places.items() if place == file}
+    if missing := sorted(listed - set(found)):
+        raise CloverError(f"{index} says that {missing[0]} is in {file}, which does not hold it; restore the files")
+    if extra := sorted(set(found) - listed):
+        raise CloverError(f"{file} holds {extra[0]}, which {index} does not place there; restore the files")
+
+
+def _header(file: Path) -> dict[str, Entry]:
+    """Tensors of a file; safetensors itself checks that the header is sound and the file as long as it says."""
+    try:
+        with safe_open(file, "pt"):
+            pass
+        with open(file, "rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(length))
+    except FileNotFoundError as error:
+        raise CloverError(f"{file} is missing; restore it") from error
+    except (OSError, SafetensorError) as error:
+        raise CloverError(f"{file} is damaged or cut off ({error}); restore it") from error
+    header.pop("__metadata__", None)
+    return {
+        name: Entry(file, of["dtype"], tuple(of["shape"]), 8 + length + of["data_offsets"][0],
+                    of["data_offsets"][1] - of["data_offsets"][0])
+        for name, of in header.items()
+    }  # fmt: skip
+
+
+class Shard:
+    """A safetensors file in the making: header first, then each tensor at its place, by whoever has it."""
+
+    def __init__(self, file: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> None:
+        """Lay the file out.
+
+        Args:
+            file: where it is, or will be after ``create``.
+            tensors: dtype, shape and bytes of each, by name.
+        """
+        self.file = file
+        header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+        ordered = dict(sorted(tensors.items(), key=lambda item: -_width(item[1])))
+        at = 0
+        for name, (dtype, shape, size) in ordered.items():
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+            at += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.head = len(text).to_bytes(8, "little") + text
+        self.size = len(self.head) + at
+        at = len(self.head)
+        self.entries: dict[str, Entry] = {}
+        for name, (dtype, shape, size) in ordered.items():
+            self.entries[name] = Entry(file, dtype, shape, at, size)
+            at += size
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that was written."""
+        return self.entries[name].read(name)
+
+    def create(self) -> bool:
+        """Write the header and take the room for all of it.
+
+        Returns:
+            Whether the file is new; one that was laid out alike before keeps its tensors.
+        """
+        handle = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if os.fstat(handle).st_size == self.size and os.pread(handle, len(self.head), 0) == self.head:
+                return False
+            os.ftruncate(handle, 0)
+            os.posix_fallocate(handle, 0, self.size)
+            _write(handle, self.head, 0)
+            return True
+        finally:
+            os.close(handle)
+
+    def write(self, items: Iterable[tuple[str, Tensor | Entry]]) -> None:
+        """Put tensors, or copies of another file's bytes, at their places, and force them to disk."""
+        handle = os.open(self.file, os.O_WRONLY)
+        try:
+            for name, value in items:
+                at, size = self.entries[name].start, self.entries[name].size
+                for piece in _copied(value) if isinstance(value, Entry) else _bytes(value):
+                    _write(handle, piece, at)
+                    at, size = at + len(piece), size - len(piece)
+                if size:
+                    raise CloverError(f"{name} has {-size} bytes too many for {self.file}; the source has changed")
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _width(of: tuple[str, tuple[int, ...], int]) -> int:
+    """Bytes of a number: wide ones come first, so that each stands at a multiple of its width."""
+    return of[2] // max(math.prod(of[1]), 1)
+
+
+def form(tensor: Tensor) -> tuple[str, tuple[int, ...], int]:
+    """Dtype, shape and bytes of a tensor, for ``Shard``."""
+    return NAMES[tensor.dtype], tuple(tensor.shape), math.prod(tensor.shape) * tensor.element_size()
+
+
+def _bytes(tensor: Tensor) -> Iterator[memoryview]:
+    yield _view(tensor.detach().cpu().contiguous())
+
+
+def _view(tensor: Tensor) -> memoryview:
+    buffer: Any = tensor.flatten().view(torch.uint8).numpy()
+    return memoryview(buffer)
+
+
+def _copied(entry: Entry) -> Iterator[bytes]:
+    with open(entry.file, "rb", buffering=0) as handle:
+        handle.seek(entry.start)
+        left = entry.size
+        while left:
+            piece = handle.read(min(CHUNK, left))
+            if not piece:
+                raise CloverError(f"{entry.file} was cut off while being read; restore it")
+            left -= len(piece)
+            yield piece
+
+
+def _write(handle: int, piece: bytes | memoryview, at: int) -> None:
+    view = memoryview(piece)
+    while view:
+        count = os.pwrite(handle, view, at)
+        view, at = view[count:], at + count

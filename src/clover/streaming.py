@@ -1,0 +1,143 @@
+"""Prune a model that is larger than memory: from file to file, a block at a time, by one process or several.
+
+First every block is decomposed, and its bases are kept on disk (a few d x d matrices a head). One plan is made of all
+costs. Then every block is cut to it and written to its place; all other tensors are copied byte for byte. What is
+finished is never done again: a run that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from clover.basis import find_basis
+from clover.budget import Granularity, Limits
+from clover.crew import Crew, crew
+from clover.draft import Draft, draft
+from clover.errors import CloverError
+from clover.families import Block
+from clover.layout import BASES, DONE, Layout
+from clover.packed import pack, pack_costs, unpack, unpack_costs
+from clover.pieces import Pieces, cut
+from clover.plan import Plan
+from clover.progress import track
+from clover.pruning import Part, plan_costs, rule, summary
+from clover.sequential import Calibrated
+
+Calibration = Iterable[Any] | Callable[[PreTrainedModel], Iterable[Any]]
+
+
+def prune_folder(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    qk: float | None = None,
+    vo: float | None = None,
+    part: Part = "all",
+    qk_threshold: float | None = None,
+    vo_threshold: float | None = None,
+    qk_energy: float | None = None,
+    vo_energy: float | None = None,
+    granularity: Granularity = "head",
+    limits: Limits | None = None,
+    calibration: Calibration | None = None,
+    seed: int = 0,
+    beside: tuple[Any, ...] = (),
+    resume: bool = False,
+) -> dict[str, float | int]:
+    """Prune a model from folder to folder, holding one attention block in memory, or one layer to calibrate it.
+
+    By the weights the result is that of ``load``, ``prune`` and ``save`` in float32, to the last bit. With calibration
+    data it is another one, see ``clover.sequential``. Started by ``torchrun`` or ``accelerate launch``, the processes
+    share the blocks, or the calibration batches; the folder of ``out`` must be one for all of them.
+
+    Args:
+        model: a folder of safetensors or a hub name.
+        out: the folder to make; must not exist. A draft of the same request, left by a run that was killed, is gone on
+            with.
+        qk, vo, part, qk_threshold, vo_threshold, qk_energy, vo_energy, granularity, limits: as in ``prune``.
+        calibration: batches as for ``prune``, or what makes them from the model (most of its weights are missing).
+        seed: of the samples that calibration draws.
+        beside: tokenizers and processors to save with the model.
+        resume: insist on a draft to go on with.
+
+    Returns:
+        What ``summary`` says of the pruned model.
+
+    Raises:
+        CloverError: as in ``prune``; files that are damaged or contradict each other; ``out`` exists, is being made by
+            another run or can't be written.
+    """
+    rules = rule("qk", qk, qk_threshold, qk_energy), rule("vo", vo, vo_threshold, vo_energy)
+    limits = limits or Limits()
+    with crew() as we:
+        pieces = Pieces.open(local(model))
+        found = pieces.blocks(part)
+        request = {
+            "model": pieces.source.fingerprint(), "config": pieces.model.config.to_dict(), "part": part,
+            "qk": repr(rules[0]), "vo": repr(rules[1]), "granularity": granularity, "limits": asdict(limits),
+        }  # fmt: skip
+        work: Weights | Calibrated = Weights(pieces, found)
+        if calibration is not None:
+            work = Calibrated.of(pieces, found, calibration, we, seed)
+            request |= {"calibration": work.fingerprint, "seed": seed}
+        with draft(out, _plain(request), we, kinds=(BASES, DONE), resume=resume) as made:
+            work.survey(made, we)
+            costs = [unpack_costs(made.load(BASES, block.name)) for block in found]
+            plan = plan_costs(costs, *rules, granularity=granularity, limits=limits)
+            layout = Layout.of(pieces, found, plan, made.out)
+            layout.begin(made, we)
+            work.cut(plan, layout, made, we)
+            layout.finish(made, we, beside)
+            return summary(layout.model)
+
+
+def local(model: str | os.PathLike[str]) -> Path:
+    """The folder of a model; a hub name is fetched first, safetensors alone.
+
+    Raises:
+        CloverError: nothing there.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        raise CloverError(f"{model} is no model that can be loaded: {str(error).splitlines()[0]}") from error
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Decompose and cut by the weights; the processes share the blocks."""
+
+    pieces: Pieces
+    blocks: Sequence[Block]
+
+    def survey(self, made: Draft, we: Crew) -> None:
+        """Keep the bases of all blocks, and what their directions cost, in the draft."""
+        for block in track(we.share([b for b in self.blocks if not made.has(BASES, b.name)]), "decompose"):
+            basis = find_basis(self.pieces.real(block))
+            made.keep(BASES, block.name, pack(basis) | pack_costs(basis.costs()))
+        we.meet()
+
+    def cut(self, plan: Plan, layout: Layout, made: Draft, we: Crew) -> None:
+        """Write the cut of every block."""
+        plans = {block.name: block for block in plan.blocks}
+        for block in track(we.share([b for b in self.blocks if not made.has(DONE, b.name)]), "cut"):
+            real = self.pieces.real(block)
+            basis = unpack(real, made.load(BASES, block.name))
+            layout.write(block, cut(real, basis, plans[block.name], self.pieces.model.dtype))
+            made.keep(DONE, block.name, {})
+
+
+def _plain(request: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(request, default=str))

@@ -1,0 +1,463 @@
+"""Pruning from folder to folder: the same bits as in memory, and nothing lost or half-written whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import clover
+from clover.checkpoint import ready
+from clover.crew import Crew
+from clover.draft import Draft, draft, hidden
+from clover.errors import CloverError
+from clover.layout import Layout
+from clover.shards import INDEX, Checkpoint
+from clover.streaming import prune_folder
+from families import CASES, build, pruned
+
+CUT: dict[str, Any] = {"qk": 0.3, "vo": 0.4}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Q-K of . of . blocks stays whole")
+        yield
+
+
+def save(name: str, folder: Path, dtype: torch.dtype = torch.float16, shard: str = "40KB") -> Path:
+    build(name, dtype)[0].save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A tiny model of two layers in two files."""
+    return save("llama-gqa", tmp_path / "dense")
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= safetensors.torch.load_file(file)
+    return found
+
+
+def in_memory(source: Path, out: Path, **cut: Any) -> Path:
+    """What ``clover prune`` makes of a folder without ``--stream``."""
+    model, dtype = ready(clover.load(source))
+    clover.prune(model, **cut)
+    return clover.save(model.to(dtype), out)
+
+
+def same(a: Path, b: Path) -> None:
+    left, right = tensors(a), tensors(b)
+    assert left.keys() == right.keys()
+    for key, tensor in left.items():
+        assert tensor.dtype == right[key].dtype
+        assert torch.equal(tensor, right[key]), key
+    for file in ("config.json", "generation_config.json"):
+        assert (a / file).exists() == (b / file).exists()
+        if (a / file).exists():
+            assert json.loads((a / file).read_text()) == json.loads((b / file).read_text())
+
+
+# --- the same bits ---
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("dtype", "shard"), [(torch.float32, "5GB"), (torch.float16, "40KB")])
+def test_equal_to_the_path_in_memory(name: str, dtype: torch.dtype, shard: str, tmp_path: Path) -> None:
+    source = save(name, tmp_path / "dense", dtype, shard)
+    said = prune_folder(source, tmp_path / "streamed", **CUT)
+    same(in_memory(source, tmp_path / "cut", **CUT), tmp_path / "streamed")
+    model = clover.load(tmp_path / "streamed")
+    assert model.dtype == dtype
+    assert clover.summary(model) == said
+    assert not hidden(tmp_path / "streamed").exists()
+    assert len(list(source.glob("*.safetensors"))) == len(list((tmp_path / "streamed").glob("*.safetensors")))
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"qk_threshold": 3.0, "vo": 0.2},
+        {"vo_energy": 0.8},
+        {"vo": 0.5, "granularity": "layer", "limits": clover.Limits(multiple=4)},
+    ],
+)
+def test_every_rule(cut: Any, llama: Path, tmp_path: Path) -> None:
+    prune_folder(llama, tmp_path / "streamed", **cut)
+    same(in_memory(llama, tmp_path / "cut", **cut), tmp_path / "streamed")
+
+
+def test_one_part(tmp_path: Path) -> None:
+    source = save("whisper", tmp_path / "dense")
+    prune_folder(source, tmp_path / "streamed", vo=0.5, part="cross")
+    same(in_memory(source, tmp_path / "cut", vo=0.5, part="cross"), tmp_path / "streamed")
+
+
+@pytest.mark.parametrize(("name", "add"), [("llama-gqa", False), ("gpt2", False), ("bert", True)])
+def test_names_with_another_prefix(name: str, add: bool, tmp_path: Path) -> None:
+    """A base model's tensors in a language model's folder, or the other way round, as transformers takes them."""
+    source = save(name, tmp_path / "dense", shard="5GB")
+    model = clover.load(source)
+    prefix = model.base_model_prefix + "."
+    old = tensors(source)
+    new = {prefix + k if add else k.removeprefix(prefix): v for k, v in old.items()}
+    assert new.keys() != old.keys()
+    safetensors.torch.save_file(new, source / "model.safetensors", {"format": "pt"})
+    prune_folder(source, tmp_path / "streamed", **CUT)
+    same(in_memory(source, tmp_path / "cut", **CUT), tmp_path / "streamed")
+
+
+def test_tensors_that_are_not_cut_are_copied_byte_for_byte(llama: Path, tmp_path: Path) -> None:
+    prune_folder(llama, tmp_path / "streamed", vo=0.5)
+    before, after = tensors(llama), tensors(tmp_path / "streamed")
+    others = [key for key in before if "self_attn" not in key]
+    assert len(others) > 5
+    assert all(torch.equal(before[key].view(torch.uint8), after[key].view(torch.uint8)) for key in others)
+
+
+def test_never_the_whole_model(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the whole model was loaded")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
+    read = Checkpoint.read
+    seen: list[str] = []
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: seen.append(name) or read(self, name))
+    prune_folder(llama, tmp_path / "streamed", vo=0.5)
+    assert seen
+    assert all("self_attn" in name for name in seen)
+
+
+# --- killed, and gone on with ---
+
+KILLED = """
+import os, signal, sys
+from clover.draft import Draft
+from clover.shards import Shard
+from clover.streaming import prune_folder
+kind, left = sys.argv[3], int(sys.argv[4])
+keep, write = Draft.keep, Shard.write
+
+def counted(self, what, name, tensors):
+    global left
+    if what == kind:
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    keep(self, what, name, tensors)
+
+def torn(self, items):
+    global left
+    for item in items:
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(self, [item])
+
+if kind == "tensor":
+    Shard.write = torn
+else:
+    Draft.keep = counted
+if kind == "name":
+    Draft.finish = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+prune_folder(sys.argv[1], sys.argv[2], qk=0.3, vo=0.4)
+"""
+
+
+def python(code: str, *args: Any, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(tests.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "after", "bases", "done"),
+    [
+        ("bases", 1, 1, 0),
+        ("done", 1, 2, 1),
+        ("tensor", 2, 2, 0),
+        ("name", 0, 2, 4),
+    ],
+)
+def test_killed_and_resumed(
+    kind: str, after: int, bases: int, done: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert python(KILLED, llama, out, kind, after).returncode == -signal.SIGKILL
+    assert not out.exists()
+    found = {what: len(list((hidden(out) / what).glob("*.safetensors"))) for what in ("bases", "done")}
+    assert found == {"bases": bases, "done": done}
+
+    kept: list[str] = []
+    keep = Draft.keep
+    monkeypatch.setattr(Draft, "keep", lambda self, what, *rest: kept.append(what) or keep(self, what, *rest))
+    prune_folder(llama, out, **CUT, resume=True)
+    assert kept == ["bases"] * (2 - bases) + ["done"] * (4 - done)  # two blocks and two files
+    same(in_memory(llama, tmp_path / "cut", **CUT), out)
+    assert not hidden(out).exists()
+
+
+def test_a_file_of_the_draft_that_went_is_written_again(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    python(KILLED, llama, out, "name", 0)
+    next((hidden(out) / "out").glob("*.safetensors")).unlink()
+    prune_folder(llama, out, **CUT)
+    same(in_memory(llama, tmp_path / "cut", **CUT), out)
+
+
+def test_draft_of_another_request(llama: Path, tmp_path: Path) -> None:
+    python(KILLED, llama, tmp_path / "out", "done", 1)
+    with pytest.raises(CloverError, match=r"draft of another request .vo 'Share.share=0.4.' there, 'Share.share=0.5.'"):
+        prune_folder(llama, tmp_path / "out", qk=0.3, vo=0.5)
+    os.utime(llama / sorted(tensors_files(llama))[0])
+    with pytest.raises(CloverError, match=r"draft of another request .model "):
+        prune_folder(llama, tmp_path / "out", **CUT)
+
+
+def tensors_files(folder: Path) -> list[str]:
+    return [file.name for file in folder.glob("*.safetensors")]
+
+
+def test_nothing_to_resume(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(CloverError, match=r"no draft of .*out to resume"):
+        prune_folder(llama, tmp_path / "out", **CUT, resume=True)
+    assert not hidden(tmp_path / "out").exists()
+
+
+# --- a full disk ---
+
+
+def test_file_size_limit(llama: Path, tmp_path: Path) -> None:
+    """Any error of the system while writing: one sentence, nothing under the name, and the rest can be gone on with."""
+    code = """
+import resource, sys
+from clover.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+sys.argv = ["clover", "prune", sys.argv[1], sys.argv[2], "--qk", "0.3", "--vo", "0.4", "--stream"]
+main()
+"""
+    out = tmp_path / "out"
+    run = python(code, llama, out)
+    assert run.returncode == 2
+    assert "can't be written: File too large; free space and give the same command again" in run.stderr
+    assert not out.exists()
+    prune_folder(llama, out, **CUT, resume=True)
+    same(in_memory(llama, tmp_path / "cut", **CUT), out)
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of a few pages in memory."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a file system takes the rights of root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("size", ["16k", "100k"])  # full at the first basis, or when room for files is taken
+def test_full_disk(size: str, llama: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", size) as disk:
+        with pytest.raises(CloverError, match=r"No space left on device.*; free space and give the same command again"):
+            prune_folder(llama, disk / "out", **CUT)
+        assert not (disk / "out").exists()
+        subprocess.run(["mount", "-o", "remount,size=2m", str(disk)], check=True)
+        prune_folder(llama, disk / "out", **CUT, resume=True)
+        same(in_memory(llama, tmp_path / "cut", **CUT), disk / "out")
+
+
+# --- files that are damaged or contradict each other ---
+
+
+def _truncate(folder: Path) -> str:
+    file = sorted(folder.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-100])
+    return rf"{file.name} is damaged or cut off"
+
+
+def _beheaded(folder: Path) -> str:
+    file = sorted(folder.glob("*.safetensors"))[0]
+    file.write_bytes(b"\xff" * 4)
+    return rf"{file.name} is damaged or cut off"
+
+
+def _no_file(folder: Path) -> str:
+    file = sorted(folder.glob("*.safetensors"))[0]
+    file.unlink()
+    return rf"{file.name} is missing"
+
+
+def _index(folder: Path, change: Any) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    change(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def _wrong_place(folder: Path) -> str:
+    def move(places: dict[str, str]) -> None:
+        places["model.embed_tokens.weight"] = next(
+            f for f in places.values() if f != places["model.embed_tokens.weight"]
+        )
+
+    _index(folder, move)
+    return "index.json (says that|does not place)|model.embed_tokens.weight"
+
+
+def _not_listed(folder: Path) -> str:
+    _index(folder, lambda places: places.pop("model.norm.weight"))
+    return "model.norm.weight, which .*index.json does not place there"
+
+
+def _no_index(folder: Path) -> str:
+    (folder / INDEX).write_text("{")
+    return "index.json is no index of safetensors"
+
+
+def _outside(folder: Path) -> str:
+    _index(folder, lambda places: places.update({"model.norm.weight": "../secret.safetensors"}))
+    return "index.json is no index of safetensors"
+
+
+def _drop(folder: Path, name: str) -> None:
+    places = json.loads((folder / INDEX).read_text())["weight_map"]
+    file = folder / places[name]
+    left = {k: v for k, v in safetensors.torch.load_file(file).items() if k != name}
+    safetensors.torch.save_file(left, file, {"format": "pt"})
+    _index(folder, lambda places: places.pop(name))
+
+
+def _no_value(folder: Path) -> str:
+    _drop(folder, "model.layers.1.self_attn.v_proj.weight")
+    return "no tensor for model.layers.1.self_attn.v_proj.weight"
+
+
+def _no_norm(folder: Path) -> str:
+    _drop(folder, "model.norm.weight")
+    return "no tensor for model.norm.weight"
+
+
+def _other_heads(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 3}))
+    return r"k_proj.weight has shape \(16, 48\), but config.json gives \(24, 48\)"
+
+
+def _nan(folder: Path) -> str:
+    file = folder / "model-00001-of-00002.safetensors"
+    held = safetensors.torch.load_file(file)
+    held["model.layers.0.self_attn.q_proj.weight"][3, 3] = torch.nan
+    safetensors.torch.save_file(held, file, {"format": "pt"})
+    return "layers.0.self_attn.*(nan|NaN|finite)"
+
+
+def _quantised(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    return "quantised; prune the unquantised model"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_truncate, _beheaded, _no_file, _wrong_place, _not_listed, _no_index, _outside, _no_value, _no_norm, _other_heads,
+     _nan, _quantised],
+)  # fmt: skip
+def test_damaged_source(damage: Any, llama: Path, tmp_path: Path) -> None:
+    message = damage(llama)
+    with pytest.raises(CloverError, match=message):
+        prune_folder(llama, tmp_path / "out", **CUT)
+    assert not (tmp_path / "out").exists()
+
+
+def test_source_that_is_cut_off_meanwhile(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = Layout.begin
+
+    def then_cut(self: Layout, *rest: Any) -> None:
+        begin(self, *rest)
+        for file in llama.glob("*.safetensors"):
+            file.write_bytes(file.read_bytes()[:-3000])
+
+    monkeypatch.setattr(Layout, "begin", then_cut)
+    with pytest.raises(CloverError, match=r"(ends inside|was cut off while)"):
+        prune_folder(llama, tmp_path / "out", **CUT)
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_pickled_weights(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(CloverError, match="streaming reads safetensors alone"):
+        prune_folder(tmp_path, tmp_path / "out", **CUT)
+
+
+def test_pruned_already(tmp_path: Path) -> None:
+    clover.save(pruned("llama-gqa")[0], tmp_path / "pruned")
+    with pytest.raises(CloverError, match="rewritten by clover before"):
+        prune_folder(tmp_path / "pruned", tmp_path / "out", **CUT)
+
+
+def test_no_model_there(tmp_path: Path) -> None:
+    with pytest.raises(CloverError, match="is no model that can be loaded"):
+        prune_folder("nobody/nothing", tmp_path / "out", **CUT)
+
+
+def test_overflow_is_an_error(tmp_path: Path) -> None:
+    model = build("llama-gqa", torch.float16)[0]
+    for which in ("v_proj", "o_proj"):
+        getattr(model.model.layers[0].self_attn, which).weight.data.fill_(6e4)
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(CloverError, match=r"overflows torch.float16"):
+        prune_folder(tmp_path / "dense", tmp_path / "out", **CUT)
+
+
+# --- two runs, one output ---
+
+
+def test_two_runs_on_one_output(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = "import sys; from clover.streaming import prune_folder; prune_folder(*sys.argv[1:3], qk=0.3, vo=0.4)"
+    with draft(out, {"other": 1}, Crew(), kinds=("bases", "done")):
+        run = python(code, llama, out)
+        assert run.returncode
+        assert "is being made by another run" in run.stderr
+    assert not out.exists()
+
+
+def test_a_name_that_was_taken_meanwhile(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    finish = Draft.finish
+
+    def late(self: Draft) -> Path:
+        out.mkdir()
+        (out / "theirs").write_text("precious")
+        return finish(self)
+
+    monkeypatch.setattr(Draft, "finish", late)
+    with pytest.raises(CloverError, match="was made by someone else meanwhile"):
+        prune_folder(llama, out, **CUT)
+    assert [p.name for p in out.iterdir()] == ["theirs"]
+
+
+def test_output_that_exists(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CloverError, match="out exists"):
+        prune_folder(llama, tmp_path / "out", **CUT)
