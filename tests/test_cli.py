@@ -238,7 +238,7 @@ def test_interrupt_leaves_nothing_behind(
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clover.checkpoint._sync", stop)  # the weights are on disk by then
+    monkeypatch.setattr("clover.checkpoint.sync", stop)  # the weights are on disk by then
     for command in (
         ["prune", llama, tmp_path / "out", "--vo", 0.5, "--calibration", text],
         ["demo", "--model", llama, "--out", tmp_path / "out"],

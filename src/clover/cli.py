@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import warnings
-from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from clover.errors import CloverError
-from clover.progress import console
-from clover.show import Commands, describe, note, show, show_blocks
+from clover.options import (
+    Calibration,
+    Json,
+    Limit,
+    Metric,
+    Model,
+    Part,
+    Share,
+    Split,
+    Threshold,
+    batches_of,
+    beside_of,
+    check_figure,
+    check_metric,
+    load_ready,
+    quiet,
+    rule_of,
+    tell,
+)
+from clover.show import Commands, describe, note, show, show_blocks, show_runtime
 
 if TYPE_CHECKING:
-    from clover.budget import Rule
-
-
-def _share(value: float | None) -> float | None:
-    if value is not None and not 0 <= value < 1:
-        raise typer.BadParameter(f"{value} is no share of the directions; it must be at least 0 and less than 1")
-    return value
-
-
-def _threshold(value: float | None) -> float | None:
-    if value is not None and not 0 <= value < math.inf:
-        raise typer.BadParameter(f"{value} is no threshold; it must be a finite number that is not negative")
-    return value
+    pass
 
 
 app = typer.Typer(
@@ -39,25 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make the attention of trained transformers smaller in its own latent space, without training.",
 )
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub name.")]
-Share = Annotated[
-    float | None, typer.Option(metavar="R", callback=_share, help="Share of these directions to remove, 0 to 1.")
-]
-Threshold = Annotated[
-    float | None, typer.Option(metavar="T", callback=_threshold, help="Instead: remove norm products of at most T.")
-]
-Part = Annotated[Literal["encoder", "decoder", "cross", "all"], typer.Option(help="Which attention blocks.")]
-Calibration = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Text .txt, questions .jsonl, audio manifest .tsv, or a folder of images."),
-]
-Metric = Annotated[
-    Literal["activations", "weights"] | None,
-    typer.Option(help="How directions are measured.", show_default="activations with --calibration, else weights"),
-]
-Split = Annotated[str | None, typer.Option(metavar="NAME", help="Rows of a manifest that are used.")]
-Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Use at most N windows of text, clips or images.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
 
 
 def _version(wanted: bool | None) -> None:
@@ -89,15 +72,15 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show the singular values of every head, beside the norms that pruning without CLOVER goes by."""
-    _check_metric(metric, calibration)
+    check_metric(metric, calibration)
     if plot:
-        _check_figure(plot)
+        check_figure(plot)
     from clover.families import blocks
     from clover.pruning import inspect as look
 
-    loaded, _ = _load(model)
+    loaded, _ = load_ready(model)
     found = blocks(loaded, part)
-    spectra = look(loaded, part=part, calibration=_batches(loaded, calibration, metric, split, limit), metric=metric)
+    spectra = look(loaded, part=part, calibration=batches_of(loaded, calibration, metric, split, limit), metric=metric)
     if plot:
         from clover.report import plot_spectra
 
@@ -141,15 +124,15 @@ def prune(
     from clover.report import write_report
 
     check_writable(out)
-    rules = _rule("qk", qk, qk_threshold), _rule("vo", vo, vo_threshold)
+    rules = rule_of("qk", qk, qk_threshold), rule_of("vo", vo, vo_threshold)
     cuts = any((qk, vo, qk_threshold, vo_threshold))
     if not cuts and None in (qk, vo):
         raise CloverError(
             "nothing is to be removed; give --qk, --vo or a threshold (--qk 0 --vo 0 only turns the basis)"
         )
-    _check_metric(metric, calibration)
+    check_metric(metric, calibration)
     if report:
-        _check_figure(report)
+        check_figure(report)
     if cuts and (metric == "weights" or calibration is None):
         note("warning: pruning by the weights alone breaks most modern models; give --calibration FILE instead")
     if resume and not stream:
@@ -159,26 +142,26 @@ def prune(
             raise CloverError(f"--report {report} needs all blocks at once; leave out --report or --stream")
         from clover.streaming import prune_folder
 
-        _quiet()
+        quiet()
         weights = metric == "weights" or calibration is None
         sizes = prune_folder(
             model, out, qk=qk, vo=vo, part=part, qk_threshold=qk_threshold, vo_threshold=vo_threshold,
-            granularity=granularity, limits=Limits(groups=groups), beside=_beside(model), resume=resume, seed=seed,
-            calibration=None if weights else lambda shell: _batches(shell, calibration, metric, split, limit) or (),
+            granularity=granularity, limits=Limits(groups=groups), beside=beside_of(model), resume=resume, seed=seed,
+            calibration=None if weights else lambda shell: batches_of(shell, calibration, metric, split, limit) or (),
         )  # fmt: skip
-        _tell(sizes, f"saved {out.absolute()}", as_json)
+        tell(sizes, f"saved {out.absolute()}", as_json)
         return
 
-    loaded, dtype = _load(model)
-    batches = _batches(loaded, calibration, metric, split, limit)
+    loaded, dtype = load_ready(model)
+    batches = batches_of(loaded, calibration, metric, split, limit)
     bases = find_bases(loaded, part=part, calibration=batches, metric=metric, seed=seed)
     apply(loaded, bases, plan_ranks(bases, *rules, granularity=granularity, limits=Limits(groups=groups)))
     sizes = summary(loaded.to(dtype))
-    target = save(loaded, out, beside=_beside(model))
+    target = save(loaded, out, beside=beside_of(model))
     if report:
         spectra = [basis.spectrum() for basis in bases]
         write_report(report, title=f"{model}, pruned", spectra=spectra, plan=plan_of(loaded), summary=sizes)
-    _tell(sizes, f"saved {target}" + (f" and {report}" if report else ""), as_json)
+    tell(sizes, f"saved {target}" + (f" and {report}" if report else ""), as_json)
 
 
 @app.command("eval")
@@ -195,7 +178,7 @@ def evaluate(
     """Measure a model, pruned or not: perplexity of a text, word error rate of speech, or multiple choice."""
     from clover.evaluate import evaluate as measure
 
-    _quiet()
+    quiet()
     score = measure(model, data, task, split, limit)
     if as_json:
         print(json.dumps(score.to_dict()))
@@ -241,7 +224,7 @@ def tune(
 
     if rank is not None and match_parameters:
         raise CloverError(f"--rank {rank} and --match-parameters exclude each other; give one")
-    _quiet()
+    quiet()
     recipe = Recipe(method, steps, lr, batch, seed, length=length, core=core, rank=rank)
     result = run(model, adapter, data, recipe, eval_data=eval_data)
     note(f"saved {adapter}")
@@ -265,7 +248,7 @@ def merge(
     extra("peft", "tune")
     from clover.training import merge as run
 
-    _quiet()
+    quiet()
     note(f"saved {run(model, adapter, out)}")
 
 
@@ -280,8 +263,36 @@ def export(
     from clover.export import pad
 
     check_writable(out)
-    _quiet()
-    note(f"saved {save(pad(load(model)), out, beside=_beside(model))}; padded with zeros, so it is no smaller")
+    quiet()
+    note(f"saved {save(pad(load(model)), out, beside=beside_of(model))}; padded with zeros, so it is no smaller")
+
+
+bench = typer.Typer(help="Time and memory of a pruned model beside the original.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command()
+def runtime(
+    model: Model,
+    pruned: Annotated[str, typer.Argument(metavar="PRUNED", help="A folder that clover prune made of MODEL.")],
+    context: Annotated[list[int] | None, typer.Option(metavar="N", help="Tokens read before; can be repeated.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens written one by one.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences at once.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Timed rounds, in turns; medians count.")] = 5,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of both models.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Prefill, decode, peak memory and KV-cache of both models, side by side in alternating rounds."""
+    from clover.bench import compare_runtime
+
+    quiet()
+    result = compare_runtime(
+        model, pruned, contexts=context or [512], new_tokens=new_tokens, batch=batch, repeats=repeats, dtype=dtype
+    )
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show_runtime(result)
 
 
 @app.command()
@@ -296,7 +307,7 @@ def demo(
     from clover.demo import run
     from clover.report import table
 
-    _quiet()
+    quiet()
     result = run(model, out)
     if as_json:
         print(json.dumps(result.to_dict()))
@@ -304,90 +315,6 @@ def demo(
     show(table(result.summary, result.measurements))
     print(f"Report: {result.report}\n\nLoad the pruned model:\n")
     print(f"    import clover\n    model = clover.load({result.model!r})")
-
-
-# --- what the commands share ---
-
-
-def _rule(name: str, share: float | None, threshold: float | None) -> Rule:
-    from clover.budget import Share, Threshold
-
-    if None not in (share, threshold):
-        raise CloverError(f"--{name} {share} and --{name}-threshold {threshold} exclude each other; give one")
-    return Share(share or 0.0) if threshold is None else Threshold(threshold)
-
-
-def _check_metric(metric: str | None, calibration: Path | None) -> None:
-    from clover.files import file_kind
-
-    if metric == "activations" and calibration is None:
-        raise CloverError("--metric activations needs data; give --calibration FILE, or choose --metric weights")
-    if calibration is not None:
-        file_kind(calibration)
-        if metric == "weights":
-            note(f"warning: --metric weights makes no use of {calibration}")
-
-
-def _check_figure(path: Path) -> None:
-    """Find out before the long work whether a page or picture can be made."""
-    from importlib.util import find_spec
-
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise CloverError(f"{path} can't be written; name a file in an existing folder that you may write to")
-    if find_spec("matplotlib") is None:
-        raise CloverError('plots need matplotlib, which is missing: pip install "clover-attention[report]"')
-
-
-def _tell(sizes: dict[str, float | int], sentence: str, as_json: bool) -> None:
-    """What became of the model; once, where several processes made it."""
-    from clover.report import table
-
-    if os.environ.get("RANK", "0") != "0":
-        return
-    note(sentence)
-    if as_json:
-        print(json.dumps(sizes))
-    else:
-        show(table(sizes))
-
-
-def _quiet() -> None:
-    """Keep transformers from talking beside results; its progress bars stay where someone can see them move."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    if not console.is_terminal:
-        logging.disable_progress_bar()
-
-
-def _load(name: str) -> tuple[Any, Any]:
-    """The model, ready to be computed with, and the dtype of its checkpoint."""
-    from clover.checkpoint import load, ready
-
-    _quiet()
-    return ready(load(name, trust_remote_code=False))
-
-
-def _batches(
-    model: Any, calibration: Path | None, metric: str | None, split: str | None, limit: int | None
-) -> Iterable[Any] | None:
-    from clover.data import calibration_batches
-
-    if calibration is None or metric == "weights":
-        return None
-    sizes = {} if limit is None else {"sequences": limit, "limit": limit}
-    return calibration_batches(calibration, model, split=split, **sizes)
-
-
-def _beside(name: str) -> tuple[Any, ...]:
-    """What lies beside a model and must go with it: its processor or tokenizer."""
-    from clover.data import load_processor
-
-    for kind in ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoFeatureExtractor"):
-        with suppress(CloverError):
-            return (load_processor(name, kind),)
-    note(f"warning: {name} has no tokenizer or processor that could be saved with the pruned model")
-    return ()
 
 
 def main() -> None:

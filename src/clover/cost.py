@@ -132,6 +132,12 @@ def compare_throughput(
     return {**result, "ratio": ratio}
 
 
+@torch.inference_mode()
+def use(model: nn.Module, *, context: int, new_tokens: int, batch: int) -> None:
+    """Run a model once as ``throughput`` does, untimed."""
+    _rates(model, _random_inputs(model, batch, context), new_tokens)
+
+
 def _rates(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int) -> dict[str, float]:
     """One run, in items per second."""
     items = next(iter(inputs.values())).shape[0]

@@ -83,5 +83,19 @@ def show_blocks(blocks: Iterable[dict[str, Any]]) -> None:
     Console().print(table)
 
 
+def show_runtime(result: dict[str, Any]) -> None:
+    """A line for each measured figure and context."""
+    table = Table(box=box.SIMPLE_HEAD, caption=f"{result['device']}, {result['dtype']}, batch {result['batch']}")
+    for name in ("context", "", "dense", "pruned", "ratio"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    for context, run in result["contexts"].items():
+        for key, (dense, pruned) in run.items():
+            scale, unit = (2**20, "MiB") if key.endswith("bytes") else (1, "")
+            title = key.replace("_per_second", "/s").replace("_bytes", f", {unit}").replace("_", " ")
+            figures = (f"{value / scale:,.2f}" for value in (dense, pruned))
+            table.add_row(context, title, *figures, f"{pruned / dense:.3f}" if dense else "")
+    Console().print(table)
+
+
 def _large(rows: tuple[tuple[float, ...], ...]) -> float:
     return sum(value > 0.01 * row[0] for row in rows for value in row) / len(rows)

@@ -1,0 +1,94 @@
+"""Two saved models side by side: speed in alternating rounds, peak memory in processes of their own."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clover.checkpoint import load, ready
+from clover.cost import compare_throughput, sizes, use, writes_text
+from clover.errors import CloverError
+
+SIDES = ("dense", "pruned")
+
+
+def compare_runtime(
+    dense: str,
+    pruned: str,
+    *,
+    contexts: Sequence[int] = (512,),
+    new_tokens: int = 32,
+    batch: int = 1,
+    repeats: int = 5,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Compare a pruned model with the original.
+
+    Args:
+        dense, pruned: folders or hub names.
+        contexts: tokens read before the first is written; what writes no text is run once, on inputs of its own size.
+        new_tokens: tokens written one at a time.
+        batch: sequences at once.
+        repeats: timed rounds after one to warm up; the models take turns, medians are returned.
+        dtype: of both; by default float32 on a CPU, and on a GPU that of their files.
+
+    Returns:
+        ``device``, ``dtype``, ``batch`` and ``contexts``: for each context (one that is empty for what writes no text) pairs of the
+        figures of both models. ``kv_bytes`` are those of the cache once everything is written, ``peak_bytes`` the most
+        that a process held that only ran this model; ``decode_bound`` has for the pruned model how many times faster
+        it could write if time went to reading weights and cache alone.
+
+    Raises:
+        CloverError: no model there, a count below 1, or more tokens than the model has positions for.
+    """
+    models: dict[str, Any] = {}
+    for side, name in zip(SIDES, (dense, pruned), strict=True):
+        models[side] = load(name, dtype=getattr(torch, dtype)) if dtype else ready(load(name))[0]
+        models[side] = models[side].to("cuda" if torch.cuda.is_available() else "cpu")
+    held = {side: sizes(model) for side, model in models.items()}
+    first = models["dense"]
+    if writes_text(first) != writes_text(models["pruned"]):
+        raise CloverError(f"{dense} and {pruned} are models of different kinds; compare a model with its own cut")
+    result: dict[str, Any] = {"device": str(first.device), "dtype": str(first.dtype).removeprefix("torch.")}
+    result |= {"batch": batch, "new_tokens": new_tokens, "repeats": repeats, "contexts": {}}
+    for context in contexts if writes_text(first) else [None]:
+        options: dict[str, Any] = {
+            "context": 1 if context is None else context,
+            "new_tokens": new_tokens,
+            "batch": batch,
+        }
+        rates = compare_throughput(models, repeats=repeats, **options)
+        run = {key: [rates[side][key] for side in SIDES] for key in rates["dense"]}
+        if context is not None:
+            cache = [(held[side]["kv_bytes_per_token"] or 0) * batch * (context + new_tokens) for side in SIDES]
+            moved = [(held[side]["bytes"] or 0) + kv for side, kv in zip(SIDES, cache, strict=True)]
+            run |= {"kv_bytes": cache, "decode_bound": [1.0, moved[0] / moved[1]]}
+        run["weight_bytes"] = [held[side]["bytes"] for side in SIDES]
+        run["peak_bytes"] = [_peak(name, str(first.dtype).removeprefix("torch."), options) for name in (dense, pruned)]
+        result["contexts"]["" if context is None else str(context)] = run
+    return result
+
+
+def _peak(name: str, dtype: str, options: dict[str, Any]) -> int:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(peak_bytes, name, dtype, options).result()
+
+
+def peak_bytes(name: str, dtype: str, options: dict[str, Any]) -> int:
+    """Load a model, run it once, and tell the most bytes that were held, on the GPU or else by this process."""
+    model: Any = load(name, dtype=getattr(torch, dtype))
+    if torch.cuda.is_available():
+        model = model.cuda()
+    use(model, **options)
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage tells is at least what the parent process held
+        return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

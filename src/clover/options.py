@@ -1,0 +1,137 @@
+"""What the commands share: their options, and how models and data are taken in."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from clover.errors import CloverError
+from clover.progress import console
+from clover.show import note, show
+
+if TYPE_CHECKING:
+    from clover.budget import Rule
+
+
+def _share(value: float | None) -> float | None:
+    if value is not None and not 0 <= value < 1:
+        raise typer.BadParameter(f"{value} is no share of the directions; it must be at least 0 and less than 1")
+    return value
+
+
+def _threshold(value: float | None) -> float | None:
+    if value is not None and not 0 <= value < math.inf:
+        raise typer.BadParameter(f"{value} is no threshold; it must be a finite number that is not negative")
+    return value
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub name.")]
+Share = Annotated[
+    float | None, typer.Option(metavar="R", callback=_share, help="Share of these directions to remove, 0 to 1.")
+]
+Threshold = Annotated[
+    float | None, typer.Option(metavar="T", callback=_threshold, help="Instead: remove norm products of at most T.")
+]
+Part = Annotated[Literal["encoder", "decoder", "cross", "all"], typer.Option(help="Which attention blocks.")]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Text .txt, questions .jsonl, audio manifest .tsv, or a folder of images."),
+]
+Metric = Annotated[
+    Literal["activations", "weights"] | None,
+    typer.Option(help="How directions are measured.", show_default="activations with --calibration, else weights"),
+]
+Split = Annotated[str | None, typer.Option(metavar="NAME", help="Rows of a manifest that are used.")]
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Use at most N windows of text, clips or images.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
+
+
+def rule_of(name: str, share: float | None, threshold: float | None) -> Rule:
+    """The rule for ``--NAME`` or ``--NAME-threshold``."""
+    from clover.budget import Share, Threshold
+
+    if None not in (share, threshold):
+        raise CloverError(f"--{name} {share} and --{name}-threshold {threshold} exclude each other; give one")
+    return Share(share or 0.0) if threshold is None else Threshold(threshold)
+
+
+def check_metric(metric: str | None, calibration: Path | None) -> None:
+    """Find out before the long work whether metric and data go together."""
+    from clover.files import file_kind
+
+    if metric == "activations" and calibration is None:
+        raise CloverError("--metric activations needs data; give --calibration FILE, or choose --metric weights")
+    if calibration is not None:
+        file_kind(calibration)
+        if metric == "weights":
+            note(f"warning: --metric weights makes no use of {calibration}")
+
+
+def check_figure(path: Path) -> None:
+    """Find out before the long work whether a page or picture can be made."""
+    from importlib.util import find_spec
+
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise CloverError(f"{path} can't be written; name a file in an existing folder that you may write to")
+    if find_spec("matplotlib") is None:
+        raise CloverError('plots need matplotlib, which is missing: pip install "clover-attention[report]"')
+
+
+def tell(sizes: dict[str, float | int], sentence: str, as_json: bool) -> None:
+    """What became of the model; once, where several processes made it."""
+    from clover.report import table
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    note(sentence)
+    if as_json:
+        print(json.dumps(sizes))
+    else:
+        show(table(sizes))
+
+
+def quiet() -> None:
+    """Keep transformers from talking beside results; its progress bars stay where someone can see them move."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not console.is_terminal:
+        logging.disable_progress_bar()
+
+
+def load_ready(name: str) -> tuple[Any, Any]:
+    """The model, ready to be computed with, and the dtype of its checkpoint."""
+    from clover.checkpoint import load, ready
+
+    quiet()
+    return ready(load(name, trust_remote_code=False))
+
+
+def batches_of(
+    model: Any, calibration: Path | None, metric: str | None, split: str | None, limit: int | None
+) -> Iterable[Any] | None:
+    """Calibration batches for the model, where the metric has use for them."""
+    from clover.data import calibration_batches
+
+    if calibration is None or metric == "weights":
+        return None
+    sizes = {} if limit is None else {"sequences": limit, "limit": limit}
+    return calibration_batches(calibration, model, split=split, **sizes)
+
+
+def beside_of(name: str) -> tuple[Any, ...]:
+    """What lies beside a model and must go with it: its processor or tokenizer."""
+    from clover.data import load_processor
+
+    for kind in ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoFeatureExtractor"):
+        with suppress(CloverError):
+            return (load_processor(name, kind),)
+    note(f"warning: {name} has no tokenizer or processor that could be saved with the pruned model")
+    return ()

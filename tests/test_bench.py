@@ -1,0 +1,68 @@
+"""Two saved models side by side, in Python and on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import clover
+from clover.bench import compare_runtime
+from clover.errors import CloverError
+from clover.show import show_runtime
+from families import build, pruned
+from test_cli import run, succeed
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny language model and its cut, saved."""
+    folder = tmp_path_factory.mktemp("pair")
+    build("llama-gqa", torch.float32)[0].save_pretrained(folder / "dense")
+    clover.save(pruned("llama-gqa", dtype=torch.float32)[0], folder / "pruned")
+    return folder / "dense", folder / "pruned"
+
+
+def test_bench_runtime(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    result, _ = succeed(
+        "bench", "runtime", *pair, "--context", 8, "--context", 16, "--new-tokens", 2, "--repeats", 1, "--batch", 2
+    )
+    assert list(result["contexts"]) == ["8", "16"] and result["batch"] == 2 and result["dtype"] == "float32"
+    summary = clover.summary(clover.load(pair[1]))
+    for context, figures in result["contexts"].items():
+        tokens = 2 * (int(context) + 2)
+        assert figures["kv_bytes"] == [tokens * summary[f"kv_bytes_per_token_{side}"] for side in ("before", "after")]
+        weights = [4 * summary[f"parameters_{side}"] for side in ("before", "after")]
+        assert figures["weight_bytes"] == weights
+        moved = [w + c for w, c in zip(weights, figures["kv_bytes"], strict=True)]
+        assert figures["decode_bound"] == [1.0, pytest.approx(moved[0] / moved[1])]
+        for key in ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_bytes"):
+            assert min(figures[key]) > 0
+        assert figures["peak_bytes"][0] > 50 * 2**20, "an interpreter with torch is larger"
+    show_runtime(result)
+    assert "decode tokens/s" in capsys.readouterr().out
+
+
+def test_an_encoder_is_run_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("clover.bench._peak", lambda *_: 1)
+    build("bert", torch.float32)[0].save_pretrained(tmp_path / "bert")
+    result = compare_runtime(str(tmp_path / "bert"), str(tmp_path / "bert"), repeats=1)
+    assert list(result["contexts"]) == [""] and set(result["contexts"][""]) == {
+        "items_per_second", "weight_bytes", "peak_bytes",
+    }  # fmt: skip
+
+
+def test_models_of_different_kinds_are_not_compared(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    build("bert", torch.float32)[0].save_pretrained(tmp_path / "bert")
+    with pytest.raises(CloverError, match="models of different kinds; compare a model with its own cut"):
+        compare_runtime(str(pair[0]), str(tmp_path / "bert"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["--context", 0], "must be at least 1"), (["--context", 500], "exceed the 128 positions")]
+)
+def test_bad_contexts(pair: tuple[Path, Path], arguments: list[Any], said: str) -> None:
+    result = run("bench", "runtime", *pair, *arguments)
+    assert result.code == 2 and said in " ".join(result.said.split())
