@@ -39,10 +39,10 @@ def compare_runtime(
         dtype: of both; by default float32 on a CPU, and on a GPU that of their files.
 
     Returns:
-        ``device``, ``dtype``, ``batch`` and ``contexts``: for each context (one that is empty for what writes no text) pairs of the
-        figures of both models. ``kv_bytes`` are those of the cache once everything is written, ``peak_bytes`` the most
-        that a process held that only ran this model; ``decode_bound`` has for the pruned model how many times faster
-        it could write if time went to reading weights and cache alone.
+        ``device``, ``dtype``, ``batch`` and ``contexts``: for each context (an empty one for what writes no text)
+        pairs of the figures of both models. ``kv_bytes`` are those of the cache once everything is written,
+        ``peak_bytes`` the most that a process held that only ran this model; ``decode_bound`` has for the pruned model
+        how many times faster it could write if time went to reading weights and cache alone.
 
     Raises:
         CloverError: no model there, a count below 1, or more tokens than the model has positions for.
