@@ -175,6 +175,20 @@ def test_prune_to_a_basis_warns_of_nothing(llama: Path, tmp_path: Path) -> None:
     assert "warning" not in said
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_prune_streams(calibrated: bool, llama: Path, text: Path, tmp_path: Path) -> None:
+    used = ("--calibration", text, "--limit", 4) if calibrated else ()
+    cut = ("--qk", 0.25, "--vo", 0.5, *used)
+    sizes, said = succeed("prune", llama, tmp_path / "streamed", *cut, "--stream")
+    expected, _ = succeed("prune", llama, tmp_path / "whole", *cut)
+    assert sizes == expected
+    assert ("by the weights alone" in said) is not calibrated
+    assert {p.name for p in (tmp_path / "streamed").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+    weights = [clover.load(tmp_path / which).state_dict() for which in ("streamed", "whole")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1]) is not calibrated
+    assert not hidden(tmp_path)
+
+
 def test_prune_by_threshold(llama: Path, text: Path, tmp_path: Path) -> None:
     norms = succeed("inspect", llama, "--calibration", text)[0]["blocks"][0]["vo_norms"][0]
     arguments = ["--vo-threshold", norms[len(norms) // 2], "--calibration", text, "--granularity", "layer"]
@@ -362,6 +376,19 @@ def test_merge_refuses(wide: Path, llama: Path, tmp_path: Path) -> None:
 )
 def test_prune_refuses(llama: Path, tmp_path: Path, arguments: list[object], said: str) -> None:
     assert said in refuse("prune", llama, tmp_path / "out", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--resume"], "--resume goes on with a run of --stream; give both"),
+        (["--stream", "--resume"], "to resume; leave out --resume to begin"),
+        (["--stream", "--report", "page.html"], "leave out --report or --stream"),
+    ],
+)
+def test_streaming_refuses(flags: list[str], said: str, llama: Path, tmp_path: Path) -> None:
+    assert said in refuse("prune", llama, tmp_path / "out", "--vo", 0.5, *flags)
     assert not list(tmp_path.iterdir())
 
 

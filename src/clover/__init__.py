@@ -7,6 +7,7 @@ from clover.checkpoint import load, save
 from clover.errors import CloverError, UnsupportedModelError
 from clover.plan import Plan
 from clover.pruning import inspect, orthogonalize, plan_of, prune, summary
+from clover.streaming import prune_folder
 
 if find_spec("peft"):  # peft then loads adapters of this method by their name
     from clover.config import CloverConfig
@@ -33,6 +34,7 @@ __all__ = [
     "orthogonalize",
     "plan_of",
     "prune",
+    "prune_folder",
     "save",
     "summary",
 ]

@@ -8,6 +8,7 @@ gradient.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,8 @@ class Layout:
     rows: Int[Tensor, "n kept"]
     columns: Int[Tensor, "n kept e"]
     width: int
+    ranks: tuple[int, ...]
+    """Directions kept of each KV head, in their order."""
 
     @classmethod
     def of(cls, ranks: list[tuple[int, int]], queries: int, size: int, kv_heads: int, device: torch.device) -> Layout:
@@ -40,7 +43,8 @@ class Layout:
             rows.append(steps)
             columns.append(span[:, None].expand(queries, rank, size))
             at += queries * rank
-        return cls(torch.cat(rows, 1).to(device), torch.cat(columns, 1).to(device), kv_heads * queries * size)
+        where = torch.cat(rows, 1).to(device), torch.cat(columns, 1).to(device)
+        return cls(*where, kv_heads * queries * size, tuple(rank for _, rank in ranks))
 
     def spread(self, bases: Float[Tensor, "kept e"]) -> Float[Tensor, "columns z"]:
         """``D`` from the bases."""
@@ -48,9 +52,30 @@ class Layout:
         down[self.rows.unsqueeze(-1), self.columns] = bases.expand(len(self.rows), -1, -1)
         return down
 
-    def gather(self, down: Float[Tensor, "columns z"]) -> Float[Tensor, "kept e"]:
-        """Sum of the entries of ``D`` that each entry of the bases stands for (the adjoint of ``spread``)."""
-        return down[self.rows.unsqueeze(-1), self.columns].sum(0)
+    # Products with ``D`` go block by block: it is zero but for a block a query head.
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows of the bases, and rows and columns of ``D``, of every query head."""
+        at = 0
+        for rank in self.ranks:
+            if rank:
+                for rows, columns in zip(self.rows[:, at : at + rank], self.columns[:, at], strict=True):
+                    yield slice(at, at + rank), rows, columns
+            at += rank
+
+    def times(self, bases: Float[Tensor, "kept e"], right: Float[Tensor, "z w"]) -> Float[Tensor, "columns w"]:
+        """``D @ right``."""
+        product = right.new_empty(self.rows.numel(), right.shape[1])
+        for kept, rows, columns in self._blocks():
+            product[rows] = bases[kept] @ right[columns]
+        return product
+
+    def gather(self, left: Float[Tensor, "columns m"], right: Float[Tensor, "m z"]) -> Float[Tensor, "kept e"]:
+        """Sum of the entries of ``left @ right`` at each place where ``D`` has an entry of the bases (the adjoint)."""
+        total = right.new_zeros(sum(self.ranks), self.columns.shape[-1])
+        for kept, rows, columns in self._blocks():
+            total[kept] += left[rows] @ right[:, columns]
+        return total
 
 
 def refit(
@@ -72,33 +97,40 @@ def refit(
     Returns:
         The fitted projection and bases. At full rank they are what came in.
     """
-    fitted = _fit_output(whole, cut, layout.spread(bases), covariance)
+    target = whole @ covariance
+    fitted = _fit_output(target, cut, bases, layout, covariance)
     for _ in range(ROUNDS):
-        bases = _fit_bases(whole, fitted, bases, layout, covariance, metric)
-        fitted = _fit_output(whole, fitted, layout.spread(bases), covariance)
+        bases = _fit_bases(target, fitted, bases, layout, covariance, metric)
+        fitted = _fit_output(target, fitted, bases, layout, covariance)
     return fitted, bases
 
 
-def _fit_output(whole: Tensor, cut: Tensor, down: Tensor, covariance: Tensor) -> Tensor:
-    reached = down @ covariance
-    gram = reached @ down.mT
+def _fit_output(target: Tensor, cut: Tensor, bases: Tensor, layout: Layout, covariance: Tensor) -> Tensor:
+    """The projection for given bases; ``target`` is the whole one times the covariance."""
+    gram = layout.times(bases, layout.times(bases, covariance).mT)
     energy = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
-    gram = gram + RIDGE * energy * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    missing = (whole - cut @ down) @ reached.mT
-    return cut + torch.linalg.solve(gram, missing.mT).mT
+    ridged = gram + RIDGE * energy * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    missing = layout.times(bases, target.mT) - gram @ cut.mT
+    return cut + torch.linalg.solve(ridged, missing).mT
 
 
-def _fit_bases(whole: Tensor, cut: Tensor, bases: Tensor, layout: Layout, covariance: Tensor, metric: Tensor) -> Tensor:
+def _fit_bases(
+    target: Tensor, cut: Tensor, bases: Tensor, layout: Layout, covariance: Tensor, metric: Tensor
+) -> Tensor:
     """Conjugate gradients on the normal equations, from where the bases are."""
     left = cut.mT @ metric
     square = left @ cut
-    target = layout.gather(left @ whole @ covariance)
-    residual = target - layout.gather(square @ layout.spread(bases) @ covariance)
+
+    def apply(direction: Tensor) -> Tensor:
+        return layout.gather(square, layout.times(direction, covariance))
+
+    wanted = layout.gather(left, target)
+    residual = wanted - apply(bases)
     direction, energy = residual, residual.square().sum()
     for _ in range(STEPS):
-        if energy <= TOLERANCE**2 * target.square().sum():
+        if energy <= TOLERANCE**2 * wanted.square().sum():
             break  # what is left is rounding; with little data the curvature along it may be zero or negative
-        image = layout.gather(square @ layout.spread(direction) @ covariance)
+        image = apply(direction)
         step = energy / (direction * image).sum()
         bases = bases + step * direction
         residual = residual - step * image
