@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from functools import cache
 from typing import Any
 
@@ -226,3 +228,30 @@ def test_it_can_be_trained_after_inference(name: str) -> None:
         model(**batch)
     model(**batch)[0].square().sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_compiled_without_a_break_it_writes_into_a_static_cache() -> None:
+    """In a process without the checks of shapes, which the compiler can't follow."""
+    code = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+import clover
+torch.manual_seed(0)
+sizes = dict(vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=2)
+model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=6, num_key_value_heads=3)).eval()
+ids = torch.randint(64, (2, 12))
+clover.prune(model, qk=0.3, vo=0.3, calibration=[{"input_ids": ids}])
+assert any(len(block.groups) > 1 for block in clover.plan_of(model).blocks)
+step = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+cache, pieces = StaticCache(config=model.config, max_cache_len=16), []
+with torch.no_grad():
+    whole = model(input_ids=ids).logits
+    torch.testing.assert_close(step(input_ids=ids, use_cache=False).logits, whole, rtol=1e-4, atol=1e-5)
+    for i in range(ids.shape[1]):
+        at = torch.full((len(ids), 1), i)
+        out = step(input_ids=ids[:, i : i + 1], position_ids=at, past_key_values=cache, use_cache=True)
+        pieces.append(out.logits)
+torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-5)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from clover.cache import grow
 from clover.families import Block, arguments
 from clover.plan import BlockPlan, Group
-from clover.ragged import Padding, Span, as_heads, joined, padded, take
+from clover.ragged import Padding, Span, as_heads, joined, kernel_size, padded, take
 
 SPAN = 8
 """KV heads that a single new token reads as one: more would waste arithmetic, fewer would waste launches."""
@@ -214,10 +214,8 @@ class CloverAttention(nn.Module):
             return self._attend_padded(partial(interface, self, **options), queries, keys, values, mask), [None]
         outputs, weights = [], []
         for group, q, k, v, m in self._groups(queries, keys, values, mask):
-            if group.qk != group.value and name != "eager":
-                # The fused kernels want one head size; their fallback costs far more than a few zero columns.
-                size = max(group.qk, group.value)
-                q, k, v = (padded(t, size) for t in (q, k, v))
+            if name != "eager":
+                q, k, v = (padded(t, kernel_size(group.qk, group.value, q.dtype)) for t in (q, k, v))
             out, weight = interface(self, q, k, v, m, **options)
             outputs.append(out[..., : group.value].flatten(2))
             weights.append(weight)
@@ -259,9 +257,12 @@ class CloverAttention(nn.Module):
         wide as all keys, zero outside its own head's columns, and of each row of results only its own head's columns
         are taken.
         """
-        n, results = self.clover.queries, []
+        n, results, dtype = self.clover.queries, [], queries.dtype
         if mask is not None and mask.shape[1] > 1:
             mask = mask[:, [h for group in self.clover.groups for h in self._query_heads(group)]]
+        if queries.device.type == "cpu" and queries.dtype.itemsize < 4:
+            # oneDNN compiles a half-precision product anew for each length of the cache: milliseconds a token.
+            queries, keys, values = queries.float(), keys.float(), values.float()
         spans = self._spans(queries.device)
         for span in spans:
             q, k, v = queries, keys, values
@@ -276,7 +277,7 @@ class CloverAttention(nn.Module):
             weights = logits.softmax(-1, dtype=torch.float32)
             weights = nn.functional.threshold(weights, NOTHING, 0.0, inplace=True).to(v.dtype)
             results.append(torch.bmm(weights, v).flatten(1).index_select(1, span.from_rows))
-        return joined(results).unsqueeze(1)
+        return joined(results).unsqueeze(1).to(dtype)
 
     def _spans(self, device: torch.device) -> list[Span]:
         """The heads in stretches of at most ``SPAN``, made once for a device."""

@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+TILE = 16
+"""Columns that matrix units of CPUs and GPUs like to work on at once."""
+
 
 class Padding(NamedTuple):
     """Which flat column each column takes when all heads are padded to the same size; and back, for the outputs."""
@@ -25,7 +28,7 @@ class Padding(NamedTuple):
     @torch.inference_mode(False)  # made under it, they could not be used in training later
     def of(cls, sizes: list[tuple[int, int]], n: int, device: torch.device) -> Padding:
         """Heads of (Q-K, V-O) ``sizes``, ``n`` queries each."""
-        size = max(max(s) for s in sizes)
+        size = -(-max(max(s) for s in sizes) // TILE) * TILE
 
         def columns(widths: list[int], repeats: int, absent: int) -> tuple[Tensor, Tensor]:
             widths = [w for w in widths for _ in range(repeats)]
@@ -68,6 +71,16 @@ class Span(NamedTuple):
         columns = slice(n * at_qk, n * (at_qk + qk)), slice(at_qk, at_qk + qk), slice(at_value, at_value + value)
         into_rows, from_rows = (torch.tensor(i, device=device) for i in index)
         return cls(first, last - first, columns, into_rows, from_rows)
+
+
+def kernel_size(qk: int, value: int, dtype: torch.dtype) -> int:
+    """Columns that a fused attention kernel is given of a head.
+
+    It wants one size for all, and in half precision a multiple of its tiles; its fallbacks cost far more than a few
+    zero columns.
+    """
+    size = max(qk, value)
+    return -(-size // TILE) * TILE if dtype.itemsize < 4 else size
 
 
 def as_heads(flat: Tensor, heads: int) -> Tensor:
