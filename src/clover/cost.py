@@ -183,6 +183,7 @@ def _clock(model: Any, call: Callable[[], T]) -> tuple[T, float]:
 
 
 def random_inputs(model: Any, batch: int, context: int) -> dict[str, torch.Tensor]:
+    """Random tokens (``context`` of them at most), speech or images of a model's size: whatever it reads."""
     config, reads = model.config, accepts(model)
     random = torch.Generator().manual_seed(0)
     inputs: dict[str, torch.Tensor] = {}

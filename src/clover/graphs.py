@@ -7,6 +7,7 @@ anything else is one graph.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -73,15 +74,18 @@ def graphs(model: Any) -> list[Graph]:
 
 # --- without a cache ---
 
+_SIZES = ((2, 8), (1, 5), (3, 9))
+"""Batch, and tokens where there are any."""
+
 
 def _plain(model: Any, name: str, call: Callable[..., Any]) -> Graph:
     """A graph without a cache; of tokens, sequence length and padding are free."""
-    reads = accepts(call)
+    reads = inspect.signature(getattr(call, "forward", call)).parameters
     example = {k: v for k, v in random_inputs(model, 2, 8).items() if k in reads}
     inputs: dict[str, Shape] = {k: ("batch", *v.shape[1:]) for k, v in example.items()}
     if "input_ids" in inputs:
         texts = [k for k in ("input_ids", "attention_mask", "token_type_ids") if k in reads]
-        inputs |= {k: ("batch", "sequence") for k in texts}
+        inputs |= dict.fromkeys(texts, ("batch", "sequence"))
 
     def compute(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(_tensors(call(**dict(zip(inputs, tensors, strict=True)))).values())
@@ -96,8 +100,8 @@ def _plain(model: Any, name: str, call: Callable[..., Any]) -> Graph:
             made["token_type_ids"] = torch.zeros_like(made["input_ids"])
         return {k: made[k] for k in inputs}
 
-    sizes: list[dict[str, int]] = [{"batch": 2, "sequence": 8}, {"batch": 1, "sequence": 5}, {"batch": 3, "sequence": 9}]
-    free = tuple({k: v for k, v in s.items() if k in ("batch", *inputs.get("input_ids", ()))} for s in sizes)
+    names = inputs.get("input_ids", ("batch",))
+    free = tuple({k: v for k, v in zip(names, size, strict=False) if isinstance(k, str)} for size in _SIZES)
     with torch.no_grad():
         outputs = tuple(_tensors(call(**fill(free[0]))))
     return Graph(name, _Call(model, compute), inputs, outputs, fill, free)

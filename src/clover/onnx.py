@@ -29,7 +29,7 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def export(model: PreTrainedModel, path: str | os.PathLike[str], *, beside: tuple[Any, ...] = ()) -> dict[str, float]:
-    """Write a model as ONNX, whole or not at all: a file for each graph of :func:`clover.graphs.graphs`, and the config.
+    """Write a model as ONNX, whole or not at all: a file for each of its :func:`clover.graphs.graphs`, and the config.
 
     Args:
         model: rewritten by clover or not, float32; it stays as it is.
