@@ -68,7 +68,10 @@ def _write(graph: Graph, file: Path) -> float:
                 input_names=list(graph.inputs), output_names=list(graph.outputs),
             )  # fmt: skip
         except Exception as error:  # whatever tracing or conversion met; the exporter has no error of its own for it
-            reason = str(error).strip().splitlines()[-1]
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
             raise CloverError(f"{file.stem} can't be written as ONNX: {reason}; use --format padded") from error
         program.save(str(file))
     return compare(graph, file)
