@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from clover import portable
 from clover.cache import grow
 from clover.families import Block, arguments
 from clover.plan import BlockPlan, Group
@@ -129,7 +130,7 @@ class CloverAttention(nn.Module):
         call = arguments(self.family, self.is_cross, args, kwargs)
         x = call.pop("hidden_states")
         queries, keys, values = self._project(x, call)
-        mask = self._mask(call.pop("attention_mask", None), call.pop("alibi", None), x.shape[0])
+        mask = self._mask(call.pop("attention_mask", None), call.pop("alibi", None), x)
         residual = call.pop("residual", None)
         weights: list[Tensor | None] = [None]
         if self._writes_one(x):
@@ -206,6 +207,9 @@ class CloverAttention(nn.Module):
         self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, options: dict[str, Any]
     ) -> tuple[Tensor, list[Tensor | None]]:
         """One call a group: ``(batch, tokens, columns)``, and the weights of each group."""
+        groups = self._groups(queries, keys, values, mask)
+        if torch.compiler.is_exporting():
+            return portable.attend(((q, k, v, m) for _, q, k, v, m in groups), self.scaling), [None]
         name = self.config._attn_implementation
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
         dropout = self.attention_dropout if self.training else 0.0
@@ -213,7 +217,7 @@ class CloverAttention(nn.Module):
         if self.uneven and name != "eager" and queries.shape[1] * keys.shape[1] <= SHORT:
             return self._attend_padded(partial(interface, self, **options), queries, keys, values, mask), [None]
         outputs, weights = [], []
-        for group, q, k, v, m in self._groups(queries, keys, values, mask):
+        for group, q, k, v, m in groups:
             if name != "eager":
                 q, k, v = (padded(t, kernel_size(group.qk, group.value, q.dtype)) for t in (q, k, v))
             out, weight = interface(self, q, k, v, m, **options)
@@ -248,6 +252,8 @@ class CloverAttention(nn.Module):
 
     def _writes_one(self, x: Tensor) -> bool:
         """Whether this is one new token for heads that no fused kernel can take together."""
+        if torch.compiler.is_exporting():  # the number of tokens is free then
+            return False
         return self.uneven and x.shape[1] == 1 and not self.training and self.config._attn_implementation == "sdpa"
 
     def _attend_one(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -297,11 +303,11 @@ class CloverAttention(nn.Module):
         n = self.clover.queries
         return [h * n + i for h in group.heads for i in range(n)]
 
-    def _mask(self, mask: Tensor | None, alibi: Tensor | None, batch: int) -> Tensor | None:
-        """The additive mask; a bias by head (ALiBi) is added to it."""
+    def _mask(self, mask: Tensor | None, alibi: Tensor | None, x: Tensor) -> Tensor | None:
+        """The additive mask for inputs ``x``; a bias by head (ALiBi) is added to it."""
         if alibi is None:
             return mask
-        bias = alibi.unflatten(0, (batch, -1))
+        bias = alibi.unflatten(0, (x.shape[0], -1))
         return bias if mask is None else bias + mask
 
     def _in_order(self, weights: list[Tensor | None]) -> Tensor | None:

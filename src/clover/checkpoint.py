@@ -12,7 +12,8 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -242,23 +243,34 @@ def save(
     Raises:
         CloverError: the folder exists, or can't be written.
     """
-    target = check_writable(path)
-    draft = None
-    try:
-        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    with fresh_folder(path) as folder:
         for thing in (model, *beside):
             extra = {"max_shard_size": max_shard_size} if thing is model else {}
-            thing.save_pretrained(draft, **extra)
-        sync(draft)
-        draft.chmod(0o755)
-        draft.rename(target)
+            thing.save_pretrained(folder, **extra)
+    return Path(path).absolute()
+
+
+@contextmanager
+def fresh_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A hidden folder to fill, which gets its name at the end, or leaves no trace where filling it fails.
+
+    Raises:
+        CloverError: the folder exists, or can't be written.
+    """
+    target = check_writable(path)
+    folder = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        yield folder
+        sync(folder)
+        folder.chmod(0o755)
+        folder.rename(target)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CloverError(f"{target} can't be written: {reason}; free space or choose another place") from error
     finally:
-        if draft is not None and draft.exists():
-            shutil.rmtree(draft, ignore_errors=True)
-    return target
+        if folder is not None and folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_config(model: PreTrainedModel, folder: Path) -> None:

@@ -256,15 +256,27 @@ def merge(
 def export(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
-    kind: Annotated[Literal["padded"], typer.Option("--format", help="padded: zeros for what was cut.")] = "padded",
+    kind: Annotated[
+        Literal["padded", "onnx"],
+        typer.Option("--format", help="padded: zeros for what was cut; onnx: for ONNX Runtime, checked there."),
+    ] = "padded",
 ) -> None:
-    """Write a pruned model in its original class, which loads anywhere without clover and is no smaller."""
+    """Write a pruned model for places that don't know clover: in its original class, no smaller, or as ONNX."""
     from clover.checkpoint import check_writable, load, save
-    from clover.export import pad
 
     check_writable(out)
     quiet()
-    note(f"saved {save(pad(load(model)), out, beside=beside_of(model))}; padded with zeros, so it is no smaller")
+    if kind == "padded":
+        from clover.export import pad
+
+        note(f"saved {save(pad(load(model)), out, beside=beside_of(model))}; padded with zeros, so it is no smaller")
+        return
+    from clover.onnx import check_installed
+    from clover.onnx import export as write
+
+    check_installed()
+    seen = write(load(model, dtype="float32"), out, beside=beside_of(model))
+    note(f"saved {out}: " + ", ".join(f"{k}.onnx within {v:.1g} of PyTorch" for k, v in seen.items()))
 
 
 bench = typer.Typer(help="Time and memory of a pruned model beside the original.", no_args_is_help=True)

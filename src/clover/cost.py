@@ -117,7 +117,7 @@ def compare_throughput(
     bound, tokens = max_positions(first), context + (new_tokens if writes_text(first) else 0)
     if inputs is None and bound and tokens > bound:
         raise CloverError(f"{context=} and {new_tokens=} exceed the {bound} positions of the model; lower them")
-    inputs = _random_inputs(first, batch, context) if inputs is None else inputs
+    inputs = random_inputs(first, batch, context) if inputs is None else inputs
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     runners: dict[str, Callable[[], dict[str, float]]]
     if decode_only:
@@ -182,7 +182,8 @@ def _clock(model: Any, call: Callable[[], T]) -> tuple[T, float]:
     return result, time.perf_counter() - start
 
 
-def _random_inputs(model: Any, batch: int, context: int) -> dict[str, torch.Tensor]:
+def random_inputs(model: Any, batch: int, context: int) -> dict[str, torch.Tensor]:
+    """Random tokens (``context`` of them at most), speech or images of a model's size: whatever it reads."""
     config, reads = model.config, accepts(model)
     random = torch.Generator().manual_seed(0)
     inputs: dict[str, torch.Tensor] = {}
