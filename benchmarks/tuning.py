@@ -1,9 +1,10 @@
 """What tuning costs: CLOVER beside LoRA, DoRA and PiSSA on the same modules with as many parameters; and its start.
 
-    python benchmarks/tuning.py [steps] [start]     (both when left out)
+    python benchmarks/tuning.py [steps] [memory] [start]     (all when left out)
 
 steps: seconds of a training step of SmolLM2 at several batch shapes, methods in turns in one process;
 and the bytes that a step keeps for its backward pass.
+memory: most bytes that a process holds while it trains, each method in a process of its own.
 start: seconds to make the cores of SmolLM2, and those of a model of LLaMA-2-7B's shape (random weights, one layer at a
 time, so that it fits into memory; bfloat16).
 """
@@ -11,7 +12,6 @@ time, so that it fits into memory; bfloat16).
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from clover import CloverConfig
 from clover.training import METHODS, Recipe, adapter_config
-from common import MODELS, SEED, chosen, record, side_by_side, timed
+from common import MODELS, SEED, chosen, isolated, peak_memory, record, reset_peak_memory, side_by_side, timed
 
 SHAPES = ((8, 128), (2, 512))
 ROUNDS = 7
@@ -56,6 +56,21 @@ def saved_bytes(model: Any, batch: dict[str, torch.Tensor]) -> int:
     return total
 
 
+def batch_of(rows: int, tokens: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(1000, (rows, tokens), generator=torch.Generator().manual_seed(SEED))
+    return {"input_ids": ids, "labels": ids}
+
+
+def optimiser_of(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+
+def train_step(model: Any, optimiser: torch.optim.Optimizer, batch: dict[str, torch.Tensor]) -> None:
+    model(**batch).loss.backward()
+    optimiser.step()
+    optimiser.zero_grad()
+
+
 def steps() -> dict:
     models = {method: adapted(method) for method in METHODS}
     result: dict[str, Any] = {
@@ -66,18 +81,11 @@ def steps() -> dict:
         },
     }
     for rows, tokens in SHAPES:
-        ids = torch.randint(1000, (rows, tokens), generator=torch.Generator().manual_seed(SEED))
-        batch = {"input_ids": ids, "labels": ids}
-        optimisers = {
-            n: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-5) for n, m in models.items()
-        }
+        batch = batch_of(rows, tokens)
+        optimisers = {name: optimiser_of(model) for name, model in models.items()}
 
         def step(name: str, batch: dict = batch, optimisers: dict = optimisers) -> float:
-            start = time.perf_counter()
-            models[name](**batch).loss.backward()
-            optimisers[name].step()
-            optimisers[name].zero_grad()
-            return time.perf_counter() - start
+            return timed(partial(train_step, models[name], optimisers[name], batch))[1]
 
         calls: dict[str, Callable[[], float]] = {n: lambda n=n: step(n) for n in models}  # type: ignore[misc]
         seconds = side_by_side(calls, ROUNDS)
@@ -88,6 +96,27 @@ def steps() -> dict:
                 "saved_bytes": kept[n], "memory_over_lora": kept[n] / kept["lora"],
             } for n in models
         }  # fmt: skip
+    return result
+
+
+def peak(method: str, rows: int, tokens: int) -> dict[str, int]:
+    """Bytes that this process holds once the adapted model is there, and the most during two steps of training."""
+    model = adapted(method)
+    optimiser, batch = optimiser_of(model), batch_of(rows, tokens)
+    gc.collect()
+    before = reset_peak_memory()
+    for _ in range(2):  # the second has the optimiser's state as well
+        train_step(model, optimiser, batch)
+    return {"before_bytes": before, "peak_bytes": peak_memory()}
+
+
+def memory() -> dict:
+    result: dict[str, Any] = {"dtype": "float32"}
+    for rows, tokens in SHAPES:
+        found = {method: isolated(peak, method, rows, tokens) for method in METHODS}
+        result[f"{rows} x {tokens}"] = {
+            n: r | {"over_lora": r["peak_bytes"] / found["lora"]["peak_bytes"]} for n, r in found.items()
+        }
     return result
 
 
@@ -113,6 +142,6 @@ def start() -> dict:
 
 
 if __name__ == "__main__":
-    benchmarks: dict[str, Callable[[], dict]] = {"steps": steps, "start": start}
+    benchmarks: dict[str, Callable[[], dict]] = {"steps": steps, "memory": memory, "start": start}
     for name in chosen(benchmarks):
         record(f"tuning-{name}", benchmarks[name]())
