@@ -34,6 +34,7 @@ class Core(nn.Module):
         fingerprint: buffer ``(b, 8)``, of the base weight.
         rows: buffer ``(b, d)``, not saved: where the blocks stand in the weight.
         key: the same for cores of the same rows.
+        first, dense: the first of the rows; whether all of them follow one another.
         invertible: see ``turn``.
     """
 
@@ -65,7 +66,9 @@ class Core(nn.Module):
         super().__init__()
         self.dropout, self.quantised, self.base, self.ready = dropout, quantised, base, False
         blocks, size = rows.shape
-        self.key, self.invertible = (blocks, size, int(rows[0, 0])), invertible
+        self.first, self.invertible = int(rows[0, 0]), invertible
+        self.key = (blocks, size, self.first)
+        self.dense = torch.equal(rows.flatten().cpu(), self.first + torch.arange(rows.numel()))
         self.register_buffer("rows", rows.to(device), persistent=False)
         vector, matrix = (blocks, size), (blocks, size, size)
         self.change = nn.Parameter(torch.zeros(vector if kind == "diagonal" else matrix, device=device))
