@@ -66,23 +66,21 @@ class Distilled(nn.Module):
                                              log_target=True)}  # fmt: skip
 
 
-def prepare(arm: str, pruned: Path) -> Any:
-    """The pruned model with that trainable which the arm may touch."""
-    model: Any = clover.load(pruned, dtype=torch.bfloat16)
-    if arm == "attention":
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+def open_up(model: Any, recipe: Recipe, *, whole: bool) -> Any:
+    """The pruned model with that trainable which an arm may touch: all of its attention, or what the recipe adapts."""
+    if whole:
+        model.requires_grad_(False)
         for module in model.modules():
             if isinstance(module, CloverAttention):
                 module.float().requires_grad_(True)
         return model
     torch.manual_seed(SEED)
-    return get_peft_model(model, adapter_config(model, RECIPES[arm]))
+    return get_peft_model(model, adapter_config(model, recipe))
 
 
 def heal(arm: str, pruned: Path, teacher: Any, data: list[Any], steps: int, rate: float) -> tuple[Any, list[Any]]:
     """The healed model and its training log; from a teacher's distribution, if there is one."""
-    model = prepare(arm, pruned)
+    model = open_up(clover.load(pruned, dtype=torch.bfloat16), RECIPES[arm], whole=arm == "attention")
     trained = model if teacher is None else Distilled(model, teacher)
     with tempfile.TemporaryDirectory() as scratch:
         log = train(trained, data, replace(RECIPES[arm], steps=steps, lr=rate), Path(scratch))

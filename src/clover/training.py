@@ -23,7 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from clover.checkpoint import check_writable, load, ready, save
 from clover.config import CloverConfig
-from clover.cost import accepts
+from clover.cost import accepts, writes_text
 from clover.data import load_processor
 from clover.errors import CloverError
 from clover.files import file_kind, read_records, read_text
@@ -77,7 +77,8 @@ def adapter_config(model: nn.Module, recipe: Recipe, block_size: int = 64) -> Pe
         CloverError: an unknown method, or a model without anything to tune.
     """
     recipe.check()
-    ours = CloverConfig(parts=recipe.parts, core=recipe.core, block_size=block_size, task_type="CAUSAL_LM")
+    task = "CAUSAL_LM" if writes_text(model) else None
+    ours = CloverConfig(parts=recipe.parts, core=recipe.core, block_size=block_size, task_type=task)
     if recipe.method == "clover":
         return ours
     found = find_slots(model, block_size)
@@ -89,7 +90,7 @@ def adapter_config(model: nn.Module, recipe: Recipe, block_size: int = 64) -> Pe
     return LoraConfig(
         r=rank, lora_alpha=rank if recipe.method == "pissa" else 2 * rank, target_modules=sorted(chosen),
         use_dora=recipe.method == "dora", init_lora_weights="pissa" if recipe.method == "pissa" else True,
-        task_type="CAUSAL_LM",
+        task_type=task,
     )  # fmt: skip
 
 
