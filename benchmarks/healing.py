@@ -41,7 +41,7 @@ RECIPES = {
     "lora-mlp": replace(CORES, method="lora", parts=MLP), "attention": CORES,
 }  # fmt: skip
 RATES = {
-    "cores": (3e-3, 1e-2, 3e-2), "cores-mlp": (3e-3, 1e-2, 3e-2), "lora": (1e-3, 3e-3, 1e-2),
+    "cores": (5e-4, 1e-3, 2e-3), "cores-mlp": (5e-4, 1e-3, 2e-3), "lora": (1e-3, 3e-3, 1e-2),
     "lora-mlp": (1e-3, 3e-3, 1e-2), "attention": (1e-4, 3e-4, 1e-3),
 }  # fmt: skip
 ARMS = (*RECIPES, *(f"{arm}-distil" for arm in RECIPES))
