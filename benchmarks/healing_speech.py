@@ -26,8 +26,8 @@ from healing import HALF, RECIPES, open_up
 from speech import MANIFEST, dense, processor
 
 QK, VO = 0.80, 0.60
-STEPS, TRIAL, BATCH, HELD_OUT = 60, 10, 2, 2
-RATES = {"cores": (1e-2, 3e-2), "cores-mlp": (3e-3, 1e-2), "lora": (1e-3, 3e-3), "attention": (1e-4, 3e-4)}
+STEPS, TRIAL, BATCH, HELD_OUT = 30, 6, 2, 2
+RATES = {"cores": (3e-4, 1e-3), "cores-mlp": (1e-4, 3e-4), "lora": (1e-3, 3e-3), "attention": (1e-4, 3e-4)}
 ARMS = [arm + loss for arm in RATES for loss in ("", "-distil")]
 Clip = dict[str, torch.Tensor]
 
