@@ -79,10 +79,10 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _start(self, adapter_name: str, slots: list[Slot], weight: Tensor, identity: bool) -> None:
+        if not weight.isfinite().all():
+            bad = "NaN" if weight.isnan().any() else "infinite values"
+            raise CloverError(f"a weight of shape {tuple(weight.shape)} contains {bad}; repair the base model")
         for slot, core in zip(slots, self._cores(adapter_name), strict=True):
-            if not weight.isfinite().all():
-                bad = "NaN" if weight.isnan().any() else "infinite values"
-                raise CloverError(f"a weight of shape {tuple(weight.shape)} contains {bad}; repair the base model")
             bases = None if core.left is None else slot.decompose(weight, _read)
             if empty := core.start(bases, identity):
                 warnings.warn(
