@@ -45,7 +45,7 @@ RATES = {
     "lora-mlp": (3e-4, 1e-3, 3e-3), "attention": (1e-4, 3e-4, 1e-3),
 }  # fmt: skip
 ARMS = (*RECIPES, *(f"{arm}-distil" for arm in RECIPES))
-TRIAL = 12
+TRIAL = 8
 """Steps of the runs that choose the learning rate."""
 HALF = partial(torch.autocast, "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
 
