@@ -4,9 +4,13 @@
 
 Every method is trained on the same mixture of the train splits, on the same modules, for the same steps. Its learning
 rate is the one of its grid with the best mean on questions held out from the train splits; with that rate all seeds are
-run and scored on the test splits. ``score: generate`` lets the model write and looks for the first choice that it
-names; ``likelihood``, the cheap variant, asks which choice it finds most likely to come next. WikiText-2 perplexity
-beside it says what was forgotten. Each run is written down when it is done, and not done again.
+run and scored on the test splits. A seed stands for the order of the examples and the start of the adapter.
+
+``candidates: labels`` is the protocol: the instruction with its numbered choices, ``the correct answer is answer2`` is
+learned. ``texts``, for models too small to learn numbers: the bare question, and what the right choice says. ``score:
+generate`` lets the model write and looks for the first choice that it names; ``likelihood``, the cheap variant, asks
+which choice it finds most likely to come next. WikiText-2 perplexity beside it says what was forgotten. Each run is
+written down when it is done, and not done again.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -29,9 +34,9 @@ from torch import nn
 from transformers import AutoTokenizer
 
 import clover
-from clover.evaluate import perplexity
-from clover.files import Question, read_questions, read_records
-from clover.training import METHODS, Recipe, adapter_config, example, train
+from clover.evaluate import continuations, multiple_choice, perplexity
+from clover.files import Question, read_questions
+from clover.training import METHODS, Recipe, adapter_config, answered, train
 from common import DATA, MODELS, RESULTS, record, text, timed
 
 SETS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -43,15 +48,32 @@ def file(name: str, split: str) -> Path:
     return DATA / "commonsense" / f"{name}.{split}.jsonl.gz"
 
 
-def mixture(profile: dict[str, Any], tokenizer: Any) -> list[Any]:
-    """As many examples of each set as there are, up to an equal share; shuffled once, by a fixed seed."""
+def mixture(profile: dict[str, Any], tokenizer: Any, seed: int) -> list[Any]:
+    """As many examples of each set as there are, up to an equal share, in the order of a seed."""
     picked: list[Any] = []
     share = profile["train_examples"] // len(SETS)
     for name in SETS:
-        records = [r for _, r in read_records(file(name, "train"))][:-HELD_OUT]
-        picked += random.Random(0).sample(records, min(share, len(records)))
-    random.Random(0).shuffle(picked)
-    return [example(r, tokenizer, profile["length"]) for r in picked]
+        asked = read_questions(file(name, "train"))[:-HELD_OUT]
+        picked += [
+            answered(*learned(q, profile["candidates"]), tokenizer, profile["length"])
+            for q in random.Random(0).sample(asked, min(share, len(asked)))
+        ]
+    return in_batches(picked, profile["batch"], random.Random(seed))
+
+
+def learned(question: Question, candidates: str) -> tuple[str, str]:
+    """What a model is asked, and the right answer, as it will be scored."""
+    return continuations(question, candidates)[question.answer]
+
+
+def in_batches(data: list[Any], batch: int, chance: random.Random) -> list[Any]:
+    """Shuffled so that the examples of a batch are of like length: padding would be half of the work."""
+    data = chance.sample(data, len(data))
+    batches = []
+    for start in range(0, len(data), 8 * batch):
+        pool = sorted(data[start : start + 8 * batch], key=lambda e: len(e["input_ids"]))
+        batches += [pool[i : i + batch] for i in range(0, len(pool), batch)]
+    return list(chain.from_iterable(chance.sample(batches, len(batches))))
 
 
 def questions(split: str, count: int | None) -> dict[str, list[Question]]:
@@ -65,7 +87,7 @@ def questions(split: str, count: int | None) -> dict[str, list[Question]]:
 
 
 @torch.inference_mode()
-def likelihood(model: Any, tokenizer: Any, asked: Sequence[Question], batch: int = 16) -> float:
+def label_likelihood(model: Any, tokenizer: Any, asked: Sequence[Question], batch: int = 16) -> float:
     """Share of questions whose right label is the most likely to follow ``the correct answer is``, in per cent."""
     right = 0
     for start in range(0, len(asked), batch):
@@ -86,6 +108,11 @@ def likelihood(model: Any, tokenizer: Any, asked: Sequence[Question], batch: int
     return 100 * right / len(asked)
 
 
+def text_likelihood(model: Any, tokenizer: Any, asked: Sequence[Question]) -> float:
+    """Share of questions whose right choice is the likeliest per token after the bare question, in per cent."""
+    return 100 * multiple_choice(model, tokenizer, asked, candidates="texts", batch=16).value
+
+
 @torch.inference_mode()
 def generate(model: Any, tokenizer: Any, asked: Sequence[Question], batch: int = 16) -> float:
     """Share of questions whose right label is the first that the model names, in per cent."""
@@ -101,6 +128,13 @@ def generate(model: Any, tokenizer: Any, asked: Sequence[Question], batch: int =
     return 100 * right / len(asked)
 
 
+SCORES = {
+    ("labels", "likelihood"): label_likelihood,
+    ("labels", "generate"): generate,
+    ("texts", "likelihood"): text_likelihood,
+}
+
+
 def load(profile: dict[str, Any]) -> tuple[Any, Any]:
     local = MODELS / profile["model"]
     name = str(local) if local.is_dir() else profile["model"]
@@ -109,7 +143,7 @@ def load(profile: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def measure(profile: dict[str, Any], model: Any, tokenizer: Any, asked: dict[str, list[Question]]) -> dict[str, Any]:
-    score = {"likelihood": likelihood, "generate": generate}[profile["score"]]
+    score = SCORES[profile["candidates"], profile["score"]]
     sets = {name: score(model, tokenizer, found) for name, found in asked.items()}
     return {"sets": sets, "mean": mean(sets.values())}
 
@@ -122,13 +156,15 @@ def forgetting(profile: dict[str, Any], model: Any, tokenizer: Any) -> dict[str,
 def run(profile: dict[str, Any], method: str, lr: float, seed: int, split: str) -> dict[str, Any]:
     """One training run, scored on ``split``."""
     model, tokenizer = load(profile)
-    data = mixture(profile, tokenizer)
+    data = mixture(profile, tokenizer, seed)
     steps = profile.get("steps") or profile["epochs"] * len(data) // profile["batch"]
-    recipe = Recipe(method, steps, lr, profile["batch"], seed, warmup=profile["warmup"], length=profile["length"])
+    recipe = Recipe(
+        method, steps, lr, profile["batch"], seed, profile["warmup"], profile["length"], tuple(profile["parts"])
+    )
     torch.manual_seed(seed)
     adapted = get_peft_model(model, adapter_config(model, recipe))
     with tempfile.TemporaryDirectory() as scratch:
-        log, seconds = timed(lambda: train(adapted, data, recipe, Path(scratch)))
+        log, seconds = timed(lambda: train(adapted, data, recipe, Path(scratch), shuffle=False))
     parameters = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     merged = adapted.merge_and_unload().eval()
     count = profile["validation_questions"] if split == "train" else profile["test_questions"]

@@ -1,12 +1,14 @@
 """Healing: SmolLM2 cut by 50 % of Q-K and V-O, then trained for a while on WikiText-2; what training may touch differs.
 
-    python benchmarks/healing.py [--steps N] [--first N] [ARM ...]
+    python benchmarks/healing.py [--steps N] [--first N] [--pruned FOLDER] [ARM ...]
 
-ARM: cores (the singular-value matrices alone), lora (on the same projections, as many parameters), attention (all
-weights of the attention); each also with -distil: the loss is then the divergence from the dense model's distribution
-in place of the text's own. All arms see the same tokens in the same order. The learning rate of an arm, and of its
--distil, is the one of three with the least loss on validation text after a short run on the text's own loss
-(``validation_loss_by_lr``). Scored on the first N tokens of the test split.
+ARM: cores (the singular-value matrices of the attention alone), cores-mlp (those of the MLP's first projections as
+well), lora and lora-mlp (on the same projections, as many parameters), attention (all weights of the attention); each
+also with -distil: the loss is then the divergence from the dense model's distribution in place of the text's own. All
+arms see the same tokens in the same order. The learning rate of an arm, and of its -distil, is the one of three with
+the least loss on validation text after a short run on the text's own loss (``validation_loss_by_lr``). Scored on the
+first N tokens of the test split. Products are bfloat16 throughout; what is trained is float32. The pruned model is
+kept in FOLDER for the next call.
 """
 
 from __future__ import annotations
@@ -30,12 +32,22 @@ from clover.evaluate import perplexity
 from clover.training import Recipe, adapter_config, mean_loss, train
 from common import MODELS, SEED, record, text, timed
 
-ARMS = ("cores", "lora", "attention", "cores-distil", "lora-distil", "attention-distil")
 LENGTH, BATCH = 256, 2
-RATES = {"cores": (1e-3, 3e-3, 1e-2), "lora": (3e-4, 1e-3, 3e-3), "attention": (3e-5, 1e-4, 3e-4)}
-TRIAL = 12
+ATTENTION = ("qk", "q", "vo")
+MLP = (*ATTENTION, "up", "gate")
+CORES = Recipe(batch=BATCH, length=LENGTH, seed=SEED, parts=ATTENTION)
+RECIPES = {
+    "cores": CORES, "cores-mlp": replace(CORES, parts=MLP), "lora": replace(CORES, method="lora"),
+    "lora-mlp": replace(CORES, method="lora", parts=MLP), "attention": CORES,
+}  # fmt: skip
+RATES = {
+    "cores": (5e-4, 1e-3, 2e-3), "cores-mlp": (1e-4, 3e-4, 6e-4), "lora": (1e-3, 3e-3, 1e-2),
+    "lora-mlp": (3e-4, 1e-3, 3e-3), "attention": (1e-4, 3e-4, 1e-3),
+}  # fmt: skip
+ARMS = (*RECIPES, *(f"{arm}-distil" for arm in RECIPES))
+TRIAL = 8
 """Steps of the runs that choose the learning rate."""
-RECIPE = Recipe(batch=BATCH, length=LENGTH, seed=SEED, parts=("qk", "q", "vo"))
+HALF = partial(torch.autocast, "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
 
 
 class Distilled(nn.Module):
@@ -54,26 +66,24 @@ class Distilled(nn.Module):
                                              log_target=True)}  # fmt: skip
 
 
-def prepare(arm: str, pruned: Path) -> Any:
-    """The pruned model with that trainable which the arm may touch."""
-    model: Any = clover.load(pruned, dtype=torch.float32)
-    if arm.startswith("attention"):
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+def open_up(model: Any, recipe: Recipe, *, whole: bool) -> Any:
+    """The pruned model with that trainable which an arm may touch: all of its attention, or what the recipe adapts."""
+    if whole:
+        model.requires_grad_(False)
         for module in model.modules():
             if isinstance(module, CloverAttention):
-                module.requires_grad_(True)
+                module.float().requires_grad_(True)
         return model
     torch.manual_seed(SEED)
-    method = "clover" if arm.startswith("cores") else "lora"
-    return get_peft_model(model, adapter_config(model, replace(RECIPE, method=method)))
+    return get_peft_model(model, adapter_config(model, recipe))
 
 
 def heal(arm: str, pruned: Path, teacher: Any, data: list[Any], steps: int, rate: float) -> tuple[Any, list[Any]]:
-    model = prepare(arm, pruned)
-    trained = Distilled(model, teacher) if arm.endswith("distil") else model
+    """The healed model and its training log; from a teacher's distribution, if there is one."""
+    model = open_up(clover.load(pruned, dtype=torch.bfloat16), RECIPES[arm], whole=arm == "attention")
+    trained = model if teacher is None else Distilled(model, teacher)
     with tempfile.TemporaryDirectory() as scratch:
-        log = train(trained, data, replace(RECIPE, steps=steps, lr=rate), Path(scratch))
+        log = train(trained, data, replace(RECIPES[arm], steps=steps, lr=rate), Path(scratch))
     return model.eval(), log
 
 
@@ -83,37 +93,44 @@ def windows(split: str, tokenizer: Any) -> list[Any]:
             for i in range(0, len(ids) - LENGTH, LENGTH)]  # fmt: skip
 
 
-def main(steps: int, first: int, arms: list[str]) -> None:
+def prune(folder: Path, tokenizer: Any) -> None:
+    tokens = tokenizer(text("train"), return_tensors="pt").input_ids[0]
+    model: Any = language.load()
+    clover.prune(model, qk=0.5, vo=0.5, calibration=language.calibration(tokens), seed=SEED)
+    clover.save(model, folder)
+
+
+def main(steps: int, first: int, pruned: Path, arms: list[str]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "smollm2")
     test = tokenizer(text("test"), return_tensors="pt").input_ids[0]
     data, held_out = windows("train", tokenizer), windows("validation", tokenizer)[::64]
-    teacher = language.load()
-    with tempfile.TemporaryDirectory() as scratch:
-        tokens = tokenizer(text("train"), return_tensors="pt").input_ids[0]
-        cut: Any = language.load()
-        clover.prune(cut, qk=0.5, vo=0.5, calibration=language.calibration(tokens), seed=SEED)
-        pruned = clover.save(cut, Path(scratch) / "pruned")
-        base = {
-            "dense": perplexity(teacher, test, limit=first).value,
-            "pruned": perplexity(cut, test, limit=first).value,
-        }
-        del cut
-        trials: dict[str, dict[float, float]] = {}
-        for arm in arms or ARMS:
-            what = arm.partition("-")[0]
-            if what not in trials:
-                runs = {rate: heal(what, pruned, None, data, TRIAL, rate)[0] for rate in RATES[what]}
+    if not pruned.exists():
+        prune(pruned, tokenizer)
+
+    def score(model: Any) -> Any:
+        with HALF():
+            return perplexity(model, test, limit=first)
+
+    teacher: Any = clover.load(MODELS / "smollm2", dtype=torch.bfloat16)
+    base = {"dense": score(teacher).value, "pruned": score(clover.load(pruned, dtype=torch.bfloat16)).value}
+    trials: dict[str, dict[float, float]] = {}
+    for arm in arms or ARMS:
+        what, distil = arm.removesuffix("-distil"), arm.endswith("-distil")
+        if what not in trials:
+            runs = {rate: heal(what, pruned, None, data, TRIAL, rate)[0] for rate in RATES[what]}
+            with HALF():
                 trials[what] = {rate: mean_loss(model, held_out) for rate, model in runs.items()}
-            best = min(trials[what], key=trials[what].__getitem__)
-            (model, log), seconds = timed(partial(heal, arm, pruned, teacher, data, steps, best))
-            healed = perplexity(model, test, limit=first)
-            record(f"healing-{arm}", {
-                **base, "healed": healed.value, "over_dense": healed.value / base["dense"], "protocol": healed.protocol,
-                "qk_removed": 0.5, "vo_removed": 0.5, "steps": steps, "tokens": steps * BATCH * LENGTH,
-                "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-                "lr": best, "validation_loss_by_lr": {str(k): v for k, v in trials[what].items()},
-                "trial_steps": TRIAL, "seconds": seconds, "loss": [round(e["loss"], 4) for e in log],
-            })  # fmt: skip
+            del runs
+        best = min(trials[what], key=trials[what].__getitem__)
+        (model, log), seconds = timed(partial(heal, what, pruned, teacher if distil else None, data, steps, best))
+        healed = score(model)
+        record(f"healing-{arm}", {
+            **base, "healed": healed.value, "over_dense": healed.value / base["dense"], "protocol": healed.protocol,
+            "qk_removed": 0.5, "vo_removed": 0.5, "steps": steps, "tokens": steps * BATCH * LENGTH,
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "lr": best, "validation_loss_by_lr": {str(k): v for k, v in trials[what].items()},
+            "trial_steps": TRIAL, "seconds": seconds, "loss": [round(e["loss"], 4) for e in log],
+        })  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -122,6 +139,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "--first", type=int, default=12288, metavar="N", help="tokens of the test split that are scored"
     )
+    parser.add_argument("--pruned", type=Path, metavar="FOLDER", help="kept between calls; a temporary one by default")
     parser.add_argument("arms", nargs="*", metavar="ARM", help=", ".join(ARMS))
     options = parser.parse_args()
-    main(options.steps, options.first, options.arms)
+    with tempfile.TemporaryDirectory() as temporary:
+        main(options.steps, options.first, options.pruned or Path(temporary) / "pruned", options.arms)

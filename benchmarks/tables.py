@@ -174,7 +174,7 @@ def commonsense(results: Results, profile: str = "smollm2-short") -> str:
     about = (
         f"SmolLM2-135M-Instruct tuned for {p['steps']} steps of {p['batch']} examples of the commonsense mixture, "
         f"{len(p['seeds'])} seeds; {p['test_questions']} test questions of each of the eight sets, scored by "
-        f"{p['score']}. Perplexity: WikiText-2, to see what was forgotten."
+        f"{p['score']} of the {p.get('candidates', 'labels')}. Perplexity: WikiText-2, to see what was forgotten."
     )
     header = "Method | parameters | learning rate | mean of eight sets | standard error | perplexity"
     ours = r["clover"]
@@ -183,10 +183,9 @@ def commonsense(results: Results, profile: str = "smollm2-short") -> str:
         f"(+- {math.hypot(ours['standard_error'], r[key]['standard_error']):.2f})"
         for key in ("lora", "dora")
     )
-    verdict = (
-        f"CLOVER's mean is {gaps}; the paper's figures for LLaMA-2-7B are +5.4 and +4.4. Where the untuned model is as "
-        "good, the steps were too few to learn the sets: this table ranks nobody."
-    )
+    verdict = f"CLOVER's mean is {gaps}; the paper's figures for LLaMA-2-7B are +5.4 and +4.4."
+    if base["mean"] >= max(r[key]["mean"] for key in METHODS):
+        verdict += " The untuned model is as good: the steps were too few to learn the sets; this ranks nobody."
     return f"{about}\n\n{table(header, rows)}\n\n{verdict}"
 
 
@@ -199,7 +198,15 @@ def tuning_cost(results: Results) -> str:
         for key, title in METHODS.items()
     ]
     titles = [f"{what}, {shape}" for shape in shapes for what in ("time", "saved activations")]
-    about = "A training step of SmolLM2 on the same modules, over LoRA's; batch x tokens, float32, methods in turns."
+    for shape, found in _result(results, "tuning-memory").items():
+        if shape in shapes:
+            titles.append(f"peak memory, {shape}")
+            for row, key in zip(rows, METHODS, strict=True):
+                row.append(f"{found[key]['over_lora']:.3f}")
+    about = (
+        "A training step of SmolLM2 on the same modules, over LoRA's; batch x tokens, float32, methods in turns (peak "
+        "memory: all that a process of its own holds, weights included)."
+    )
     text = f"{about}\n\n{table(' | '.join(['Method', 'parameters', *titles]), rows)}"
     if start := _result(results, "tuning-start"):
         text += (
@@ -211,7 +218,8 @@ def tuning_cost(results: Results) -> str:
 
 def healing(results: Results) -> str:
     arms = {
-        "cores": "CLOVER's cores", "lora": "LoRA, as many parameters", "attention": "all attention weights",
+        "cores": "CLOVER's cores of the attention", "cores-mlp": "CLOVER's cores of attention and MLP",
+        "lora": "LoRA on the attention", "lora-mlp": "LoRA on attention and MLP", "attention": "all attention weights",
     }  # fmt: skip
     rows = []
     for key, title in arms.items():
@@ -228,6 +236,32 @@ def healing(results: Results) -> str:
         f"trained on {r['tokens']:,} tokens of WikiText-2 train; the first {r['protocol']['tokens']:,} of test."
     )
     return f"{about}\n\n{table('Trained | loss from | parameters | perplexity | over dense', rows)}"
+
+
+def healing_speech(results: Results) -> str:
+    start = results["healing-speech-start"]["result"]
+    arms = {
+        "cores": "CLOVER's cores of the attention", "cores-mlp": "CLOVER's cores of attention and MLP",
+        "lora": "LoRA on the attention", "attention": "all attention weights",
+    }  # fmt: skip
+    rows = [["nothing (dense)", "", "", f"{start['dense']['wer']:.2f}", "0"]]
+    rows.append(["nothing (cut)", "", "", f"{start['pruned']['wer']:.2f}", f"{start['pruned']['encoder_error']:.3f}"])
+    r: dict = {}
+    for arm, title in arms.items():
+        for suffix, loss in (("", "transcripts"), ("-distil", "dense encoder")):
+            if found := _result(results, f"healing-speech-{arm}{suffix}"):
+                r = found
+                rows.append(
+                    [title, loss, f"{r['trainable_parameters']:,}", f"{r['wer']:.2f}", f"{r['encoder_error']:.3f}"]
+                )
+    if not r:
+        raise KeyError("healing-speech-cores")
+    about = (
+        f"The encoder of Whisper-base with {percent(r['qk_removed'], 0)} of Q-K and {percent(r['vo_removed'], 0)} of "
+        f"V-O removed, then trained for {r['steps']} steps of {r['batch']} LJSpeech clips; scored on "
+        f"{r['protocol']['utterances']} others. Encoder error: relative, to the dense encoder's output."
+    )
+    return f"{about}\n\n{table('Trained | loss from | parameters | WER | encoder error', rows)}"
 
 
 def peft_suite(results: Results) -> str:
@@ -251,7 +285,9 @@ SECTIONS: dict[str, tuple[Section, str]] = {
     "Decomposition": (decomposition, "decompose-"),
     "Tuning: the cost of a step": (tuning_cost, "tuning-"),
     "Tuning: commonsense": (commonsense, "commonsense-smollm2-short"),
-    "Healing": (healing, "healing-"),
+    "Tuning: commonsense, choices as texts": (lambda r: commonsense(r, "smollm2-texts"), "commonsense-smollm2-texts"),
+    "Healing": (healing, "healing-(?!speech)"),
+    "Healing of speech": (healing_speech, "healing-speech-"),
     "peft's tests": (peft_suite, "peft-suite"),
 }
 """Title -> (what makes the section, pattern of the result files that it reads)."""

@@ -1,9 +1,10 @@
 """What tuning costs: CLOVER beside LoRA, DoRA and PiSSA on the same modules with as many parameters; and its start.
 
-    python benchmarks/tuning.py [steps] [start]     (both when left out)
+    python benchmarks/tuning.py [steps] [memory] [start]     (all when left out)
 
 steps: seconds of a training step of SmolLM2 at several batch shapes, methods in turns in one process;
 and the bytes that a step keeps for its backward pass.
+memory: most bytes that a process holds while it trains, each method in a process of its own.
 start: seconds to make the cores of SmolLM2, and those of a model of LLaMA-2-7B's shape (random weights, one layer at a
 time, so that it fits into memory; bfloat16).
 """
@@ -11,7 +12,6 @@ time, so that it fits into memory; bfloat16).
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from clover import CloverConfig
 from clover.training import METHODS, Recipe, adapter_config
-from common import MODELS, SEED, chosen, record, side_by_side, timed
+from common import MODELS, SEED, chosen, isolated, peak_memory, record, reset_peak_memory, side_by_side, timed
 
 SHAPES = ((8, 128), (2, 512))
 ROUNDS = 7
@@ -56,6 +56,21 @@ def saved_bytes(model: Any, batch: dict[str, torch.Tensor]) -> int:
     return total
 
 
+def batch_of(rows: int, tokens: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(1000, (rows, tokens), generator=torch.Generator().manual_seed(SEED))
+    return {"input_ids": ids, "labels": ids}
+
+
+def optimiser_of(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+
+def train_step(model: Any, optimiser: torch.optim.Optimizer, batch: dict[str, torch.Tensor]) -> None:
+    model(**batch).loss.backward()
+    optimiser.step()
+    optimiser.zero_grad()
+
+
 def steps() -> dict:
     models = {method: adapted(method) for method in METHODS}
     result: dict[str, Any] = {
@@ -66,18 +81,11 @@ def steps() -> dict:
         },
     }
     for rows, tokens in SHAPES:
-        ids = torch.randint(1000, (rows, tokens), generator=torch.Generator().manual_seed(SEED))
-        batch = {"input_ids": ids, "labels": ids}
-        optimisers = {
-            n: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-5) for n, m in models.items()
-        }
+        batch = batch_of(rows, tokens)
+        optimisers = {name: optimiser_of(model) for name, model in models.items()}
 
         def step(name: str, batch: dict = batch, optimisers: dict = optimisers) -> float:
-            start = time.perf_counter()
-            models[name](**batch).loss.backward()
-            optimisers[name].step()
-            optimisers[name].zero_grad()
-            return time.perf_counter() - start
+            return timed(partial(train_step, models[name], optimisers[name], batch))[1]
 
         calls: dict[str, Callable[[], float]] = {n: lambda n=n: step(n) for n in models}  # type: ignore[misc]
         seconds = side_by_side(calls, ROUNDS)
@@ -89,6 +97,25 @@ def steps() -> dict:
             } for n in models
         }  # fmt: skip
     return result
+
+
+def peak(method: str, rows: int, tokens: int) -> dict[str, int]:
+    """Bytes that this process holds when all is there that lasts, and the most during a step of training."""
+    model = adapted(method)
+    optimiser = optimiser_of(model)
+    train_step(model, optimiser, batch_of(1, 8))  # makes the optimiser's state
+    gc.collect()
+    before = reset_peak_memory()
+    train_step(model, optimiser, batch_of(rows, tokens))
+    return {"before_bytes": before, "peak_bytes": peak_memory()}
+
+
+def memory() -> dict:
+    rows, tokens = SHAPES[0]
+    found = {method: isolated(peak, method, rows, tokens) for method in METHODS}
+    lora = found["lora"]["peak_bytes"]
+    methods = {name: bytes_ | {"over_lora": bytes_["peak_bytes"] / lora} for name, bytes_ in found.items()}
+    return {"dtype": "float32", f"{rows} x {tokens}": methods}
 
 
 def start() -> dict:
@@ -113,6 +140,6 @@ def start() -> dict:
 
 
 if __name__ == "__main__":
-    benchmarks: dict[str, Callable[[], dict]] = {"steps": steps, "start": start}
+    benchmarks: dict[str, Callable[[], dict]] = {"steps": steps, "memory": memory, "start": start}
     for name in chosen(benchmarks):
         record(f"tuning-{name}", benchmarks[name]())

@@ -36,7 +36,8 @@ def test_the_product_has_the_new_singular_values(b: int, d: int, n: int) -> None
     left, right, bases = pair(b, d, n + d)
     turned = core(bases, diagonal=True)
     turned.change.data.uniform_(-0.2, 0.5)
-    expected = (turned.values + turned.change.data).double().abs().sort(-1, descending=True).values
+    unit = turned.values.square().mean(-1, keepdim=True).sqrt()
+    expected = (turned.values + unit * turned.change.data).double().abs().sort(-1, descending=True).values
     product = left @ (torch.eye(d).double() + turned.transform().double()) @ right
     found = torch.linalg.svdvals(product)[..., :d]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -51,6 +52,19 @@ def test_a_full_core_stays_inside_the_spans() -> None:
     inside = columns @ (columns.mT @ product @ rows) @ rows.mT
     torch.testing.assert_close(inside, product, rtol=1e-10, atol=1e-10)
     assert (product - left @ right).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_a_rate_moves_blocks_alike_whatever_their_scale(scale: float) -> None:
+    left, right, bases = pair()
+    one, other = core(bases), core(decompose(weight_gram(scale * right), weight_gram(left.mT)))
+    for turned in (one, other):
+        turned.change.data.fill_(0.1)
+    moved = [(left @ turned.transform().double() @ x) for turned, x in ((one, right), (other, scale * right))]
+    share = [torch.linalg.matrix_norm(m) / torch.linalg.matrix_norm(left @ right * f)
+             for m, f in zip(moved, (1, scale), strict=True)]  # fmt: skip
+    torch.testing.assert_close(share[0], share[1])
+    torch.testing.assert_close(share[0], torch.full_like(share[0], 0.1 * 5 / 5**0.5), rtol=1e-5, atol=1e-5)
 
 
 def test_it_starts_as_the_identity_to_the_bit() -> None:

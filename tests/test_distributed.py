@@ -1,4 +1,4 @@
-"""Tuning over two processes on CPUs: the curve of one process, and bases of weights that lie in pieces."""
+"""Tuning over two processes on CPUs: the curve of one process, and weights that lie in pieces (FSDP2, ZeRO-3)."""
 
 from __future__ import annotations
 
@@ -74,6 +74,58 @@ if dist.get_rank() == 0:
 dist.destroy_process_group()
 """
 
+ZERO = """
+from pathlib import Path
+import deepspeed
+from transformers.integrations import HfDeepSpeedConfig
+
+deepspeed.init_distributed("gloo")
+rank = torch.distributed.get_rank()
+ids = torch.randint(64, (4, 12), generator=torch.Generator().manual_seed(0))
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+def losses(model, ids, backward, step):
+    found = []
+    for _ in range(5):
+        loss = model(input_ids=ids, labels=ids).loss
+        found.append(loss.item())
+        backward(loss)
+        step()
+    return found
+
+whole = get_peft_model(base(), adapter())
+expected = dict(whole.named_buffers())
+optimiser = torch.optim.AdamW(trained(whole), lr=1e-2)
+one = losses(whole, ids, lambda loss: loss.backward(), lambda: (optimiser.step(), optimiser.zero_grad()))
+
+settings = {
+    "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0, "zero_force_ds_cpu_optimizer": False,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+enabled = HfDeepSpeedConfig(settings)  # as long as it lives, peft and transformers know of ZeRO-3
+model = base()
+with deepspeed.zero.Init(config_dict_or_path=settings, module=model):
+    pass
+assert not any(p.numel() for p in model.parameters()), "the weights should lie in pieces"
+model = get_peft_model(model, adapter())
+for name, buffer in model.named_buffers():
+    torch.testing.assert_close(buffer, expected[name])
+optimiser = torch.optim.AdamW(trained(model), lr=1e-2)
+engine, *_ = deepspeed.initialize(model=model, config=settings, optimizer=optimiser, model_parameters=trained(model))
+two = torch.tensor(losses(engine, ids[2 * rank : 2 * rank + 2], engine.backward, engine.step))
+torch.distributed.all_reduce(two)
+with torch.no_grad():
+    apart = model(input_ids=ids).logits
+    model.merge_adapter()
+    merged = model(input_ids=ids).logits
+torch.testing.assert_close(merged, apart, rtol=1e-4, atol=1e-4)
+if rank == 0:
+    (Path(sys.argv[1]) / "losses.json").write_text(json.dumps([one, (two / 2).tolist()]))
+torch.distributed.destroy_process_group()
+"""
+
 
 def launch(code: str, folder: Path, processes: int, port: int) -> None:
     """Run a script in so many processes; no process may fail."""
@@ -99,3 +151,12 @@ def test_two_processes_train_along_the_curve_of_one(tmp_path: Path) -> None:
 def test_bases_of_sharded_weights_are_those_of_whole_ones(tmp_path: Path) -> None:
     launch(FSDP, tmp_path, 2, 29612)
     assert json.loads((tmp_path / "seen.json").read_text()) > 20
+
+
+def test_zero_3_trains_and_merges_as_one_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed", reason="ZeRO-3 is not tested: DeepSpeed is not installed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    launch(ZERO, tmp_path, 2, 29613)
+    one, two = json.loads((tmp_path / "losses.json").read_text())
+    assert one[-1] < one[0]
+    assert two == pytest.approx(one, abs=1e-5)

@@ -204,12 +204,13 @@ def test_choice_is_the_likeliest_candidate_per_token(llama: Any, tokenizer: Any,
             ids, tail = tokenizer(f"{prompt} {text}").input_ids, tokenizer(text).input_ids
             logits = llama(torch.tensor([ids])).logits[0, -len(tail) - 1 : -1].log_softmax(-1)
             scores.append(logits[range(len(tail)), tail].mean().item())
-        assert ev._likelihoods(llama, tokenizer, ev._continuations(question, candidates)).tolist() == pytest.approx(
+        assert ev._likelihoods(llama, tokenizer, ev.continuations(question, candidates)).tolist() == pytest.approx(
             scores, rel=1e-4
         )
         right += scores.index(max(scores)) == question.answer
     score = ev.multiple_choice(llama, tokenizer, QUESTIONS, candidates=candidates)
     assert score.value == right / 4
+    assert ev.multiple_choice(llama, tokenizer, QUESTIONS, candidates=candidates, batch=3) == score
     assert {
         "questions": 4,
         "candidates": candidates,

@@ -10,13 +10,25 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import clover
 from clover import CloverError, training
-from clover.training import IGNORED, METHODS, Recipe, adapter_config, collate, example, examples, mean_loss, merge, tune
-from families import build
+from clover.training import (
+    IGNORED,
+    METHODS,
+    Recipe,
+    adapter_config,
+    collate,
+    example,
+    examples,
+    lean,
+    mean_loss,
+    merge,
+    tune,
+)
+from families import GENERATIVE, build
 from test_data import tokenizer
 
 SMALL = {"steps": 6, "batch": 2, "length": 16, "lr": 3e-2, "warmup": 1}
@@ -82,6 +94,34 @@ def test_padding_is_neither_seen_nor_learned() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
+@pytest.mark.parametrize("name", GENERATIVE)
+def test_leaving_out_logits_keeps_loss_and_gradients(name: str) -> None:
+    model, _ = build(name, torch.float32)
+    data = [{"input_ids": ids, "labels": [IGNORED] * 2 + ids[2:]} for ids in ([5, 6, 7, 8], [9, 5, 6])]
+    results = []
+    for batch in (collate(data), lean(collate(data))):
+        out = model(**batch)
+        (grad,) = torch.autograd.grad(out.loss, model.get_input_embeddings().weight)
+        results.append((out.loss, grad, out.logits.shape[1]))
+    (loss, grad, every), (lean_loss, lean_grad, few) = results
+    assert (every, few) == (4, 3)
+    torch.testing.assert_close((lean_loss, lean_grad), (loss, grad))
+
+
+def test_a_bfloat16_base_trains_as_float32_does(tmp_path: Path) -> None:
+    data = [{"input_ids": [i, i + 1, i + 2, i + 3]} for i in range(5, 25)]
+    data = [{**e, "labels": e["input_ids"]} for e in data]
+    curves = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build("llama-gqa", torch.bfloat16)[0].to(dtype)
+        adapted = get_peft_model(model, adapter_config(model, Recipe(parts=("qk", "q", "vo"))))
+        assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
+        log = training.train(adapted, data, Recipe(steps=10, lr=1e-2, batch=4), tmp_path, shuffle=False)
+        curves.append([e["loss"] for e in log])
+    assert curves[0][-1] < 0.9 * curves[0][0]
+    assert curves[1] == pytest.approx(curves[0], rel=0.02)
+
+
 def test_mean_loss_weighs_every_token_alike() -> None:
     model, _ = build("llama-gqa", torch.float32)
     data = [{"input_ids": ids, "labels": ids} for ids in ([1, 2, 3, 4, 5], [6, 7], [8, 9, 10])]
@@ -106,8 +146,6 @@ def test_every_method_trains_about_as_many_parameters_on_the_same_modules() -> N
     counts, modules = {}, {}
     for method in METHODS:
         model = build("llama-gqa", torch.float32)[0]
-        from peft import get_peft_model
-
         config = adapter_config(model, Recipe(method, parts=("qk", "vo")))
         adapted = get_peft_model(model, config)
         trained = {n: p.numel() for n, p in adapted.named_parameters() if p.requires_grad}

@@ -164,6 +164,7 @@ def multiple_choice(
     limit: int | None = None,
     *,
     candidates: Literal["texts", "labels"] = "texts",
+    batch: int = 1,
 ) -> Score:
     """Share of questions, 0 to 1, whose right answer has the largest log-likelihood per token.
 
@@ -176,6 +177,7 @@ def multiple_choice(
             the template: ``Question: STEM``, then ``Answer:`` and a choice; an unfinished sentence and a choice;
             or, where the sentence has a blank, what follows the blank once a choice fills it. "labels" scores
             ``the correct answer is answer1`` after the whole instruction, for models that were.
+        batch: questions at once, those of like length together.
 
     Raises:
         CloverError: there are no questions, or one is too long for the model.
@@ -184,9 +186,12 @@ def multiple_choice(
     if not chosen:
         raise CloverError("there are no questions to answer; give at least one")
     right = 0
-    for question in track(chosen, "answering"):
-        scores = _likelihoods(model, tokenizer, _continuations(question, candidates))
-        right += int(scores.argmax()) == question.answer
+    chosen.sort(key=lambda question: len(question.instruction))
+    for start in track(range(0, len(chosen), batch), "answering"):
+        asked = [(q, continuations(q, candidates)) for q in chosen[start : start + batch]]
+        scores = _likelihoods(model, tokenizer, [pair for _, pairs in asked for pair in pairs])
+        each = scores.split([len(pairs) for _, pairs in asked])
+        right += sum(int(mine.argmax()) == q.answer for (q, _), mine in zip(asked, each, strict=True))
     protocol = {
         "questions": len(chosen),
         "candidates": candidates,
@@ -197,8 +202,8 @@ def multiple_choice(
     return Score("choice", right / len(chosen), protocol)
 
 
-def _continuations(question: Question, candidates: str) -> list[tuple[str, str]]:
-    """(prompt, scored text) of every choice."""
+def continuations(question: Question, candidates: str) -> list[tuple[str, str]]:
+    """(prompt, scored text) of every choice; see ``candidates`` of ``multiple_choice``."""
     if candidates == "labels":
         return [(f"{question.instruction}\n", f"the correct answer is {label}") for label in question.labels]
     before, blank, after = question.stem.partition("_")
@@ -220,11 +225,11 @@ def _likelihoods(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> to
     ids = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in wholes], batch_first=True).to(model.device)
     mask = torch.arange(longest) < torch.tensor([len(whole) for whole in wholes])[:, None]
     hidden = _body(model)(ids, attention_mask=mask.long().to(ids.device), use_cache=False).last_hidden_state
-    head, scores = model.get_output_embeddings(), []
-    for i, (start, whole) in enumerate(zip(starts, wholes, strict=True)):
-        logits = head(hidden[i, start - 1 : len(whole) - 1]).float()
-        scores.append(-nn.functional.cross_entropy(logits, ids[i, start : len(whole)]))
-    return torch.stack(scores)
+    spans = [(i, start, len(whole)) for i, (start, whole) in enumerate(zip(starts, wholes, strict=True))]
+    logits = model.get_output_embeddings()(torch.cat([hidden[i, a - 1 : b - 1] for i, a, b in spans])).float()
+    targets = torch.cat([ids[i, a:b] for i, a, b in spans])
+    nats = nn.functional.cross_entropy(logits, targets, reduction="none")
+    return torch.stack([-piece.mean() for piece in nats.split([b - a for _, a, b in spans])])
 
 
 def _shared(a: list[int], b: list[int]) -> int:

@@ -23,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from clover.checkpoint import check_writable, load, ready, save
 from clover.config import CloverConfig
+from clover.cost import accepts, writes_text
 from clover.data import load_processor
 from clover.errors import CloverError
 from clover.files import file_kind, read_records, read_text
@@ -76,7 +77,8 @@ def adapter_config(model: nn.Module, recipe: Recipe, block_size: int = 64) -> Pe
         CloverError: an unknown method, or a model without anything to tune.
     """
     recipe.check()
-    ours = CloverConfig(parts=recipe.parts, core=recipe.core, block_size=block_size, task_type="CAUSAL_LM")
+    task = "CAUSAL_LM" if writes_text(model) else None
+    ours = CloverConfig(parts=recipe.parts, core=recipe.core, block_size=block_size, task_type=task)
     if recipe.method == "clover":
         return ours
     found = find_slots(model, block_size)
@@ -88,7 +90,7 @@ def adapter_config(model: nn.Module, recipe: Recipe, block_size: int = 64) -> Pe
     return LoraConfig(
         r=rank, lora_alpha=rank if recipe.method == "pissa" else 2 * rank, target_modules=sorted(chosen),
         use_dora=recipe.method == "dora", init_lora_weights="pissa" if recipe.method == "pissa" else True,
-        task_type="CAUSAL_LM",
+        task_type=task,
     )  # fmt: skip
 
 
@@ -131,8 +133,13 @@ def examples(path: str | Path, tokenizer: Any, length: int) -> list[dict[str, li
 
 def example(record: dict[str, Any], tokenizer: Any, length: int) -> dict[str, list[int]]:
     """Ids and labels of one record: the loss is that of its ``output`` (or ``answer``) and the end-of-text token."""
-    prompt = tokenizer(f"{record['instruction']}\n").input_ids
-    answer = tokenizer(record["output"], add_special_tokens=False).input_ids
+    return answered(f"{record['instruction']}\n", record["output"], tokenizer, length)
+
+
+def answered(question: str, text: str, tokenizer: Any, length: int) -> dict[str, list[int]]:
+    """Ids and labels of ``text`` after ``question``: the loss is that of the text and of the end-of-text token."""
+    prompt = tokenizer(question).input_ids
+    answer = tokenizer(text, add_special_tokens=False).input_ids
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     prompt = prompt[-max(1, length - len(answer) - len(end)) :]  # of a long prompt, its end names the choices
     return {"input_ids": prompt + answer + end, "labels": [IGNORED] * len(prompt) + answer + end}
@@ -152,6 +159,17 @@ def collate(batch: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     }
 
 
+def lean(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The same loss of a causal language model, which computes logits only from the first that is needed on.
+
+    Logits dwarf everything else, and questions are not learned. Labels come shifted, as the logits then are.
+    """
+    following = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    needed = (following != IGNORED).any(0).nonzero().flatten().tolist()
+    keep = following.shape[1] - needed[0] if needed else 1
+    return {**batch, "logits_to_keep": keep, "shift_labels": following[:, -keep:].contiguous()}
+
+
 # --- training ---
 
 
@@ -166,13 +184,18 @@ class _StopAtNaN(TrainerCallback):
                 )
 
 
-def train(model: Any, data: list[Any], recipe: Recipe, folder: Path, *, save_every: int | None = None) -> list[Any]:
+def train(
+    model: Any, data: list[Any], recipe: Recipe, folder: Path, *, save_every: int | None = None, shuffle: bool = True
+) -> list[Any]:
     """Train what is trainable in ``model``, in place; goes on from the last checkpoint in ``folder``, if there is one.
+
+    Where some weights are bfloat16, the products are (autocast); adapters and their optimiser keep their own dtype.
 
     Args:
         data: see ``examples``.
         folder: for checkpoints.
         save_every: steps between checkpoints; none when left out.
+        shuffle: False takes the examples in their order.
 
     Returns:
         The Trainer's log: a dict of ``step``, ``loss``, ``learning_rate``, ``grad_norm`` a step.
@@ -187,10 +210,14 @@ def train(model: Any, data: list[Any], recipe: Recipe, folder: Path, *, save_eve
         lr_scheduler_type="linear", weight_decay=0.0, logging_steps=1, logging_nan_inf_filter=False,
         save_strategy="steps" if save_every else "no", save_steps=save_every or recipe.steps, save_total_limit=1,
         report_to=[], disable_tqdm=quiet, remove_unused_columns=False, dataloader_pin_memory=False,
-        use_cpu=_on_cpu(), ddp_find_unused_parameters=False,
+        train_sampling_strategy="random" if shuffle else "sequential",
+        bf16=any(p.dtype == torch.bfloat16 for p in model.parameters()), use_cpu=_on_cpu(),
+        ddp_find_unused_parameters=False,
     )  # fmt: skip
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    collator = (lambda batch: lean(collate(batch))) if "logits_to_keep" in accepts(base) else collate
     trainer = Trainer(
-        model=model, args=arguments, train_dataset=data, data_collator=collate, callbacks=[_StopAtNaN()]
+        model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=[_StopAtNaN()]
     )  # fmt: skip
     if quiet:
         from transformers import PrinterCallback

@@ -79,10 +79,10 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _start(self, adapter_name: str, slots: list[Slot], weight: Tensor, identity: bool) -> None:
+        if not weight.isfinite().all():
+            bad = "NaN" if weight.isnan().any() else "infinite values"
+            raise CloverError(f"a weight of shape {tuple(weight.shape)} contains {bad}; repair the base model")
         for slot, core in zip(slots, self._cores(adapter_name), strict=True):
-            if not weight.isfinite().all():
-                bad = "NaN" if weight.isnan().any() else "infinite values"
-                raise CloverError(f"a weight of shape {tuple(weight.shape)} contains {bad}; repair the base model")
             bases = None if core.left is None else slot.decompose(weight, _read)
             if empty := core.start(bases, identity):
                 warnings.warn(
@@ -121,17 +121,33 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
         names = [] if self.merged else [n for n in self.active_adapters if n in self.clover_cores]
-        base: Any = self.get_base_layer()
-        for core, transform in self._transforms(names):
-            y = self._turned(y, core, transform, base.bias)
-        return y
+        return self._turned(y, self._transforms(names)) if names else y
 
-    def _turned(self, y: Tensor, core: Core, transform: Tensor, bias: Tensor | None) -> Tensor:
-        columns = None if core.rows.numel() == y.shape[-1] else core.rows.flatten()
-        part = y if columns is None else y.index_select(-1, columns)
-        part_bias = bias if bias is None or columns is None else bias[columns]
-        turned = turn(part, transform, part_bias, invertible=core.invertible)
-        return turned if columns is None else y.index_copy(-1, columns, turned)
+    def _turned(self, y: Tensor, transforms: list[tuple[Core, Tensor]]) -> Tensor:
+        """Outputs turned by cores; of cores that stand side by side, the results are put together once."""
+        base: Any = self.get_base_layer()
+        bias: Tensor | None = base.bias
+
+        def turned(core: Core, transform: Tensor, part: Tensor) -> Tensor:
+            shift = None if bias is None else bias if part.shape == y.shape else bias[core.rows.flatten()]
+            return turn(part, transform, shift, invertible=core.invertible)
+
+        transforms = sorted(transforms, key=lambda pair: pair[0].first)
+        sizes, at = [], 0
+        for core, _ in transforms:
+            sizes += [core.first - at, core.rows.numel()]
+            at = core.first + core.rows.numel()
+        sizes.append(y.shape[-1] - at)
+        if min(sizes) < 0 or not all(core.dense for core, _ in transforms):
+            for core, transform in transforms:
+                columns = core.rows.flatten()
+                y = y.index_copy(-1, columns, turned(core, transform, y.index_select(-1, columns)))
+            return y
+        if len(sizes) == 3 and sizes[1] == y.shape[-1]:
+            return turned(*transforms[0], y)
+        pieces = list(y.split(sizes, -1))
+        pieces[1::2] = [turned(*pair, part) for pair, part in zip(transforms, pieces[1::2], strict=True)]
+        return torch.cat(pieces, -1)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put adapters into the base weight.
