@@ -9,7 +9,8 @@ processes: the same work by two processes, decompositions and moments apart, on 
 seventy: a model of LLaMA-2-70B's shape by arithmetic, from one block of its shape and the speed of the disk above.
 whisper: a checkpoint of Whisper-large-v3's sizes, in memory and streamed, and the speed of its encoder.
 quality-CUT: perplexity of SmolLM2, calibrated in memory and streamed; CUT is vo25, vo50, qk25, qk50, both25 or both50.
-Checkpoints are made in $CLOVER_SCRATCH (default: the system's temporary folder) and removed afterwards.
+Checkpoints are made in $CLOVER_SCRATCH (default: the system's temporary folder) and removed afterwards, unless
+$CLOVER_KEEP is set: then they are there for the next run.
 """
 
 from __future__ import annotations
@@ -70,14 +71,17 @@ def checkpoint(config: Any, model: Any, name: str) -> Iterator[Path]:
 
     Weights are pieces of one stream of normal numbers at random places, which takes seconds instead of minutes.
     """
-    folder = SCRATCH / f"clover-{name}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
+    folder, kept = SCRATCH / f"clover-{name}", "CLOVER_KEEP" in os.environ
+    if not (kept and (folder / "whole").exists()):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         write(config, model, folder)
+        (folder / "whole").touch()
+    try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write(config: Any, kind: Any, folder: Path) -> None:

@@ -50,10 +50,11 @@ class Basis:
         pair_norm = (
             (q[..., :rotary].unflatten(-1, (2, -1)).sum((1, -2))) * k[:, :rotary].unflatten(-1, (2, -1)).sum(-2)
         ).sqrt()
-        q_plain = (self.plain.t_a.unsqueeze(1) @ _extended(heads.q, heads.q_bias)[:, :, rotary:]).square().sum((1, -1))
-        k_plain = (self.plain.t_b @ heads.k[:, rotary:]).square().sum(-1)
-        v = (self.value.t_a @ heads.v).square().sum(-1)
-        o = (self.value.t_b.unsqueeze(1) @ heads.o.mT).square().sum((1, -1))
+        queries, keys = _extended(heads.q, heads.q_bias)[:, :, rotary:], heads.k[:, rotary:]
+        q_plain = _row_energies(self.plain.t_a, weight_gram(queries).sum(1))
+        k_plain = _row_energies(self.plain.t_b, weight_gram(keys))
+        v = _row_energies(self.value.t_a, weight_gram(heads.v))
+        o = _row_energies(self.value.t_b, weight_gram(heads.o.mT).sum(1))
         return Costs(
             name=self.name, part=self.block.part, queries=self.block.queries,
             pair_cost=half_square * self.pair_cost, pair_norm=pair_norm.gather(1, self.pair_order),
@@ -66,7 +67,7 @@ class Basis:
     def spectrum(self) -> Spectrum:
         """Singular values beside the norms of the original directions, for people."""
         q, k = _energies(self.heads)
-        v, o = self.heads.v.square().sum(-1), self.heads.o.square().sum((1, -2))
+        v, o = _squares(self.heads.v), _squares(self.heads.o.mT).sum(1)
         return Spectrum(
             self.name, self.block.part,
             qk=_rows(torch.cat([self.pair_cost.sqrt(), self.plain.values], -1)), vo=_rows(self.value.values),
@@ -195,7 +196,18 @@ def _extended(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _energies(heads: Heads) -> tuple[Tensor, Tensor]:
     """Squared row norms of the query ``(kv, n, d)`` and key ``(kv, d)`` projections."""
-    return _extended(heads.q, heads.q_bias).square().sum(-1), heads.k.square().sum(-1)
+    q = _squares(heads.q)
+    return q if heads.q_bias is None else q + heads.q_bias**2, _squares(heads.k)
+
+
+def _squares(rows: Float[Tensor, "*batch d n"]) -> Float[Tensor, "*batch d"]:
+    """Squared norms of rows, without a copy as large as the weights."""
+    return torch.einsum("...dn,...dn->...d", rows, rows)
+
+
+def _row_energies(transform: Float[Tensor, "kv r d"], gram: Float[Tensor, "kv d d"]) -> Float[Tensor, "kv r"]:
+    """Squared row norms of ``transform @ weight``, from the weight's Gram."""
+    return (transform @ gram * transform).sum(-1).clamp_min(0)
 
 
 def _ridged(gram: Tensor) -> Tensor:

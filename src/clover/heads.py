@@ -56,6 +56,6 @@ class Heads:
                 continue
             if tensor.is_meta:
                 raise CloverError(f"{name}: {field.name} is on the meta device; load the model's weights first")
-            if not tensor.isfinite().all():
+            if not all(piece.isfinite().all() for piece in tensor):  # by heads: no mask as large as the weights
                 bad = "NaN" if tensor.isnan().any() else "infinite values"
                 raise CloverError(f"{name}: the weights of {field.name} contain {bad}; repair or reload the checkpoint")

@@ -31,7 +31,7 @@ def features(q: Float[Tensor, "*#batch m r"], k: Float[Tensor, "*#batch t r"]) -
 def white_gram(q: Float[Tensor, "kv n r D"], k: Float[Tensor, "kv r C"]) -> Float[Tensor, "kv n r r"]:
     """The Gram of ``features`` where no data is at hand: white input, query and key independent, any distance."""
     half = k.shape[1] // 2
-    energy = [t.double().square().sum(-1) for t in (q, k)]
+    energy = [torch.einsum("...dn,...dn->...d", t.double(), t.double()) for t in (q, k)]
     q_energy, k_energy = (e[..., :half] + e[..., half:] for e in energy)
     return torch.diag_embed(((q_energy * k_energy.unsqueeze(1)) / 2).repeat(1, 1, 2))
 
