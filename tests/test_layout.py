@@ -18,7 +18,8 @@ ORDER = [
     "calibrate", "refit", "basis", "cache", "ragged", "portable", "attention", "surgery", "checkpoint", "pruning",
     "export", "targets", "config", "cores", "tuner",
     "crew", "shards", "pieces", "draft", "packed", "layerwise", "layout", "sequential", "streaming",
-    "files", "data", "cost", "graphs", "onnx", "bench", "evaluate", "report", "demo", "training", "show", "options", "cli",
+    "files", "data", "cost", "graphs", "onnx", "bench", "evaluate", "report",
+    "demo", "training", "show", "options", "cli",
 ]  # fmt: skip
 """A module may import only from modules to its left."""
 ALGORITHM = ORDER[: ORDER.index("files")]

@@ -135,7 +135,7 @@ def compare_throughput(
 @torch.inference_mode()
 def use(model: nn.Module, *, context: int, new_tokens: int, batch: int) -> None:
     """Run a model once as ``throughput`` does, untimed."""
-    _rates(model, _random_inputs(model, batch, context), new_tokens)
+    _rates(model, random_inputs(model, batch, context), new_tokens)
 
 
 def _rates(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int) -> dict[str, float]:
