@@ -117,6 +117,34 @@ def speed(results: Results) -> str:
     return f"{about}\n\n{table('What | removed | dense | pruned | ratio', rows)}"
 
 
+def decode(results: Results) -> str:
+    rows = [
+        [f"{r['context']:,}", str(r["batch"]), *(f"{r[k]:.3g}" for k in ("dense", "50 %", "ratio", "bound"))]
+        for r in _result(results, "decode-contexts").get("rows", [])
+    ]
+    if not rows:
+        raise KeyError("decode-contexts")
+    about = (
+        "Tokens a second that SmolLM2 writes behind a context, Q-K and V-O cut by 50 %, float32. The bound is what "
+        "bytes alone allow: weights and cache of the dense model over those of the pruned one. The ratio exceeds it "
+        "since transformers' default cache copies all keys and values for each token, and a pruned model's grows in "
+        "place."
+    )
+    parts = [f"{about}\n\n{table('Context | batch | dense | pruned | ratio | bound', rows)}"]
+    for name, title in (("sweep", "SmolLM2 at a context of 2048"), ("encoder", "Encoder of Whisper-base")):
+        if found := _result(results, f"decode-{name}"):
+            ratios, bound = found["throughput"]["ratio"], found.get("bound")
+            keys = list(next(iter(ratios.values())))
+            header = ["Removed", *(k.removesuffix("_per_second").replace("_", " ") for k in keys)]
+            body = [
+                [cut, *(f"{r[k]:.2f}" for k in keys)] + ([f"{bound[cut]:.2f}"] if bound else [])
+                for cut, r in ratios.items()
+            ]
+            header += ["bound of multiply-adds"] if bound else []
+            parts.append(f"{title}, speed over dense.\n\n{table(' | '.join(header), body)}")
+    return "\n\n".join(parts)
+
+
 def memory(results: Results) -> str:
     r = results["speed-memory"]["result"]
     names = {"file_bytes": "parameters on disk", "cache_bytes": "KV-cache", "peak_rss_bytes": "peak memory"}
@@ -281,6 +309,7 @@ SECTIONS: dict[str, tuple[Section, str]] = {
     "Speech: the other parts of the model": (speech_parts, "speech-(decoder|cross|thresholds)"),
     "Embeddings": (embedding, "embedding-"),
     "Speed": (speed, "speed-(smollm2|encoder)"),
+    "Long contexts": (decode, "decode-.*"),
     "Memory": (memory, "speed-memory"),
     "Decomposition": (decomposition, "decompose-"),
     "Tuning: the cost of a step": (tuning_cost, "tuning-"),
