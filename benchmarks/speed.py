@@ -41,11 +41,18 @@ ENCODER = {"56 % + 37 %": speech.PAPER, "75 % + 50 %": speech.BEYOND}
 
 
 def cut_all(model: nn.Module, bases: list, shares: dict[str, tuple[float, float]]) -> dict[str, Any]:
-    """The dense model and its cuts, all copied: where weights lie in memory is worth 15 % of a CPU's speed."""
-    models = {"dense": copy.deepcopy(model)}
-    for name, (qk, vo) in shares.items():
-        models[name] = copy.deepcopy(model)
-        apply(models[name], bases, plan_ranks(bases, Share(qk), Share(vo)))
+    """The dense model and its cuts, all saved and loaded as a user has them.
+
+    Where weights lie in memory is worth 15 % of a CPU's speed, so they must all have come there the same way.
+    """
+    models: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, (name, cut) in enumerate({"dense": None, **shares}.items()):
+            made: Any = copy.deepcopy(model)
+            if cut:
+                apply(made, bases, plan_ranks(bases, Share(cut[0]), Share(cut[1])))
+            clover.save(made, Path(scratch) / str(number))
+            models[name] = copy.deepcopy(clover.load(Path(scratch) / str(number), dtype=torch.float32))
     return models
 
 
