@@ -300,6 +300,66 @@ def peft_suite(results: Results) -> str:
     )
 
 
+def streaming(results: Results) -> str:
+    """From file to file: what was run whole, and what is arithmetic, said as such."""
+    r = results["streaming-weights"]["result"]
+    alone, streamed = r["alone"], r["streamed"]
+    parts = ", ".join(f"{name} {alone[name]:.0f} s" for name in ("read", "decompose", "write", "cut"))
+    lines = [
+        f"A float16 checkpoint of LLaMA-2-7B's shape ({r['bytes_before'] / 1e9:.1f} GB, random weights), Q-K and V-O "
+        f"25 %, by the weights: {streamed['seconds']:.0f} s, at most {streamed['peak_bytes'] / 2**30:.2f} GiB. "
+        "Its parts alone: "
+        f"{parts} ({r['alone_method']}); the whole takes {r['over_parts']:.2f} times reading, decomposing and writing, "
+        f"{r['over_parts_with_cut']:.2f} times all four."
+    ]
+    if r := _result(results, "streaming-seventy"):
+        lines.append(
+            f"A block of LLaMA-2-70B's shape: at most {r['block']['peak_bytes'] / 2**30:.2f} GiB. The whole "
+            f"model by arithmetic, not run: {r['by_arithmetic_total'] / 60:.0f} minutes ({r['method']})."
+        )
+    if r := _result(results, "streaming-calibrated"):
+        lines.append(
+            f"Calibrated on {r['sequences']} x {r['length']} tokens, {r['layers_run']} layers of LLaMA-2-7B's shape: "
+            f"{r['seconds']:.0f} s, at most {r['peak_bytes'] / 2**30:.2f} GiB. The whole model by arithmetic, not run: "
+            f"{r['whole_model_seconds'] / 60:.0f} minutes ({r['whole_model_method']})."
+        )
+    if r := _result(results, "streaming-whisper"):
+        rows = [[n, f"{r[n]['seconds']:.0f}", f"{r[n]['peak_bytes'] / 2**30:.2f}"] for n in ("memory", "streamed")]
+        said = r["streamed"]["said"]
+        gone = 1 - said["parameters_after"] / said["parameters_before"]
+        lines.append(
+            f"Whisper-large-v3's sizes, float16, Q-K and V-O {percent(r['qk'], 0)}: {percent(gone)} of the "
+            f"parameters go; the encoder runs at {r['encoder']['ratio']:.2f} of the dense "
+            f"one's speed.\n\n{table('Way | seconds | peak GiB', rows)}"
+        )
+    if r := _result(results, "streaming-processes"):
+        stages = {"weights": ("decompose", "cut"), "calibrated": ("moments", "find_basis", "refit")}
+        rows = [
+            [f"{kind}: {stage}", *(f"{run[stage]:.1f}" for run in r[kind]["runs"].values())]
+            for kind, names in stages.items() for stage in names
+        ]  # fmt: skip
+        header = " | ".join(["Seconds, processes x threads", *r["weights"]["runs"]])
+        largest = max(r[kind]["difference"]["processes"] for kind in stages)
+        lines.append(
+            f"Several processes; results differ by at most {largest:.1g} of a tensor.\n\n{table(header, rows)}"
+        )
+    return "\n\n".join(lines)
+
+
+def streaming_quality(results: Results) -> str:
+    rows = []
+    for name, cut in CUTS.items():
+        if r := _result(results, f"streaming-quality-{name}"):
+            rows.append([cut, f"{r['memory']:.2f}", f"{r['streamed']:.2f}"])
+    if not rows:
+        raise KeyError("streaming-quality-vo25")
+    about = (
+        "SmolLM2-135M-Instruct, calibrated on 16 x 512 tokens; perplexity on the first 24,576 tokens of WikiText-2 "
+        "test."
+    )
+    return f"{about}\n\n{table('Cut | in memory | streamed', rows)}"
+
+
 Section = Callable[[Results], str]
 QUICK = "language-first-24576"
 SECTIONS: dict[str, tuple[Section, str]] = {
@@ -312,6 +372,8 @@ SECTIONS: dict[str, tuple[Section, str]] = {
     "Long contexts": (decode, "decode-.*"),
     "Memory": (memory, "speed-memory"),
     "Decomposition": (decomposition, "decompose-"),
+    "Streaming": (streaming, "streaming-(weights|seventy|calibrated|whisper|processes)"),
+    "Streaming: quality": (streaming_quality, "streaming-quality-"),
     "Tuning: the cost of a step": (tuning_cost, "tuning-"),
     "Tuning: commonsense": (commonsense, "commonsense-smollm2-short"),
     "Tuning: commonsense, choices as texts": (lambda r: commonsense(r, "smollm2-texts"), "commonsense-smollm2-texts"),
