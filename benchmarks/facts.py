@@ -24,7 +24,7 @@ from clover.heads import Heads
 
 @dataclass
 class Facts:
-    """Sums over the calibration tokens of one block; float64. Second moments are not centred."""
+    """Sums over the calibration tokens of one block: products in float32, sums in float64. Nothing is centred."""
 
     block: Block
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -76,10 +76,10 @@ def _attach(model: nn.Module, facts: Facts) -> list[Any]:
 
 @torch.no_grad()
 def _projections(facts: Facts, call: dict[str, Any]) -> None:
-    heads = facts.heads
+    heads = facts.block.heads()
     x = call["hidden_states"]
     source = x if call.get("key_value_states") is None else call["key_value_states"]
-    table = [t.double() for t in call.get("position_embeddings", ())]
+    table = [t.float() for t in call.get("position_embeddings", ())]
     q = _project(heads.q.flatten(0, 1), None if heads.q_bias is None else heads.q_bias.flatten(0, 1), x)
     k, v = _project(heads.k, heads.k_bias, source), _project(heads.v, heads.v_bias, source)
     if heads.rotary:
@@ -87,14 +87,14 @@ def _projections(facts: Facts, call: dict[str, Any]) -> None:
     for name, t in (("query", q.unflatten(1, heads.q.shape[:2])), ("key", k), ("value", v)):
         facts.add(name, (t.mT @ t).sum(0), t.shape[0] * t.shape[-2])
     for name, t in (("input", x), ("source", source)):
-        t = t.flatten(0, 1).double()
+        t = t.flatten(0, 1).float()
         facts.add(name, t.T @ t, len(t))
 
 
 def _project(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """``(batch, heads, tokens, d)``."""
-    y = x.double().unsqueeze(1) @ weight.mT
-    return y if bias is None else y + bias.unsqueeze(1)
+    y = x.float().unsqueeze(1) @ weight.float().mT
+    return y if bias is None else y + bias.float().unsqueeze(1)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _outputs(facts: Facts, z: Tensor) -> None:
-    z = z.flatten(2).flatten(0, 1).double()
+    z = z.flatten(2).flatten(0, 1).float()
     facts.add("output", z.T @ z, len(z))
     facts.add("output_mean", z.sum(0), len(z))
 

@@ -3,20 +3,25 @@
     python benchmarks/frontier.py MODEL [METHOD ...] [--ratios R ...] [--choice]
 
 MODEL: smollm2 (perplexity of the first 24,576 tokens of WikiText-2 test, windows of 1024), whisper-encoder,
-whisper-decoder, whisper-cross (word error rate of the test split), minilm (cosine to the dense embeddings).
+whisper-decoder, whisper-cross (word error rate of the test split), minilm (cosine to the dense embeddings, every
+fourth batch of embedding.py's paragraphs).
 METHOD: dense, clover, clover-weights and those of peers.py (all when left out). --choice scores 32 questions of each of
 the eight commonsense sets instead (smollm2). Each result is a file of its own, and what has one is not run again.
 
 The share is removed from Q-K and V-O alike. Peers are evaluated with their cut multiplied out into the model's own
-class. bfloat16 matrices throughout for smollm2, float32 for the others.
+class. Evaluated in bfloat16, MiniLM in float32; calibrated in float32.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import os
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,18 +36,20 @@ import language
 import speech
 from clover.basis import Basis, find_basis
 from clover.budget import Share
+from clover.calibrate import Moments, calibrate
 from clover.data import calibration_batches
 from clover.evaluate import embedding_cosine, multiple_choice, perplexity
 from clover.export import pad
 from clover.families import Block, blocks
 from clover.files import read_questions
-from clover.pruning import apply, find_bases, plan_ranks
+from clover.pruning import apply, plan_ranks
 from common import DATA, MODELS, RESULTS, SEED, record, text
 from facts import Facts, watching
 from peers import METHODS, Cut
 
 RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 FIRST, QUESTIONS = 24_576, 32
+SCRATCH = Path(os.environ.get("CLOVER_SCRATCH", tempfile.gettempdir()))
 OURS = ("clover", "clover-weights")
 
 
@@ -65,6 +72,7 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(MODELS / "smollm2")
 
 
+@cache
 def tokens(split: str) -> Tensor:
     return tokenizer()(text(split), return_tensors="pt").input_ids[0]
 
@@ -79,18 +87,57 @@ def calibration(name: str) -> list[dict[str, Tensor]]:
 
 @cache
 def measured(name: str) -> tuple[list[Basis], list[Facts]]:
-    """This project's bases and the peers' facts, of the same tokens in the same pass."""
-    with watching(dense(name), blocks(dense(name), part(name))) as facts:
-        bases = find_bases(dense(name), part=part(name), calibration=calibration(name), seed=SEED)
-    return bases, facts
+    """This project's bases and the peers' facts, of the same tokens in the same pass.
+
+    Calibrated a batch at a time, each with a seed of its own, and kept on disk, so that a run that was cut off goes on.
+    """
+    found = blocks(dense(name), part(name))
+    state = SCRATCH / f"clover-frontier-{name}.pt"
+    done, sums, facts = torch.load(state) if state.exists() else (0, None, None)
+    batches = calibration(name)
+    for i in range(done, len(batches)):
+        with watching(dense(name), found) as seen:
+            moments = [_raw(m) for m in calibrate(dense(name), found, [batches[i]], seed=SEED + i)]
+        counted = [{k: (v, f.counts[k]) for k, v in f.sums.items()} for f in seen]
+        sums = moments if sums is None else [_add(a, b) for a, b in zip(sums, moments, strict=True)]
+        facts = counted if facts is None else [_merge(a, b) for a, b in zip(facts, counted, strict=True)]
+        if (i + 1) % 4 == 0 or i + 1 == len(batches):
+            torch.save((i + 1, sums, facts), state.with_suffix(".tmp"))
+            state.with_suffix(".tmp").replace(state)
+    bases = [find_basis(block, _moments(s)) for block, s in zip(found, sums, strict=True)]
+    filled = [
+        Facts(block, {k: v for k, (v, _) in f.items()}, {k: n for k, (_, n) in f.items()})
+        for block, f in zip(found, facts, strict=True)
+    ]
+    return bases, filled
+
+
+def _raw(moments: Moments) -> dict[str, Tensor | int]:
+    """Sums over tokens, which can be added; the covariance of the outputs becomes a second moment."""
+    second = moments.output + moments.mean.outer(moments.mean)
+    sums = {k: v * moments.tokens for k, v in vars(replace(moments, output=second)).items() if k != "tokens"}
+    return sums | {"tokens": moments.tokens}
+
+
+def _moments(sums: dict[str, Any]) -> Moments:
+    found = Moments(**{k: v / sums["tokens"] for k, v in sums.items() if k != "tokens"}, tokens=sums["tokens"])
+    return replace(found, output=found.output - found.mean.outer(found.mean))
+
+
+def _add(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    return {k: a[k] + b[k] for k in a}
+
+
+def _merge(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    return {k: (a[k][0] + b[k][0], a[k][1] + b[k][1]) for k in a}
 
 
 def quality(name: str, model: Any) -> dict:
     if name == "smollm2":
         return perplexity(model.to(torch.bfloat16), tokens("test"), limit=FIRST).to_dict()
     if name == "minilm":
-        return embedding_cosine(dense(name), model, embedding.paragraphs()).to_dict()
-    return speech.wer(model)
+        return embedding_cosine(dense(name), model, embedding.paragraphs()[::4]).to_dict()
+    return speech.wer(model.to(torch.bfloat16))
 
 
 def choice(_: str, model: Any) -> dict:

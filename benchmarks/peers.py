@@ -324,16 +324,20 @@ def slicegpt(facts: Sequence[Facts], share: float) -> list[Cut]:
     """SliceGPT's attention (arXiv 2401.15024): the block reads and writes only leading principal components.
 
     Q, K and V read those of the block's input, W_o writes those of its output. The paper slices the residual stream
-    itself, with the MLP's matrices; here the stream keeps its width, which is kinder. The cache stays whole.
+    itself, with the MLP's matrices; here the stream keeps its width, so the projections between are stored, and
+    counted when the share is matched. The cache stays whole.
     """
     cuts = []
     for f in facts:
         h = f.heads
-        x, source = (_leading(f.mean(name), share) for name in ("input", "source"))
+        weights, cross = h.parameters() - _biases(h), f.sums["source"].ne(f.sums["input"]).any()
+        square = h.q.shape[-1] ** 2 + h.o.shape[2] ** 2 + bool(cross) * h.k.shape[-1] ** 2
+        gone = 1 - (1 - share) * weights / (weights + square)
+        x, source = (_leading(f.mean(name), gone) for name in ("input", "source"))
         flat = _flat_o(h)
-        out = _leading(flat @ f.mean("output") @ flat.T, share)
+        out = _leading(flat @ f.mean("output") @ flat.T, gone)
         cut = replace(h, q=h.q @ x, k=h.k @ source, v=h.v @ source, o=_heads_of_o(out @ flat, h))
-        cuts.append(Cut(cut, (1 - share) * (h.parameters() - _biases(h)) + _biases(h), _whole_cache(h)))
+        cuts.append(Cut(cut, (1 - gone) * (weights + square) + _biases(h), _whole_cache(h)))
     return cuts
 
 

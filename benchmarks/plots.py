@@ -5,11 +5,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 
-import matplotlib
-
-matplotlib.use("svg")
-from matplotlib import pyplot
-
 from common import RESULTS, ROOT
 
 TITLES = {
@@ -41,6 +36,9 @@ def frontier() -> dict[str, dict[str, list[dict]]]:
 
 def draw(model: str, methods: dict[str, list[dict]]) -> None:
     """Quality over what is left of the cache and of the attention's parameters."""
+    from matplotlib import pyplot  # not at the top: the tables read the names above and draw nothing
+
+    pyplot.rcParams["svg.hashsalt"] = "clover"  # equal results make equal files
     dense = methods["dense"][0]
     task, worst = dense["task"], LARGEST.get(dense["task"])
     top = None if worst is None else dense["value"] + worst if task == "wer" else dense["value"] * worst
@@ -70,7 +68,6 @@ def draw(model: str, methods: dict[str, list[dict]]) -> None:
 
 
 if __name__ == "__main__":
-    pyplot.rcParams["svg.hashsalt"] = "clover"
     for name, found in frontier().items():
         if "dense" in found:
             draw(name, found)
