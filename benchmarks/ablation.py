@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -34,6 +34,13 @@ from common import RESULTS, SEED, record
 
 Extra = dict[str, Tensor]
 """Further statistics of a block: ``impact`` and, for each other weight of the keys, ``NAME_key`` and ``NAME_pair``."""
+
+
+@dataclass(frozen=True)
+class Observed(Moments):
+    """The product's moments and those of other metrics."""
+
+    extra: Extra = field(default_factory=dict)
 
 
 class Watcher(calibration._Watcher):
@@ -111,16 +118,16 @@ class Watcher(calibration._Watcher):
 
         output.register_hook(add)
 
-    def moments(self) -> tuple[Moments, Extra]:  # type: ignore[override]
+    def moments(self) -> Observed:
         found = super().moments()
         extra = {k: v / self.rows for k, v in self.sums.items() if k.startswith(("softmax", "uniform", "impact"))}
         extra |= {k: v / self.tokens for k, v in self.sums.items() if k.startswith("fisher")}
         extra["value"] = self.sums["value"] / self.sums["sequences"]
-        return found, extra
+        return Observed(**vars(found), extra=extra)
 
 
 @cache
-def statistics(name: str) -> list[tuple[Moments, Extra]]:
+def statistics(name: str) -> list[Observed]:
     found = blocks(frontier.dense(name), frontier.part(name))
     kept = calibration._Watcher
     calibration._Watcher = Watcher  # type: ignore[misc]
@@ -172,7 +179,7 @@ GRANULARITY = {"ranks-by-layer": "layer", "ranks-equal": "model"}
 @cache
 def bases(name: str, row: str) -> list[Basis]:
     found = blocks(frontier.dense(name), frontier.part(name))
-    return [find_basis(b, ROWS[row](*s)) for b, s in zip(found, statistics(name), strict=True)]
+    return [find_basis(b, ROWS[row](s, s.extra)) for b, s in zip(found, statistics(name), strict=True)]
 
 
 # --- the divergence ---

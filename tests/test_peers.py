@@ -141,9 +141,9 @@ def test_ablations_see_what_the_product_sees(case: str, monkeypatch: pytest.Monk
     found = blocks(model)
     plain = calibrate.calibrate(model, found, [batch])
     monkeypatch.setattr(calibrate, "_Watcher", ablation.Watcher)
-    for block, moments, (same, extra) in zip(
-        found, plain, calibrate.calibrate(model, found, [batch]), strict=True
-    ):  # fmt: skip
+    for block, moments, same in zip(found, plain, calibrate.calibrate(model, found, [batch]), strict=True):
+        assert isinstance(same, ablation.Observed)
+        extra = same.extra
         for name in ("query", "key", "pair", "output"):
             torch.testing.assert_close(getattr(same, name), getattr(moments, name))
         assert (extra["impact"] > 0).all()
