@@ -41,11 +41,15 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(MODELS / "minilm")
 
 
+def calibration() -> Any:
+    path = DATA / "wikitext2" / "train.txt.gz"
+    return calibration_batches(path, dense(), processor=tokenizer(), sequences=WINDOWS, length=LENGTH)
+
+
 @cache
 def bases(metric: str) -> list[Basis]:
-    path = DATA / "wikitext2" / "train.txt.gz"
-    data = calibration_batches(path, dense(), processor=tokenizer(), sequences=WINDOWS, length=LENGTH)
-    return find_bases(dense(), calibration=data if metric == "activations" else None, metric=metric, seed=SEED)  # type: ignore[arg-type]
+    data = calibration() if metric == "activations" else None
+    return find_bases(dense(), calibration=data, metric=metric, seed=SEED)  # type: ignore[arg-type]
 
 
 @cache

@@ -14,6 +14,9 @@ import sys
 from collections.abc import Callable, Iterable
 
 from common import RESULTS, ROOT
+from plots import AXES
+from plots import MODELS as PLOTTED
+from plots import TITLES as ARMS
 
 Results = dict[str, dict]
 """Result files by name."""
@@ -360,6 +363,52 @@ def streaming_quality(results: Results) -> str:
     return f"{about}\n\n{table('Cut | in memory | streamed', rows)}"
 
 
+def frontier(results: Results) -> str:
+    """A table for each model: quality at every share removed, best first at a half, and what a half leaves."""
+    runs: dict[str, dict[str, dict[float, dict]]] = {}
+    for name in (n for n in results if n.startswith("frontier-")):
+        r = results[name]["result"]
+        runs.setdefault(r["model"], {}).setdefault(r["method"], {})[r["removed"]] = r
+    parts = [_frontier_table(model, runs[model]) for model in PLOTTED if "dense" in runs.get(model, {})]
+    if not parts:
+        raise KeyError("frontier-smollm2-dense")
+    about = (
+        "Each share is removed from Q-K and V-O alike, without training. All methods saw the same calibration tokens "
+        "and are evaluated by the same code; peers are written from their papers, attention only. What half leaves: "
+        "of the cached numbers / of the attention's parameters. In bold: the best of the methods that shrink the cache."
+    )
+    return "\n\n".join([about, *parts])
+
+
+def _frontier_table(model: str, methods: dict[str, dict[float, dict]]) -> str:
+    dense = methods["dense"][0.0]
+    less_is_better = dense["task"] in ("perplexity", "wer")
+    shares = sorted({share for m, by in methods.items() if m != "dense" for share in by})
+    digits = 4 if dense["task"] in ("cosine", "choice") else 2
+
+    def caching(share: float) -> list[float]:
+        found = (by[share] for m, by in methods.items() if m != "dense" and share in by)
+        return [r["value"] for r in found if r["cache_left"] < 1]
+
+    best = {share: (min if less_is_better else max)(caching(share), default=None) for share in shares}
+
+    def cell(r: dict | None, share: float) -> str:
+        if r is None:
+            return ""
+        text = f"{r['value']:.{digits}f}" if r["value"] < 1e5 else f"{r['value']:.0e}"
+        return f"**{text}**" if r["value"] == best[share] and r["cache_left"] < 1 else text
+
+    rows = []
+    for method, title in ARMS.items():
+        if by := methods.get(method):
+            half = by.get(0.5)
+            left = f"{percent(half['cache_left'], 0)} / {percent(half['attention_parameters_left'], 0)}" if half else ""
+            rows.append([title, *(cell(by.get(share), share) for share in shares), left])
+    header = " | ".join(["Method", *(percent(share) for share in shares), "half leaves"])
+    title = f"{PLOTTED[model]}; {AXES[dense['task']]}, dense {dense['value']:.{digits}f}"
+    return f"### {title}\n\n{table(header, rows)}\n\n![{PLOTTED[model]}](frontier-{model}.svg)"
+
+
 Section = Callable[[Results], str]
 QUICK = "language-first-24576"
 SECTIONS: dict[str, tuple[Section, str]] = {
@@ -368,6 +417,7 @@ SECTIONS: dict[str, tuple[Section, str]] = {
     "Speech": (speech, "speech-(dense|vanilla|weights|calibrated)"),
     "Speech: the other parts of the model": (speech_parts, "speech-(decoder|cross|thresholds)"),
     "Embeddings": (embedding, "embedding-"),
+    "Frontier: this project and its peers": (frontier, "frontier-"),
     "Speed": (speed, "speed-(smollm2|encoder)"),
     "Long contexts": (decode, "decode-.*"),
     "Memory": (memory, "speed-memory"),

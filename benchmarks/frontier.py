@@ -1,0 +1,255 @@
+"""This project and its peers, side by side: one model, one calibration pass, one evaluation, every ratio.
+
+    python benchmarks/frontier.py MODEL [METHOD ...] [--ratios R ...] [--choice]
+
+MODEL: smollm2 (perplexity of the first 24,576 tokens of WikiText-2 test, windows of 1024), whisper-encoder,
+whisper-decoder, whisper-cross (word error rate of the test split), minilm (cosine to the dense embeddings, every
+fourth batch of embedding.py's paragraphs).
+METHOD: dense, clover, clover-weights and those of peers.py (all when left out). --choice scores 32 questions of each of
+the eight commonsense sets instead (smollm2). Each result is a file of its own, and what has one is not run again.
+
+The share is removed from Q-K and V-O alike. Peers are evaluated with their cut multiplied out into the model's own
+class. Evaluated in bfloat16, MiniLM in float32; calibrated in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.pytorch_utils import Conv1D
+
+import clover
+import embedding
+import language
+import speech
+from clover.basis import Basis, find_basis
+from clover.budget import Share
+from clover.calibrate import Moments, calibrate
+from clover.data import calibration_batches
+from clover.evaluate import embedding_cosine, multiple_choice, perplexity
+from clover.export import pad
+from clover.families import Block, blocks
+from clover.files import read_questions
+from clover.pruning import apply, plan_ranks
+from common import DATA, MODELS, RESULTS, SEED, record, text
+from facts import Facts, watching
+from peers import METHODS, Cut
+
+RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
+FIRST, QUESTIONS = 24_576, 32
+SCRATCH = Path(os.environ.get("CLOVER_SCRATCH", tempfile.gettempdir()))
+OURS = ("clover", "clover-weights")
+
+
+# --- models: how each is loaded, calibrated and measured ---
+
+
+@cache
+def dense(name: str) -> Any:
+    if name == "smollm2":
+        return language.load()
+    return embedding.dense() if name == "minilm" else speech.dense()
+
+
+def part(name: str) -> str:
+    return name.removeprefix("whisper-") if name.startswith("whisper") else "all"
+
+
+@cache
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(MODELS / "smollm2")
+
+
+@cache
+def tokens(split: str) -> Tensor:
+    return tokenizer()(text(split), return_tensors="pt").input_ids[0]
+
+
+def calibration(name: str) -> list[dict[str, Tensor]]:
+    if name == "smollm2":
+        return language.calibration(tokens("train"))
+    if name == "minilm":
+        return list(embedding.calibration())
+    return list(calibration_batches(speech.MANIFEST, dense(name), processor=speech.processor(), split="calibration"))
+
+
+@cache
+def measured(name: str) -> tuple[list[Basis], list[Facts]]:
+    """This project's bases and the peers' facts, of the same tokens in the same pass.
+
+    Calibrated a batch at a time, each with a seed of its own, and kept on disk, so that a run that was cut off goes on.
+    """
+    found = blocks(dense(name), part(name))
+    state = SCRATCH / f"clover-frontier-{name}.pt"
+    done, sums, facts = torch.load(state) if state.exists() else (0, None, None)
+    batches = calibration(name)
+    for i in range(done, len(batches)):
+        with watching(dense(name), found) as seen:
+            moments = [_raw(m) for m in calibrate(dense(name), found, [batches[i]], seed=SEED + i)]
+        counted = [{k: (v, f.counts[k]) for k, v in f.sums.items()} for f in seen]
+        sums = moments if sums is None else [_add(a, b) for a, b in zip(sums, moments, strict=True)]
+        facts = counted if facts is None else [_merge(a, b) for a, b in zip(facts, counted, strict=True)]
+        if (i + 1) % 4 == 0 or i + 1 == len(batches):
+            torch.save((i + 1, sums, facts), state.with_suffix(".tmp"))
+            state.with_suffix(".tmp").replace(state)
+    bases = [find_basis(block, _moments(s)) for block, s in zip(found, sums, strict=True)]
+    filled = [
+        Facts(block, {k: v for k, (v, _) in f.items()}, {k: n for k, (_, n) in f.items()})
+        for block, f in zip(found, facts, strict=True)
+    ]
+    return bases, filled
+
+
+def _raw(moments: Moments) -> dict[str, Tensor | int]:
+    """Sums over tokens, which can be added; the covariance of the outputs becomes a second moment."""
+    second = moments.output + moments.mean.outer(moments.mean)
+    sums = {k: v * moments.tokens for k, v in vars(replace(moments, output=second)).items() if k != "tokens"}
+    return sums | {"tokens": moments.tokens}
+
+
+def _moments(sums: dict[str, Any]) -> Moments:
+    found = Moments(**{k: v / sums["tokens"] for k, v in sums.items() if k != "tokens"}, tokens=sums["tokens"])
+    return replace(found, output=found.output - found.mean.outer(found.mean))
+
+
+def _add(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    return {k: a[k] + b[k] for k in a}
+
+
+def _merge(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    return {k: (a[k][0] + b[k][0], a[k][1] + b[k][1]) for k in a}
+
+
+def quality(name: str, model: Any) -> dict:
+    if name == "smollm2":
+        return perplexity(model.to(torch.bfloat16), tokens("test"), limit=FIRST).to_dict()
+    if name == "minilm":
+        return embedding_cosine(dense(name), model, embedding.paragraphs()[::4]).to_dict()
+    return speech.wer(model.to(torch.bfloat16))
+
+
+def choice(_: str, model: Any) -> dict:
+    """Share of right answers, by likelihood, of each commonsense set and on average."""
+    model = model.to(torch.bfloat16)
+    scores = {
+        file.name.partition(".")[0]: multiple_choice(model, tokenizer(), read_questions(file), limit=QUESTIONS).value
+        for file in sorted((DATA / "commonsense").glob("*.test.jsonl.gz"))
+    }
+    return {"task": "choice", "value": sum(scores.values()) / len(scores), "sets": scores, "questions": QUESTIONS}
+
+
+# --- methods: a smaller model, and its size ---
+
+
+def smaller(name: str, method: str, share: float) -> tuple[Any, dict]:
+    if method in OURS:
+        return _ours(name, method, share)
+    cuts = METHODS[method](measured(name)[1], share)
+    model = copy.deepcopy(dense(name))
+    found = blocks(model, part(name))
+    whole = [b.heads() for b in found]
+    for block, cut in zip(found, cuts, strict=True):
+        write(block, cut)
+    sizes = {
+        "attention_parameters_left": sum(c.parameters for c in cuts) / sum(h.parameters() for h in whole),
+        "cache_left": sum(c.cached for c in cuts) / sum(h.k[..., 0].numel() + h.v[..., 0].numel() for h in whole),
+    }
+    return model, sizes
+
+
+def _ours(name: str, method: str, share: float) -> tuple[Any, dict]:
+    bases, granularity = measured(name)[0], "head"
+    if method == "clover-weights":  # the paper's: no data, one rank for all heads
+        bases, granularity = [find_basis(b) for b in blocks(dense(name), part(name))], "model"
+    plan = plan_ranks(bases, Share(share), Share(share), granularity=granularity)  # type: ignore[arg-type]
+    model = copy.deepcopy(dense(name))
+    apply(model, bases, plan)
+    size = clover.summary(model)
+    sizes = {
+        "attention_parameters_left": size["attention_parameters_after"] / size["attention_parameters_before"],
+        "cache_left": sum(b.qk_kept + b.vo_kept for b in plan.blocks)
+        / sum(b.kv_heads * (b.qk + b.vo) for b in plan.blocks),
+    }
+    return pad(model), sizes
+
+
+@torch.no_grad()
+def write(block: Block, cut: Cut) -> None:
+    """Put a cut into a block of the model's own class."""
+    for which in "qkv":
+        module, rows = block.projection(which), block.rows(which).flatten()
+        _matrix(module)[rows] = getattr(cut.heads, which).flatten(0, -2).to(_matrix(module).dtype)
+        bias = getattr(cut.heads, f"{which}_bias")
+        if bias is not None:
+            module.bias[rows] = bias.flatten().to(module.bias.dtype)
+    output = block.projection("o")
+    _matrix(output).copy_(cut.heads.o.permute(2, 0, 1, 3).flatten(1))
+    if cut.heads.o_bias is not None:
+        output.bias = nn.Parameter(cut.heads.o_bias.to(output.weight.dtype))
+    if cut.behind is not None:
+        block.core.behind = cut.behind
+        block.core.config = copy.copy(block.core.config)
+        block.core.config._attn_implementation = "behind"
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """The weight as ``(out, in)``."""
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
+
+
+def _behind(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Attention whose keys are mapped behind the rotation."""
+    return sdpa_attention_forward(module, query, key @ module.behind.to(key.dtype).mT, value, *args, **kwargs)
+
+
+AttentionInterface.register("behind", _behind)
+
+
+# --- runs ---
+
+
+def run(name: str, method: str, share: float, score: Callable[[str, Any], dict], label: str) -> None:
+    target = f"frontier-{label}-{method}" + (f"-{1000 * share:03.0f}" if share else "")
+    if (RESULTS / f"{target}.json").exists():
+        return
+    model, sizes = (smaller if share else _dense)(name, method, share)
+    about = {"model": label, "method": method, "removed": share}
+    record(f"{target}", about | sizes | score(name, model))
+
+
+def _dense(name: str, *_: Any) -> tuple[Any, dict]:
+    return copy.deepcopy(dense(name)), {"attention_parameters_left": 1.0, "cache_left": 1.0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=["smollm2", "whisper-encoder", "whisper-decoder", "whisper-cross", "minilm"])
+    parser.add_argument("methods", nargs="*", metavar="METHOD")
+    parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS, metavar="R")
+    parser.add_argument("--choice", action="store_true", help="commonsense questions instead of perplexity")
+    options = parser.parse_args()
+    known = ["dense", *OURS, *METHODS]
+    if unknown := [m for m in options.methods if m not in known]:
+        parser.error(f"unknown method {unknown[0]}; choose from {', '.join(known)}")
+    if options.choice and options.model != "smollm2":
+        parser.error("only smollm2 answers questions")
+    score, label = (choice, "smollm2-choice") if options.choice else (quality, options.model)
+    for share in options.ratios:
+        for method in options.methods or known:
+            run(options.model, method, 0.0 if method == "dense" else share, score, label)
+
+
+if __name__ == "__main__":
+    main()
