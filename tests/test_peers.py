@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from clover import calibrate
-from clover.basis import find_basis
 from clover.families import blocks
 from clover.pruning import find_bases
 from families import build
@@ -21,7 +19,6 @@ if not BENCHMARKS.is_dir():
     pytest.skip("the benchmarks are not part of a source distribution", allow_module_level=True)
 sys.path.insert(0, str(BENCHMARKS))
 
-import ablation  # noqa: E402
 import facts  # noqa: E402
 import frontier  # noqa: E402
 import peers  # noqa: E402
@@ -132,25 +129,3 @@ def test_keys_mapped_behind_the_rotation() -> None:
     small = written(model, cuts)
     assert not torch.allclose(output(small, batch), output(model, batch), atol=1e-3)
     assert all(not hasattr(b.core, "behind") for b in blocks(model))
-
-
-@pytest.mark.parametrize("case", ["llama-gqa", "gpt-neox", "whisper"])
-def test_ablations_see_what_the_product_sees(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The extra statistics leave the product's own alone, and every row gives a usable basis."""
-    model, batch = build(case)
-    found = blocks(model)
-    plain = calibrate.calibrate(model, found, [batch])
-    monkeypatch.setattr(calibrate, "_Watcher", ablation.Watcher)
-    for block, moments, same in zip(found, plain, calibrate.calibrate(model, found, [batch]), strict=True):
-        assert isinstance(same, ablation.Observed)
-        extra = same.extra
-        for name in ("query", "key", "pair", "output"):
-            torch.testing.assert_close(getattr(same, name), getattr(moments, name))
-        assert (extra["impact"] > 0).all()
-        products = ablation.ROWS["product"](same, extra)
-        for row, change in ablation.ROWS.items():
-            changed = change(same, extra)
-            assert find_basis(block, changed).costs().value_cost.isfinite().all(), row
-            if row.startswith("keys"):
-                assert not torch.equal(torch.cat([changed.key.flatten(), changed.pair.flatten()]),
-                                       torch.cat([products.key.flatten(), products.pair.flatten()])), row  # fmt: skip

@@ -18,18 +18,19 @@ from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from clover import portable
 from clover.cache import grow
 from clover.families import Block, arguments
 from clover.plan import BlockPlan, Group
+from clover.portable import attend as attend_plainly
 from clover.ragged import Padding, Span, as_heads, joined, kernel_size, padded, take
 
 SPAN = 8
 """KV heads that a single new token reads as one: more would waste arithmetic, fewer would waste launches."""
 SHORT = 2**16
 """Up to this many logits a head, heads of unequal sizes are padded into one call: launches cost more than zeros."""
-NOTHING = 1e-30
-"""Attention weights below this are zero: they change no float32 sum, and denormal numbers are slow on CPUs."""
+NOTHING, FEW = 1e-30, 512
+"""Attention weights below ``NOTHING`` are zero: they change no float32 sum, and denormal numbers are slow on CPUs. Not
+worth a look where there are only a ``FEW`` keys."""
 
 
 class CloverAttention(nn.Module):
@@ -209,7 +210,7 @@ class CloverAttention(nn.Module):
         """One call a group: ``(batch, tokens, columns)``, and the weights of each group."""
         groups = self._groups(queries, keys, values, mask)
         if torch.compiler.is_exporting():
-            return portable.attend(((q, k, v, m) for _, q, k, v, m in groups), self.scaling), [None]
+            return attend_plainly(((q, k, v, m) for _, q, k, v, m in groups), self.scaling), [None]
         name = self.config._attn_implementation
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
         dropout = self.attention_dropout if self.training else 0.0
@@ -281,7 +282,9 @@ class CloverAttention(nn.Module):
                 m = mask[:, :, 0] if mask.shape[1] == 1 else mask[:, span.first * n : (span.first + span.heads) * n, 0]
                 logits = logits.masked_fill(~m, -torch.inf) if m.dtype == torch.bool else logits + m
             weights = logits.softmax(-1, dtype=torch.float32)
-            weights = nn.functional.threshold(weights, NOTHING, 0.0, inplace=True).to(v.dtype)
+            if weights.shape[-1] > FEW:
+                weights = nn.functional.threshold(weights, NOTHING, 0.0, inplace=True)
+            weights = weights.to(v.dtype)
             results.append(torch.bmm(weights, v).flatten(1).index_select(1, span.from_rows))
         return joined(results).unsqueeze(1).to(dtype)
 
