@@ -55,6 +55,12 @@ def side_by_side(calls: Mapping[str, Callable[[], float]], repeats: int) -> dict
     return {name: median(turn[name] for turn in turns[1:]) for name in calls}
 
 
+def apart(call: Callable[..., T], *args: object) -> T:
+    """Call in a fresh process, as ``isolated`` does, with its memory managed as anywhere."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(call, *args).result()
+
+
 def isolated(call: Callable[..., T], *args: object) -> T:
     """Call in a fresh process, so that its memory is its own; it gives freed memory back to the system at once.
 
@@ -62,8 +68,7 @@ def isolated(call: Callable[..., T], *args: object) -> T:
     """
     # glibc reads these when the process starts.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(call, *args).result()
+    return apart(call, *args)
 
 
 def reset_peak_memory() -> int:

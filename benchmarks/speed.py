@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from clover.evaluate import compare_throughput
 from clover.families import Block, blocks
 from clover.plan import BlockPlan
 from clover.pruning import apply, find_bases, plan_ranks
-from common import MODELS, SEED, chosen, isolated, peak_memory, record, reset_peak_memory, text
+from common import MODELS, SEED, apart, chosen, isolated, peak_memory, record, reset_peak_memory, text
 
 CONTEXTS = (128, 2048)
 NEW_TOKENS = 32
@@ -40,39 +40,49 @@ LANGUAGE = {"25 %": (0.25, 0.25), "50 %": (0.50, 0.50)}
 ENCODER = {"56 % + 37 %": speech.PAPER, "75 % + 50 %": speech.BEYOND}
 
 
-def cut_all(model: nn.Module, bases: list, shares: dict[str, tuple[float, float]]) -> dict[str, Any]:
-    """The dense model and its cuts, all saved and loaded as a user has them.
-
-    Where weights lie in memory is worth 15 % of a CPU's speed, so they must all have come there the same way.
-    """
-    models: dict[str, Any] = {}
+@contextmanager
+def cut_all(model: nn.Module, bases: list, shares: dict[str, tuple[float, float]]) -> Iterator[dict[str, str]]:
+    """The dense model and its cuts, saved: folders by name."""
     with tempfile.TemporaryDirectory() as scratch:
+        folders = {}
         for number, (name, cut) in enumerate({"dense": None, **shares}.items()):
             made: Any = copy.deepcopy(model)
             if cut:
                 apply(made, bases, plan_ranks(bases, Share(cut[0]), Share(cut[1])))
-            clover.save(made, Path(scratch) / str(number))
-            models[name] = copy.deepcopy(clover.load(Path(scratch) / str(number), dtype=torch.float32))
-    return models
+            folders[name] = str(clover.save(made, Path(scratch) / str(number)))
+        yield folders
 
 
-@cache
-def language_models() -> dict[str, Any]:
+def loaded(folders: dict[str, str]) -> dict[str, Any]:
+    """All copied: where weights lie in memory is worth 15 % of a CPU's speed."""
+    return {name: copy.deepcopy(clover.load(folder, dtype=torch.float32)) for name, folder in folders.items()}
+
+
+def throughput(folders: dict[str, str], runs: list[dict[str, Any]]) -> list[dict]:
+    """Compare the speed of saved models; in a process of its own, for what ran before slows down all that follows."""
+    models = loaded(folders)
+    return [compare_throughput(models, **options) for options in runs]
+
+
+@contextmanager
+def language_models() -> Iterator[dict[str, str]]:
     model = language.load()
     tokens = AutoTokenizer.from_pretrained(MODELS / "smollm2")(text("train"), return_tensors="pt").input_ids[0]
-    return cut_all(model, find_bases(model, calibration=language.calibration(tokens), seed=SEED), LANGUAGE)
+    with cut_all(model, find_bases(model, calibration=language.calibration(tokens), seed=SEED), LANGUAGE) as folders:
+        yield folders
 
 
 def smollm2() -> dict:
     options: dict[str, Any] = {"new_tokens": NEW_TOKENS, "repeats": REPEATS}
-    runs = {str(c): compare_throughput(language_models(), context=c, **options) for c in CONTEXTS}
-    return {"batch": 1, "dtype": "float32", **options, "contexts": runs}
+    with language_models() as folders:
+        runs = apart(throughput, folders, [{"context": c, **options} for c in CONTEXTS])
+    return {"batch": 1, "dtype": "float32", **options, "contexts": dict(zip(map(str, CONTEXTS), runs, strict=True))}
 
 
 def encoder() -> dict:
-    models = cut_all(speech.dense(), speech.bases("encoder", "activations"), ENCODER)
-    runs = compare_throughput(models, repeats=REPEATS)
-    return {"batch": 1, "dtype": "float32", "repeats": REPEATS, "throughput": runs}
+    with cut_all(speech.dense(), speech.bases("encoder", "activations"), ENCODER) as folders:
+        (run,) = apart(throughput, folders, [{"repeats": REPEATS}])
+    return {"batch": 1, "dtype": "float32", "repeats": REPEATS, "throughput": run}
 
 
 # --- memory ---
@@ -114,18 +124,18 @@ def use(folder: str, tokens: int) -> dict[str, int]:
 
 
 def memory(tokens: int = max(CONTEXTS)) -> dict:
-    models = language_models()
     result: dict[str, Any] = {"tokens": tokens, "dtype": "float32"}
-    with tempfile.TemporaryDirectory() as scratch:
-        for number, (name, model) in enumerate(models.items()):
-            folder = clover.save(model, Path(scratch) / str(number))
-            disk = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-            measured = {"file_bytes": disk, **isolated(use, str(folder), tokens)}
-            result[name] = {"measured": measured, "planned": planned(models["dense"], model, tokens)}
-    dense = result["dense"]
+    with language_models() as folders:
+        dense = clover.load(folders["dense"], dtype=torch.float32)
+        for name, folder in folders.items():
+            disk = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
+            measured = {"file_bytes": disk, **isolated(use, folder, tokens)}
+            model = dense if name == "dense" else clover.load(folder, dtype=torch.float32)
+            result[name] = {"measured": measured, "planned": planned(dense, model, tokens)}
+    whole = result["dense"]
     for name in LANGUAGE:
-        saved = {key: dense["measured"][key] - value for key, value in result[name]["measured"].items()}
-        due = {key: dense["planned"][key] - value for key, value in result[name]["planned"].items()}
+        saved = {key: whole["measured"][key] - value for key, value in result[name]["measured"].items()}
+        due = {key: whole["planned"][key] - value for key, value in result[name]["planned"].items()}
         result[name]["saved"] = {
             "file_bytes": [saved["file_bytes"], due["parameter_bytes"]],
             "cache_bytes": [saved["cache_bytes"], due["cache_bytes"]],

@@ -122,7 +122,7 @@ def speed(results: Results) -> str:
 
 def decode(results: Results) -> str:
     rows = [
-        [f"{r['context']:,}", str(r["batch"]), *(f"{r[k]:.3g}" for k in ("dense", "50 %", "ratio", "bound"))]
+        [f"{r['context']:,}", str(r["batch"]), *(f"{r[k]:.3g}" for k in ("dense", "pruned", "ratio", "bound"))]
         for r in _result(results, "decode-contexts").get("rows", [])
     ]
     if not rows:
@@ -134,17 +134,20 @@ def decode(results: Results) -> str:
         "place."
     )
     parts = [f"{about}\n\n{table('Context | batch | dense | pruned | ratio | bound', rows)}"]
-    for name, title in (("sweep", "SmolLM2 at a context of 2048"), ("encoder", "Encoder of Whisper-base")):
-        if found := _result(results, f"decode-{name}"):
-            ratios, bound = found["throughput"]["ratio"], found.get("bound")
-            keys = list(next(iter(ratios.values())))
-            header = ["Removed", *(k.removesuffix("_per_second").replace("_", " ") for k in keys)]
-            body = [
-                [cut, *(f"{r[k]:.2f}" for k in keys)] + ([f"{bound[cut]:.2f}"] if bound else [])
-                for cut, r in ratios.items()
-            ]
-            header += ["bound of multiply-adds"] if bound else []
-            parts.append(f"{title}, speed over dense.\n\n{table(' | '.join(header), body)}")
+    swept = {
+        f"SmolLM2 at a context of {c}": run for c, run in _result(results, "decode-sweep").get("contexts", {}).items()
+    }
+    coded = _result(results, "decode-encoder")
+    for title, run in (swept | ({"Encoder of Whisper-base": coded["throughput"]} if coded else {})).items():
+        bound = coded["bound"] if run is coded.get("throughput") else {}
+        keys = list(run["dense"])
+        header = ["Removed", *(k.removesuffix("_per_second").replace("_", " ") for k in keys)]
+        header += ["bound of multiply-adds"] if bound else []
+        body = [
+            [cut, *(f"{r[k]:.2f}" for k in keys), *([f"{bound[cut]:.2f}"] if bound else [])]
+            for cut, r in run["ratio"].items()
+        ]
+        parts.append(f"{title}, speed over dense.\n\n{table(' | '.join(header), body)}")
     return "\n\n".join(parts)
 
 
