@@ -37,9 +37,8 @@ def _reference() -> list[str]:
         arguments = [p for p in command.params if not p.opts[0].startswith("-")]
         options = [p for p in command.params if p.opts[0].startswith("-")]
         usage = " ".join([path, *(p.metavar for p in arguments), "[OPTIONS]"])
-        rows = [_row(p) for p in (*arguments, *options)]
-        table = ["| | | |", "| --- | --- | --- |", *rows]
-        lines += [f"## {path}", "", command.help or "", "", "```", usage, "```", "", *table, ""]
+        entries = [_entry(p) for p in (*arguments, *options)]
+        lines += [f"## {path}", "", command.help or "", "", "```", usage, "```", "", *entries, ""]
     return lines
 
 
@@ -49,18 +48,14 @@ def _commands(path: str, command: Any) -> list[tuple[str, Any]]:
     return [found for name, sub in command.commands.items() for found in _commands(f"{path} {name}", sub)]
 
 
-def _row(parameter: Any) -> str:
+def _entry(parameter: Any) -> str:
     is_option = parameter.opts[0].startswith("-")
-    name = parameter.opts[0] if is_option else parameter.metavar
-    help_text = (parameter.help or "").replace("|", r"\|")
-    return f"| `{name}` | {_values(parameter) if is_option else ''} | {help_text}{_default(parameter)} |"
+    name = f"{parameter.opts[0]} {_values(parameter)}".rstrip() if is_option else parameter.metavar
+    return f"- `{name}`: {parameter.help or ''}{_default(parameter)}"
 
 
 def _values(option: Any) -> str:
-    if option.is_flag:
-        return ""
-    choices = get_args(option.type_descriptor.annotation)
-    return ", ".join(f"`{c}`" for c in choices) if choices else f"`{option.metavar}`"
+    return "" if option.is_flag else "|".join(get_args(option.type_descriptor.annotation)) or option.metavar
 
 
 def _default(parameter: Any) -> str:

@@ -120,7 +120,7 @@ def test_a_damaged_plan_is_told_as_one(data: st.DataObject) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=25)
+@settings(max_examples=40)
 def test_a_folder_with_a_damaged_plan_is_refused_or_loads(pruned: Path, data: st.DataObject) -> None:
     file = pruned / "config.json"
     intact = file.read_text()
