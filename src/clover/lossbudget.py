@@ -192,7 +192,7 @@ def within(
 ) -> Outcome:
     """The largest cut found whose measured loss stays within a bound; the model stays as it is.
 
-    Directions go cheapest first, of Q-K and V-O together. What a foretold nat of each is worth is measured by a cut of
+    Directions go cheapest first, of Q-K and V-O together. What a foretold nat of each is worth is measured by cuts of
     each alone; then the common budget is narrowed down by cuts that are measured in their turn. The cut that is
     returned is one of these.
 
@@ -235,9 +235,9 @@ class Suggestion:
 def suggest(
     model: nn.Module, bases: Sequence[Basis], kept_out: Sequence[Any], losses: Iterable[float] = (0.01, 0.02, 0.05)
 ) -> list[Suggestion]:
-    """Shares of Q-K and V-O for some losses, by a forecast that two measured cuts have corrected.
+    """Shares of Q-K and V-O for some losses, by a forecast that a few measured cuts have corrected.
 
-    A hint, which ``within`` would verify. Arguments and errors are those of ``within``.
+    A hint, which ``within`` would verify. Other arguments and errors are those of ``within``.
     """
     forecast = _Trials(model, bases, [basis.costs() for basis in bases], kept_out, "head", None).gauge(TYPICAL)
     return [Suggestion(loss, *forecast.shares(forecast.reach(check_bound(loss)))) for loss in losses]
