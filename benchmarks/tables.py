@@ -306,7 +306,8 @@ def loss_rank(results: Results) -> str:
     told = [[p[k] for p in points] for k in ("foretold", "measured", "true")]
     about = (
         f"SmolLM2-135M-Instruct, {len(points)} cuts: relative increase of perplexity, foretold, "
-        "measured as divergence on data kept out of the calibration, and in truth on the first 24,576 tokens of WikiText-2 test. Spearman's rank "
+        "measured as divergence on data kept out of the calibration, and in truth "
+        "on the first 24,576 tokens of WikiText-2 test. Spearman's rank "
         f"correlation with the truth: foretold {spearman(told[0], told[2]):.3f}, "
         f"measured {spearman(told[1], told[2]):.3f}."
     )
@@ -327,8 +328,8 @@ def loss_bound(results: Results) -> str:
     rows = [[percent(r["max_loss"]), *(percent(r["chosen"][k]) for k in ("qk", "vo", "measured", "ceiling")),
              percent(r["true"]), len(r["measured"]), f"{r['seconds']:.0f}"] for r in runs if r["chosen"]]  # fmt: skip
     about = (
-        "SmolLM2-135M-Instruct, `--max-loss`: what is delivered for a bound, and the true increase of perplexity on the "
-        "first 24,576 tokens of WikiText-2 test (in bfloat16, as of the dense model)."
+        "SmolLM2-135M-Instruct, `--max-loss`: what is delivered for a bound, and the true increase of perplexity "
+        "on the first 24,576 tokens of WikiText-2 test (in bfloat16, as of the dense model)."
     )
     columns = (
         "Bound | Q-K removed | V-O removed | measured | with near certainty under | true | cuts measured | seconds"
