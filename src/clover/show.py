@@ -83,6 +83,13 @@ def show_blocks(blocks: Iterable[dict[str, Any]]) -> None:
     Console().print(table)
 
 
+def show_hints(hints: Iterable[dict[str, float]]) -> None:
+    """What could go for a loss, a line each."""
+    for hint in hints:
+        shares = f"--qk {hint['qk']:.2f} --vo {hint['vo']:.2f}"
+        print(f"for about {100 * hint['max_loss']:g} % loss: {shares}")
+
+
 def show_runtime(result: dict[str, Any]) -> None:
     """A line for each measured figure and context."""
     table = Table(box=box.SIMPLE_HEAD, caption=f"{result['device']}, {result['dtype']}, batch {result['batch']}")
