@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class Family:
     """Rotated by position; or the path of what says so of each block."""
     neighbours: bool = False
     """The columns of a rotary pair are neighbours, instead of half the rotated columns apart."""
+    table: Literal["halves", "neighbours", "once"] = "halves"
+    """Where the model's table of the rotation has the two entries of an angle, or that it has one only."""
     norms: tuple[str, ...] = ()
     """Norms of query and key between projection and logit, where a block has them: Q-K then can't be rotated or cut
     exactly."""
@@ -74,7 +76,8 @@ class Family:
         if isinstance(table, Tensor):
             cos, sin = table.real, table.imag
         else:
-            pick = slice(None, None, 2) if self.neighbours else slice(table[0].shape[-1] // 2)
+            width = table[0].shape[-1]
+            pick = {"halves": slice(width // 2), "neighbours": slice(0, width, 2), "once": slice(width)}[self.table]
             cos, sin = (t[..., pick] for t in table)
         cos, sin = (t.unsqueeze(0) if t.dim() == 2 else t for t in (cos, sin))
         still = (0, 0, tokens - cos.shape[1], 0)

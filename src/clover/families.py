@@ -24,7 +24,8 @@ _BART = Family(o="out_proj", heads="num_heads", dropout="dropout", up=("fc1",))
 _QWEN3 = replace(_LLAMA, norms=("q_norm", "k_norm"))
 _GEMMA2 = replace(_LLAMA, softcap="attn_logit_softcapping")
 _OLMO2 = replace(_QWEN3, norm_spans_heads=True)
-_COHERE = replace(_LLAMA, neighbours=True)
+_GLM = replace(_LLAMA, neighbours=True)
+_COHERE = replace(_GLM, table="neighbours")
 _MOE = replace(_LLAMA, up=(), gate=())  # experts are stacked in one tensor
 _TRANSLATOR = replace(_BART, cross=("encoder_attn",))
 _VIT = Family(positional=("hidden_states", "attention_mask"), up=("mlp.fc1",))
@@ -54,10 +55,10 @@ FAMILIES: dict[str, Family] = {
     "Olmo3Attention": _OLMO2,
     "CohereAttention": replace(_COHERE, norms=("q_norm", "k_norm")),
     "Cohere2Attention": replace(_COHERE, rotary="sliding_window"),
-    "GlmAttention": replace(_COHERE, up=("mlp.gate_up_proj",), gate=()),
-    "Glm4Attention": replace(_COHERE, up=("mlp.gate_up_proj",), gate=()),
-    "HeliumAttention": _COHERE,
-    "Ernie4_5Attention": _COHERE,
+    "GlmAttention": replace(_GLM, up=("mlp.gate_up_proj",), gate=()),
+    "Glm4Attention": replace(_GLM, up=("mlp.gate_up_proj",), gate=()),
+    "HeliumAttention": _GLM,
+    "Ernie4_5Attention": _GLM,
     "PhiAttention": replace(_LLAMA, o="dense", norms=("q_layernorm", "k_layernorm"), up=("mlp.fc1",), gate=()),
     "Phi3Attention": replace(_LLAMA, fused="qkv_proj", up=("mlp.gate_up_proj",), gate=()),
     "MixtralAttention": _MOE,
@@ -65,7 +66,7 @@ FAMILIES: dict[str, Family] = {
     "Qwen2MoeAttention": _MOE,
     "Qwen3MoeAttention": replace(_MOE, norms=("q_norm", "k_norm")),
     "OlmoeAttention": replace(_MOE, norms=("q_norm", "k_norm"), norm_spans_heads=True, unless=_CLIP_QKV),
-    "GptOssAttention": replace(_MOE, sinks="sinks"),
+    "GptOssAttention": replace(_MOE, sinks="sinks", table="once"),
     "GPTNeoXAttention": Family(
         fused="query_key_value", interleaved=True, o="dense", head_dim="head_size", rotary=True,
         rename={"layer_past": "past_key_values"}, up=("mlp.dense_h_to_4h",),
