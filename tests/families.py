@@ -145,7 +145,7 @@ def _siglip() -> t.SiglipModel:
 
 
 def _wav2vec(kind: str) -> Any:
-    sizes = {"conv_dim": (16, 16), "conv_stride": (4, 4), "conv_kernel": (8, 8), "num_feat_extract_layers": 2}
+    sizes = {"conv_dim": (16, 16), "conv_stride": (4, 4), "conv_kernel": (8, 8), "feat_extract_norm": "layer"}
     positions = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4}
     return _encoder(kind, num_attention_heads=4, apply_spec_augment=False, layerdrop=0.0, **sizes, **positions)
 
@@ -254,6 +254,12 @@ SEQ2SEQ = ("whisper", "bart", "t5")
 GENERATIVE = [n for n in CASES if n not in (*ENCODERS, *SEQ2SEQ)]
 STILL = ("gpt2", "opt", "bloom", "falcon-alibi")
 """Language models that rotate nothing."""
+EAGER = ("bloom", "gemma2", "gpt-oss")
+"""Models that know no fused attention."""
+NARROW = ("bloom", "gemma2")
+"""Stock models that in float64 give NaN where a row is masked whole: the mask overflows in the softmax's float32."""
+REPEATING = ("whisper", "gemma2", "gemma3")
+"""Models that left alone say one word over and over, which would hide a difference."""
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, dict[str, torch.Tensor]]:
