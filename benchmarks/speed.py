@@ -25,9 +25,10 @@ from transformers import AutoTokenizer
 import clover
 import language
 import speech
+from clover.block import Block
 from clover.budget import Share
 from clover.evaluate import compare_throughput
-from clover.families import Block, blocks
+from clover.families import blocks
 from clover.plan import BlockPlan
 from clover.pruning import apply, find_bases, plan_ranks
 from common import MODELS, SEED, apart, chosen, isolated, peak_memory, record, reset_peak_memory, text

@@ -33,6 +33,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's grouped product of experts knows no float64; transformers has a loop in its place."""
+    monkeypatch.setattr("transformers.integrations.moe._can_use_grouped_mm", lambda *_: False)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct, a transformers folder."""

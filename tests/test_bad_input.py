@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 
 import clover
 from clover.errors import CloverError, UnsupportedModelError
-from clover.families import blocks
+from clover.families import FAMILIES, REFUSED, blocks
 from families import build, outputs
 
 
@@ -197,21 +198,36 @@ def test_wrong_head_counts_in_the_config(name: str, change: dict[str, int], matc
     assert list(model.state_dict()) == list(state) and not hasattr(model.config, "clover")
 
 
-def _t5() -> Any:
-    return t.T5ForConditionalGeneration(t.T5Config(
-        vocab_size=60, d_model=48, d_kv=8, d_ff=64, num_layers=1, num_heads=6, decoder_start_token_id=0))  # fmt: skip
-
-
-def _gptj() -> Any:
-    return t.GPTJForCausalLM(t.GPTJConfig(vocab_size=60, n_embd=48, n_layer=1, n_head=6, rotary_dim=4, n_positions=32))
-
-
-@pytest.mark.parametrize(("make", "attention"), [(_t5, "T5LayerSelfAttention"), (_gptj, "GPTJAttention")])
-def test_unknown_family(make: Callable[[], Any], attention: str) -> None:
-    model = make()
-    with pytest.raises(UnsupportedModelError, match=rf"{attention}.*supported are .*LlamaAttention.*CONTRIBUTING\.md"):
+def test_unknown_family() -> None:
+    model = t.SwinModel(t.SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[1], num_heads=[2]))
+    with pytest.raises(UnsupportedModelError, match=r"SwinAttention.*supported are .*LlamaAttention.*CONTRIBUTING\.md"):
         clover.prune(model, vo=0.3)
     assert not hasattr(model.config, "clover")
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_class_that_no_row_can_describe(kind: str) -> None:
+    """By its name, wherever it stands; the reason is in the sentence."""
+    model = torch.nn.ModuleDict({"block": type(kind, (torch.nn.Module,), {"__module__": "transformers.models.some"})()})
+    with pytest.raises(
+        UnsupportedModelError, match=rf"block is a {kind}, .* exactly: {re.escape(REFUSED[kind])}; choose"
+    ):
+        blocks(model)
+    assert kind not in FAMILIES
+
+
+def test_refused_classes_of_real_models() -> None:
+    model = t.GPTJForCausalLM(t.GPTJConfig(vocab_size=60, n_embd=48, n_layer=1, n_head=6, rotary_dim=4, n_positions=32))
+    with pytest.raises(UnsupportedModelError, match=r"GPTJAttention.*table of its rotation"):
+        clover.prune(model, vo=0.3)
+
+
+@pytest.mark.parametrize("name", ["olmo", "olmoe"])
+def test_a_setting_with_which_the_row_is_not_true(name: str) -> None:
+    model, _ = build(name)
+    model.config.clip_qkv = 8.0
+    with pytest.raises(UnsupportedModelError, match=r"clip_qkv"):
+        clover.prune(model, vo=0.3)
 
 
 def test_namesake_from_elsewhere() -> None:

@@ -14,9 +14,9 @@ from clover.families import FAMILIES
 
 SOURCE = Path(__file__).resolve().parents[1] / "src/clover"
 ORDER = [
-    "errors", "progress", "plan", "decompose", "rotary", "heads", "families", "budget",
-    "calibrate", "refit", "basis", "cache", "ragged", "portable", "attention", "surgery", "checkpoint", "lossbudget",
-    "pruning", "export", "targets", "config", "cores", "tuner",
+    "errors", "progress", "plan", "decompose", "rotary", "heads", "block", "families", "budget",
+    "calibrate", "refit", "basis", "cache", "ragged", "portable", "eager", "attention", "surgery", "checkpoint",
+    "lossbudget", "pruning", "export", "targets", "config", "cores", "tuner",
     "crew", "shards", "pieces", "draft", "packed", "layerwise", "layout", "sequential", "streaming",
     "files", "data", "cost", "graphs", "onnx", "bench", "evaluate", "curve", "report",
     "demo", "training", "show", "options", "cli",

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from clover.block import Block, arguments, head_bias, norm_entries
 from clover.cache import grow
-from clover.families import Block, arguments
+from clover.eager import eager_attention
 from clover.plan import BlockPlan, Group
 from clover.portable import attend as attend_plainly
 from clover.ragged import Padding, Span, as_heads, joined, kernel_size, padded, take
@@ -60,7 +61,7 @@ class CloverAttention(nn.Module):
         self.is_causal = plan.part == "decoder"
         self.is_cross = plan.part == "cross"
         self.num_key_value_groups = plan.queries
-        self.scaling = block.get(family.scale)
+        self.scaling, self.softcap = block.scale, block.softcap
         self.attention_dropout = block.get(family.dropout)
         self.output_dropout = block.get(family.output_dropout) if family.output_dropout else 0.0
         self.sliding_window = getattr(core, "sliding_window", getattr(block.config, "sliding_window", None))
@@ -71,24 +72,48 @@ class CloverAttention(nn.Module):
         self.uneven = len(plan.groups) > 1 or plan.groups[0].qk != plan.groups[0].value
         self.sizes = [n * plan.qk_kept, plan.qk_kept, plan.vo_kept]
         # A key bias shifts all logits of a query alike and softmax ignores it, unless position or a norm comes between.
-        self.keeps_key_bias = block.rotary > 0 or block.normed
-        biases = heads.q_bias is not None, self.keeps_key_bias and heads.k_bias is not None
+        # A value bias comes out as it is if the weights sum to 1, and is part of the output's bias.
+        self.plain_softmax = block.shifts_freely
+        kept = {
+            "q": True,
+            "k": block.rotary > 0 or block.normed or not self.plain_softmax,
+            "v": block.sinks is not None,
+        }
+        held = {"q": heads.q_bias, "k": heads.k_bias, "v": heads.v_bias}
+        self.biased = {which for which in "qkv" if kept[which] and held[which] is not None}
 
         def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias=bias, dtype=dtype, device=device)
 
         if self.is_cross:
-            self.q_proj = linear(width, self.sizes[0], biases[0])
-            self.kv_proj = linear(source, sum(self.sizes[1:]), biases[1])
+            self.q_proj = linear(width, self.sizes[0], "q" in self.biased)
+            self.kv_proj = linear(source, sum(self.sizes[1:]), not self.biased.isdisjoint("kv"))
         else:
-            self.qkv_proj = linear(width, sum(self.sizes), any(biases))
+            self.qkv_proj = linear(width, sum(self.sizes), bool(self.biased))
         self.o_proj = nn.Identity() if family.core else linear(n * plan.vo_kept, out, plan.output_bias)
-        for name in family.norms:
-            setattr(self, name, copy.deepcopy(getattr(core, name)))
+        self.norms = block.norms
+        self._take_over(block)
         rotated = (n + 1) * plan.qk_kept // 2 if self.rotary else 0
         self._made_spans: list[Span] = []
         self._made_padding: Padding | None = None
         self.register_buffer("frequencies", torch.zeros(rotated, dtype=torch.int64, device=device))
+
+    @torch.no_grad()
+    def _take_over(self, block: Block) -> None:
+        """Copy what a cut leaves as it is; in norms, put the parameters of the heads into our order."""
+        core: Any = block.core
+        for name in (*self.norms, self.family.sinks, self.family.position_bias, *self.family.kept):
+            if name is not None and hasattr(core, name):
+                setattr(self, name, copy.deepcopy(getattr(core, name)))
+        for name, heads in zip(self.norms, self.head_order(), strict=False):
+            for parameter in getattr(self, name).parameters():
+                entries = norm_entries(parameter, heads, block.columns)
+                parameter.data = parameter.view(-1, self.clover.qk)[entries].reshape(-1, *parameter.shape[1:])
+
+    def head_order(self) -> tuple[Tensor, Tensor]:
+        """Which query heads and which KV heads of the original lie in the flat layout, int64."""
+        kv, n = torch.tensor([h for group in self.clover.groups for h in group.heads]), self.clover.queries
+        return (n * kv.unsqueeze(1) + torch.arange(n)).flatten(), kv
 
     def rows(self, which: str) -> tuple[str, slice]:
         """The name of the projection that holds ``q``, ``k`` or ``v``, and their rows in it."""
@@ -112,8 +137,7 @@ class CloverAttention(nn.Module):
             projection: nn.Linear = self.get_submodule(name)  # type: ignore[assignment]
             projection.weight[rows] = pieces[which].to(projection.weight.dtype)
             if projection.bias is not None:
-                kept = which == "q" or (which == "k" and self.keeps_key_bias)
-                projection.bias[rows] = pieces[f"{which}_bias"] if kept and f"{which}_bias" in pieces else 0
+                projection.bias[rows] = pieces[f"{which}_bias"] if which in self.biased else 0
         o: Any = self.o_proj if output is None else output
         o.weight.copy_(pieces["o"])
         if o.bias is not None:
@@ -121,29 +145,40 @@ class CloverAttention(nn.Module):
         if self.rotary:
             self.frequencies.copy_(pieces["frequencies"])
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
         """Attend; takes the arguments of the class it replaces.
 
         Returns:
             The block's output ``(batch, tokens, D)`` and, from the eager implementation, the attention weights
             ``(batch, query heads, tokens, source)`` in the order of the original heads (zero for heads that are gone).
+            Between them the position bias, in families whose blocks hand it on.
         """
         call = arguments(self.family, self.is_cross, args, kwargs)
-        x = call.pop("hidden_states")
+        x, seen = call["hidden_states"], self._seen(call)
         queries, keys, values = self._project(x, call)
-        mask = self._mask(call.pop("attention_mask", None), call.pop("alibi", None), x)
+        bias = head_bias(self.family, self, call, x.shape[1], keys.shape[1], seen)
+        mask = self._mask(call.pop("attention_mask", None), bias, x.shape[1], keys.shape[1])
         residual = call.pop("residual", None)
         weights: list[Tensor | None] = [None]
         if self._writes_one(x):
             z = self._attend_one(queries, keys, values, mask)
         else:
-            for name in ("past_key_values", "key_value_states", "position_embeddings", "use_cache", "sliding_window"):
+            for name in ("hidden_states", "past_key_values", "key_value_states", "position_embeddings", "use_cache",
+                         "sliding_window"):  # fmt: skip
                 call.pop(name, None)
             z, weights = self._attend(queries, keys, values, mask, call)
         y = self.o_proj(z)
         if self.training:
             y = nn.functional.dropout(y, self.output_dropout)
-        return (y if residual is None else y + residual), self._in_order(weights)
+        y = y if residual is None else y + residual
+        return (y, *([bias] if self.family.position_bias else []), self._in_order(weights))
+
+    def _seen(self, call: dict[str, Any]) -> Any:
+        """Tokens that the cache holds, for families whose position bias asks."""
+        if not self.family.position_bias or call.get("past_key_values") is None:
+            return 0
+        seen = call["past_key_values"].get_seq_length(self.layer_idx)
+        return seen.clone() if isinstance(seen, Tensor) else seen  # a static cache counts on in place
 
     def _project(self, x: Tensor, call: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Flat queries ``(batch, tokens, columns)``, and keys and values with whatever the cache holds before them."""
@@ -151,7 +186,7 @@ class CloverAttention(nn.Module):
         if self.is_cross:
             return self._project_cross(x, call["key_value_states"], cache)
         qk, values = self.qkv_proj(x).split([sum(self.sizes[:2]), self.sizes[2]], -1)
-        if self.family.norms:
+        if self.norms:
             qk = self._normed(qk)
         if self.rotary:
             qk = self._rotate(qk, call.get("position_embeddings"))
@@ -180,19 +215,31 @@ class CloverAttention(nn.Module):
 
     def _normed(self, qk: Tensor) -> Tensor:
         """Norm each head, whose columns lie in their original order, halves apart; pair the halves for the rotation."""
-        half, heads = self.rotary // 2, [t.unflatten(-1, (-1, self.clover.qk)) for t in qk.split(self.sizes[:2], -1)]
-        normed = torch.cat([getattr(self, n)(t) for n, t in zip(self.family.norms, heads, strict=True)], -2)
+        half, size, parts = self.rotary // 2, (-1, self.clover.qk), qk.split(self.sizes[:2], -1)
+        norms = [getattr(self, name) for name in self.norms]
+        if self.family.norm_spans_heads:
+            heads = [norm(t).unflatten(-1, size) for norm, t in zip(norms, parts, strict=True)]
+        else:
+            heads = [norm(t.unflatten(-1, size)) for norm, t in zip(norms, parts, strict=True)]
+        normed = torch.cat(heads, -2)
         paired = normed[..., : 2 * half].unflatten(-1, (2, half)).transpose(-1, -2).flatten(-2)
         return torch.cat([paired, normed[..., 2 * half :]], -1).flatten(-2)
 
-    def _rotate(self, qk: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _rotate(self, qk: Tensor, position_embeddings: Any) -> Tensor:
         """Turn every pair of columns, of queries and keys together, by its own frequency."""
         if position_embeddings is None:
             raise TypeError("attention with rotary positions was called without position_embeddings")
         idle = self.clover.qk > self.rotary
         if torch.compiler.is_compiling():  # compilers and exporters know real numbers only
-            return _turn(qk, *(self._of_pairs(t) for t in _angles(*position_embeddings, self.rotary // 2, idle)))
-        table = self._of_pairs(_table(*position_embeddings, self.rotary // 2, idle))
+            angles = self._angles(position_embeddings, qk.shape[1], idle)
+            return _turn(qk, *(take(t, self.frequencies) for t in angles))
+        # Every layer is handed the same tensors, so what is made of them is kept on one.
+        keeper: Any = position_embeddings[0] if isinstance(position_embeddings, tuple) else position_embeddings
+        if not hasattr(keeper, "clover_table"):
+            angles = self._angles(position_embeddings, qk.shape[1], idle)
+            # There are no complex numbers of half precision to rely on.
+            keeper.clover_table = torch.complex(*(t.float() if t.dtype.itemsize < 4 else t for t in angles))
+        table = take(keeper.clover_table, self.frequencies)  # a column for each pair
         half = qk.dtype.itemsize < 4
         x = qk.float() if half else qk
         if x.stride(-2) % 2:
@@ -200,31 +247,43 @@ class CloverAttention(nn.Module):
         turned = torch.view_as_real(torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)) * table).flatten(-2)
         return turned.to(qk.dtype) if half else turned
 
-    def _of_pairs(self, table: Tensor) -> Tensor:
-        """From a column for each frequency to one for each pair."""
-        return take(table, self.frequencies)
+    def _angles(self, position_embeddings: Any, tokens: int, idle: bool) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the frequencies, with an angle of zero at the end for columns that do not turn."""
+        cos, sin = self.family.angles(position_embeddings, tokens)
+        if idle:
+            cos, sin = nn.functional.pad(cos, (0, 1), value=1.0), nn.functional.pad(sin, (0, 1))
+        return cos, sin
 
     def _attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, options: dict[str, Any]
     ) -> tuple[Tensor, list[Tensor | None]]:
         """One call a group: ``(batch, tokens, columns)``, and the weights of each group."""
         groups = self._groups(queries, keys, values, mask)
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() and self.plain_softmax:
             return attend_plainly(((q, k, v, m) for _, q, k, v, m in groups), self.scaling), [None]
         name = self.config._attn_implementation
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
         dropout = self.attention_dropout if self.training else 0.0
         options |= {"scaling": self.scaling, "sliding_window": self.sliding_window, "dropout": dropout}
         if self.uneven and name != "eager" and queries.shape[1] * keys.shape[1] <= SHORT:
+            options |= self._softmax_options(self._all_heads())
             return self._attend_padded(partial(interface, self, **options), queries, keys, values, mask), [None]
         outputs, weights = [], []
         for group, q, k, v, m in groups:
             if name != "eager":
                 q, k, v = (padded(t, kernel_size(group.qk, group.value, q.dtype)) for t in (q, k, v))
-            out, weight = interface(self, q, k, v, m, **options)
+            out, weight = interface(self, q, k, v, m, **options, **self._softmax_options(self._query_heads(group)))
             outputs.append(out[..., : group.value].flatten(2))
             weights.append(weight)
         return joined(outputs), weights
+
+    def _softmax_options(self, heads: list[int]) -> dict[str, Any]:
+        """What the attention of these query heads needs besides; plain softmax must not be told of it."""
+        options = {
+            "softcap": self.softcap,
+            "s_aux": getattr(self, self.family.sinks)[heads] if self.family.sinks else None,
+        }
+        return {name: value for name, value in options.items() if value is not None}
 
     def _attend_padded(
         self, attend: Callable, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
@@ -236,7 +295,7 @@ class CloverAttention(nn.Module):
         q, v = take(queries, padding.queries), take(values, padding.values)
         k = take(nn.functional.pad(keys, (0, 1)), padding.keys)
         if mask is not None and mask.shape[1] > 1:
-            mask = mask[:, [h for group in self.clover.groups for h in self._query_heads(group)]]
+            mask = mask[:, self._all_heads()]
         q, k, v = (as_heads(t, t.shape[-1] // padding.size) for t in (q, k, v))
         return take(attend(q, k, v, mask)[0].flatten(2), padding.outputs)
 
@@ -255,7 +314,8 @@ class CloverAttention(nn.Module):
         """Whether this is one new token for heads that no fused kernel can take together."""
         if torch.compiler.is_exporting():  # the number of tokens is free then
             return False
-        return self.uneven and x.shape[1] == 1 and not self.training and self.config._attn_implementation == "sdpa"
+        one = self.uneven and self.plain_softmax and x.shape[1] == 1
+        return one and not self.training and self.config._attn_implementation == "sdpa"
 
     def _attend_one(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """One token against the flat cache, all heads at once: ``(batch, 1, columns)``.
@@ -266,7 +326,7 @@ class CloverAttention(nn.Module):
         """
         n, results, dtype = self.clover.queries, [], queries.dtype
         if mask is not None and mask.shape[1] > 1:
-            mask = mask[:, [h for group in self.clover.groups for h in self._query_heads(group)]]
+            mask = mask[:, self._all_heads()]
         if queries.device.type == "cpu" and queries.dtype.itemsize < 4:
             # oneDNN compiles a half-precision product anew for each length of the cache: milliseconds a token.
             queries, keys, values = queries.float(), keys.float(), values.float()
@@ -302,22 +362,28 @@ class CloverAttention(nn.Module):
         """Q-K and V-O columns of every KV head that is left, in the order of the flat layout."""
         return [(g.qk, g.value) for g in self.clover.groups for _ in g.heads]
 
+    def _all_heads(self) -> list[int]:
+        return [h for group in self.clover.groups for h in self._query_heads(group)]
+
     def _query_heads(self, group: Group) -> list[int]:
         n = self.clover.queries
         return [h * n + i for h in group.heads for i in range(n)]
 
-    def _mask(self, mask: Tensor | None, alibi: Tensor | None, x: Tensor) -> Tensor | None:
-        """The additive mask for inputs ``x``; a bias by head (ALiBi) is added to it."""
-        if alibi is None:
+    def _mask(self, mask: Tensor | None, bias: Tensor | None, queries: int, keys: int) -> Tensor | None:
+        """The mask; a bias by head is added to it."""
+        if bias is None:
             return mask
-        bias = alibi.unflatten(0, (x.shape[0], -1))
-        return bias if mask is None else bias + mask
+        if mask is None and self.is_causal and queries > 1:  # else left to the kernels, which a mask would stop
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=bias.device).tril()
+        if mask is None:
+            return bias
+        return bias.masked_fill(~mask, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
 
     def _in_order(self, weights: list[Tensor | None]) -> Tensor | None:
         """Attention weights of all groups in the order of the original query heads."""
         if weights[0] is None:
             return None
-        order = [h for group in self.clover.groups for h in self._query_heads(group)]
+        order = self._all_heads()
         known = torch.cat([w for w in weights if w is not None], 1)
         whole = known.new_zeros(known.shape[0], self.clover.kv_heads * self.clover.queries, *known.shape[2:])
         return whole.index_copy(1, torch.tensor(order, device=whole.device), known)
@@ -326,45 +392,7 @@ class CloverAttention(nn.Module):
         return ", ".join(f"{len(g.heads)} kv heads of {g.qk}/{g.value}" for g in self.clover.groups)
 
 
-def _angles(cos: Tensor, sin: Tensor, pairs: int, idle: bool) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the frequencies, with an angle of zero at the end if there are columns that do not turn."""
-    cos, sin = cos[..., :pairs], sin[..., :pairs]
-    if idle:
-        cos, sin = nn.functional.pad(cos, (0, 1), value=1.0), nn.functional.pad(sin, (0, 1))
-    return cos, sin
-
-
-def _table(cos: Any, sin: Tensor, pairs: int, idle: bool) -> Tensor:
-    """The same as complex numbers. Every layer is handed the same two tensors, so it is kept on one of them."""
-    if not hasattr(cos, "clover_table"):
-        # There are no complex numbers of half precision to rely on.
-        wide = (t.float() if t.dtype.itemsize < 4 else t for t in _angles(cos, sin, pairs, idle))
-        cos.clover_table = torch.complex(*wide)
-    return cos.clover_table
-
-
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn neighbouring columns by angles whose cosines and sines are given, in real numbers."""
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2).to(x.dtype)
-
-
-def eager_attention(
-    module: CloverAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention in plain steps, for its weights. Shapes as in transformers: ``(batch, heads, tokens, size)``."""
-    n = module.num_key_value_groups
-    key, value = key.repeat_interleave(n, 1), value.repeat_interleave(n, 1)
-    logits = query @ key.mT * scaling
-    if attention_mask is not None:
-        logits = logits + attention_mask
-    weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)  # as every eager attention of transformers
-    weights = nn.functional.dropout(weights, dropout, module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights

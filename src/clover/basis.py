@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from clover.block import Block
 from clover.budget import Costs
 from clover.calibrate import Moments
 from clover.decompose import Bases, decompose, square_root, weight_gram
-from clover.families import Block
 from clover.heads import Heads
 from clover.plan import BlockPlan, Group, Spectrum
 from clover.refit import Layout, refit
@@ -44,8 +44,7 @@ class Basis:
     def costs(self) -> Costs:
         """What cutting each direction costs, for the planner."""
         heads, rotary = self.heads, self.heads.rotary
-        scale = self.block.get(self.block.family.scale)
-        half_square = 0.5 * scale**2 if self.moments else 1.0  # nats, or the published units
+        half_square = 0.5 * self.block.scale**2 if self.moments else 1.0  # nats, or the published units
         q, k = _energies(heads)
         pair_norm = (
             (q[..., :rotary].unflatten(-1, (2, -1)).sum((1, -2))) * k[:, :rotary].unflatten(-1, (2, -1)).sum(-2)
@@ -62,6 +61,7 @@ class Basis:
             value_cost=self.value.values**2, value_norm=(v * o).sqrt(),
             output_bias=heads.o_bias is not None or heads.v_bias is not None or self.moments is not None,
             parameters=heads.parameters(), fixed_qk=self.block.normed,
+            keeps_heads=self.block.normed and self.block.family.norm_spans_heads,
         )  # fmt: skip
 
     def spectrum(self) -> Spectrum:
@@ -81,8 +81,8 @@ class Basis:
         heads to the uncut block's output, and the output bias takes up the mean of what was cut.
 
         Returns:
-            ``q``, ``k``, ``v`` and ``o``, those of ``q_bias``, ``k_bias`` and ``o_bias`` that there are, and under RoPE
-            the ``frequencies``.
+            ``q``, ``k``, ``v`` and ``o``, those of ``q_bias``, ``k_bias``, ``v_bias`` (else in ``o_bias``) and
+            ``o_bias`` that there are, and under RoPE the ``frequencies``.
         """
         heads = self.heads
         parts: dict[str, list[Tensor]] = {"q": [], "k": [], "q_bias": [], "k_bias": []}
@@ -140,11 +140,13 @@ class Basis:
         if moments is not None and plan.vo_kept < plan.kv_heads * plan.vo:
             cut, bases = refit(whole, cut, bases, layout, moments.output, moments.gradient)
             bias = bias + (whole - cut @ layout.spread(bases)) @ moments.mean
-        if heads.v_bias is not None:
+        rows = list(zip(bases.split([r for _, r in ranks]), (h for h, _ in ranks), strict=True))
+        found = {"v": torch.cat([basis @ heads.v[h] for basis, h in rows]), "o": cut}
+        if heads.v_bias is not None and self.block.sinks is not None:  # the weights of the values don't sum to 1
+            found["v_bias"] = torch.cat([basis @ heads.v_bias[h] for basis, h in rows])
+        elif heads.v_bias is not None:
             bias = bias + cut @ (layout.spread(bases) @ heads.v_bias.unsqueeze(1).expand(-1, n, -1).flatten())
-        rows = bases.split([r for _, r in ranks])
-        values = torch.cat([basis @ heads.v[h] for basis, (h, _) in zip(rows, ranks, strict=True)])
-        return {"v": values, "o": cut} | ({"o_bias": bias} if plan.output_bias else {})
+        return found | ({"o_bias": bias} if plan.output_bias else {})
 
 
 @torch.no_grad()

@@ -48,6 +48,8 @@ class Costs:
     parameters: int
     fixed_qk: bool = False
     """Q-K can't be cut exactly (a norm stands between projection and logit) and stays whole."""
+    keeps_heads: bool = False
+    """No head may go."""
 
     @property
     def kv_heads(self) -> int:
@@ -255,7 +257,8 @@ def _curve(costs: Sequence[Costs], party: tuple[Head, ...], kind: Kind, limits: 
     prices = [sum(mean[i:j]) / ((j - i) * columns) for i, j in pairwise(bounds)]
     for i in range(1, len(prices)):
         prices[i] = min(prices[i], prices[i - 1])
-    must = not limits.drop_heads if kind == "value" else kind == "pair" or not rotary
+    drops = limits.drop_heads and not first.keeps_heads
+    must = not drops if kind == "value" else kind == "pair" or not rotary
     least = len(prices) if kind != "value" and first.fixed_qk else min(int(must), len(prices))
     return _Curve(party, columns, tuple(bounds), tuple(prices), least)
 

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from clover.block import Block, head_bias
 from clover.errors import CloverError
-from clover.families import Block
 from clover.heads import Heads
 from clover.progress import track
 from clover.rotary import features
@@ -180,10 +180,9 @@ class Watcher:
         call = self.block.arguments(args, kwargs)
         x = call["hidden_states"]
         source = x if call.get("key_value_states") is None else call["key_value_states"]
-        mask, alibi = call.get("attention_mask"), call.get("alibi")
-        if alibi is not None:
-            alibi = alibi.unflatten(0, (x.shape[0], -1))
-        table = call.get("position_embeddings", ())
+        mask = call.get("attention_mask")
+        by_head = head_bias(self.block.family, self.block.core, call, x.shape[1], source.shape[1], 0)
+        angles = self.block.family.angles(call["position_embeddings"], x.shape[1]) if self.heads.rotary else ()
         for b, valid in enumerate(_valid(x, self.masks)):
             rows = self._sample(valid)
             if not len(rows):
@@ -191,9 +190,9 @@ class Watcher:
             q = _apply(self.heads.q, self.heads.q_bias, x[b, rows])
             k = _apply(self.heads.k, self.heads.k_bias, source[b])
             if self.heads.rotary:
-                cos, sin = (t[min(b, len(t) - 1)].float() for t in table)
+                cos, sin = (t[min(b, len(t) - 1)].float() for t in angles)
                 q, k = _rotate(q, cos[rows], sin[rows]), _rotate(k, cos, sin)
-            bias = _bias(mask, alibi, b, rows, k.shape[-2], causal=self.block.part == "decoder").to(q.device)
+            bias = _bias(mask, by_head, b, rows, k.shape[-2], causal=self.block.part == "decoder").to(q.device)
             self._observe(q, k, bias.expand(self.heads.q.shape[0], self.heads.q.shape[1], -1, -1) if bias.shape[0] == 1
                           else bias.unflatten(0, self.heads.q.shape[:2]))  # fmt: skip
             self.rows += len(rows)
@@ -205,8 +204,11 @@ class Watcher:
 
     def _observe(self, q: Tensor, k: Tensor, bias: Tensor) -> None:
         """Add one sequence: ``q`` (kv, n, m, d), ``k`` (kv, t, d), ``bias`` (kv, n, m, t)."""
-        scale, rotary = self.block.get(self.block.family.scale), self.heads.rotary
-        weights = _weights(q @ k.unsqueeze(1).mT * scale + bias, bias)
+        rotary, cap, sinks = self.heads.rotary, self.block.softcap, self.block.sinks
+        logits = q @ k.unsqueeze(1).mT * self.block.scale
+        if cap is not None:
+            logits = cap * (logits / cap).tanh()
+        weights = _weights(logits + bias, bias, None if sinks is None else sinks.float().view(len(k), -1))
         if rotary:
             self._add("pair", _feature_covariance(q[..., :rotary], k[..., :rotary], weights))
         if k.shape[-1] > rotary:
@@ -264,14 +266,12 @@ def _apply(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE as transformers applies it: halves of the leading columns are real and imaginary parts."""
-    width = cos.shape[-1]
-    turned, rest = x[..., :width], x[..., width:]
-    re, im = turned.chunk(2, -1)
-    return torch.cat([turned * cos + torch.cat([-im, re], -1) * sin, rest], -1)
+    """Turn pairs, real parts in the first half of the leading columns and imaginary parts in the second."""
+    re, im, rest = x.tensor_split([cos.shape[-1], 2 * cos.shape[-1]], -1)
+    return torch.cat([re * cos - im * sin, im * cos + re * sin, rest], -1)
 
 
-def _bias(mask: Tensor | None, alibi: Tensor | None, b: int, rows: Tensor, keys: int, causal: bool) -> Tensor:
+def _bias(mask: Tensor | None, by_head: Tensor | None, b: int, rows: Tensor, keys: int, causal: bool) -> Tensor:
     """What is added to the logits of sequence ``b``: ``(heads or 1, rows, keys)`` float32, ``-inf`` if hidden."""
     if mask is None:
         hidden = (
@@ -285,14 +285,22 @@ def _bias(mask: Tensor | None, alibi: Tensor | None, b: int, rows: Tensor, keys:
             bias = torch.zeros_like(piece, dtype=torch.float32).masked_fill(~piece, -torch.inf)
         else:
             bias = piece.float().masked_fill(piece < torch.finfo(piece.dtype).min / 4, -torch.inf)
-    return bias if alibi is None else bias + alibi[b].float()
+    if by_head is None:
+        return bias
+    more = by_head[min(b, len(by_head) - 1)].float()
+    return bias + (more[:, rows] if more.shape[1] > 1 else more)
 
 
-def _weights(logits: Tensor, bias: Tensor) -> Tensor:
+def _weights(logits: Tensor, bias: Tensor, sinks: Tensor | None = None) -> Tensor:
     """Weight of each key for each query: half its attention, half uniform over the keys it can see."""
     visible = (bias > -torch.inf).float()
     uniform = visible / visible.sum(-1, keepdim=True).clamp_min(1)
-    return SOFTMAX_WEIGHT * logits.softmax(-1).nan_to_num(0.0) + (1 - SOFTMAX_WEIGHT) * uniform
+    if sinks is None:
+        attention = logits.softmax(-1)
+    else:
+        sink = sinks[..., None, None].expand(*logits.shape[:-1], 1)
+        attention = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+    return SOFTMAX_WEIGHT * attention.nan_to_num(0.0) + (1 - SOFTMAX_WEIGHT) * uniform
 
 
 def _feature_covariance(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:

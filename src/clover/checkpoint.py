@@ -25,8 +25,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from clover.block import Block
 from clover.errors import CloverError
-from clover.families import FAMILIES, Block, blocks
+from clover.families import FAMILIES, blocks
 from clover.plan import Plan
 from clover.surgery import install, skeleton
 

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from clover.attention import CloverAttention
+from clover.block import Block, norm_entries
 from clover.errors import CloverError, UnsupportedModelError
-from clover.families import Block, blocks
+from clover.families import blocks
 from clover.plan import Group
 from clover.pruning import plan_of
 
@@ -68,9 +69,7 @@ def _fill(block: Block, holder: nn.Module) -> None:
     attention: Any = next(m for m in holder.modules() if isinstance(m, CloverAttention))
     plan, n = attention.clover, attention.clover.queries
     output: Any = holder.get_submodule(block.family.o) if block.family.core else attention.o_proj
-    for name in block.family.norms:
-        getattr(block.core, name).load_state_dict(getattr(attention, name).state_dict())
-
+    _give_back(block, attention)
     wide = {which: _Wide(block, which) for which in ("q", "k", "v", "o")}
     o = wide["o"].weight.new_zeros(plan.kv_heads, n, plan.vo, wide["o"].weight.shape[0])
     for group, at_qk, at_v in plan.spans():
@@ -95,6 +94,20 @@ def _fill(block: Block, holder: nn.Module) -> None:
     if output.bias is not None and not wide["o"].take_bias(output.bias):
         _constant(block, output.bias, wide["v"], o, free)
     wide["o"].weight.copy_(o.flatten(0, 2).T)
+
+
+def _give_back(block: Block, attention: CloverAttention) -> None:
+    """Set what a rewritten block took over as it was."""
+    order = dict(zip(attention.norms, attention.head_order(), strict=False))
+    stock = dict(block.core.named_parameters())
+    for name, value in attention.named_parameters():
+        owner = name.partition(".")[0]
+        if owner in order:
+            stock[name].view(-1, attention.clover.qk)[norm_entries(stock[name], order[owner], block.columns)] = (
+                value.view(-1, attention.clover.qk)
+            )
+        elif owner in (block.family.sinks, block.family.position_bias):
+            stock[name].copy_(value)
 
 
 def _places(attention: CloverAttention, group: Group, start: int) -> Int[Tensor, "kv size"]:

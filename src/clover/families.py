@@ -1,55 +1,17 @@
 """The only home of Hugging Face names: one row for each attention class of transformers.
 
-A row says where a block keeps its projections, sizes and dropouts, and how its ``forward`` is called. The algorithm
-knows nothing of it. To add a family, add a row (CONTRIBUTING.md has the recipe).
+A row (see ``clover.block.Family``) says where a block keeps its projections, sizes and dropouts, and how its
+``forward`` is called. The algorithm knows nothing of it. To add a family, add a row (CONTRIBUTING.md has the recipe).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
+from clover.block import Block, Family
 from clover.errors import CloverError, UnsupportedModelError
-from clover.heads import Heads
-
-
-@dataclass(frozen=True)
-class Family:
-    """Names inside one attention class. Dotted names are paths from the attention module (or from ``core``)."""
-
-    q: str = "q_proj"
-    k: str = "k_proj"
-    v: str = "v_proj"
-    o: str = "o_proj"
-    fused: str | None = None
-    """A projection that holds several of q, k and v; ``q``, ``k``, ``v`` then only name their order in it."""
-    interleaved: bool = False
-    """The fused rows run head by head (q, k, v of head 0, of head 1, ...) instead of all of q, all of k, all of v."""
-    core: str = ""
-    """The child that computes attention, where the matched class also holds the output projection beside it."""
-    heads: str = "config.num_attention_heads"
-    kv_heads: str | None = None
-    head_dim: str = "head_dim"
-    scale: str = "scaling"
-    rotary: bool = False
-    norms: tuple[str, ...] = ()
-    """Norms of query and key between projection and logit: Q-K then can't be rotated or cut exactly."""
-    dropout: str = "attention_dropout"
-    output_dropout: str | None = None
-    cross: tuple[str, ...] = ()
-    """Last name of a block that attends to another sequence."""
-    positional: tuple[str, ...] = ("hidden_states",)
-    rename: Mapping[str, str] = field(default_factory=dict)
-    """This class's argument names -> the ones that we use."""
-    up: tuple[str, ...] = ("mlp.up_proj",)
-    """First projections of the MLP beside the attention, as paths from their common parent; tuning can take them."""
-    gate: tuple[str, ...] = ()
-
 
 _LLAMA = Family(kv_heads="config.num_key_value_heads", rotary=True, gate=("mlp.gate_proj",))
 _BERT = Family(
@@ -59,15 +21,60 @@ _BERT = Family(
 )  # fmt: skip
 _BART = Family(o="out_proj", heads="num_heads", dropout="dropout", up=("fc1",))
 
+_QWEN3 = replace(_LLAMA, norms=("q_norm", "k_norm"))
+_GEMMA2 = replace(_LLAMA, softcap="attn_logit_softcapping")
+_OLMO2 = replace(_QWEN3, norm_spans_heads=True)
+_GLM = replace(_LLAMA, neighbours=True)
+_COHERE = replace(_GLM, table="neighbours")
+_MOE = replace(_LLAMA, up=(), gate=())  # experts are stacked in one tensor
+_TRANSLATOR = replace(_BART, cross=("encoder_attn",))
+_VIT = Family(positional=("hidden_states", "attention_mask"), up=("mlp.fc1",))
+_SPEECH = replace(_BART, up=("feed_forward.intermediate_dense",))
+_T5 = Family(
+    q="q", k="k", v="v", o="o", heads="n_heads", head_dim="key_value_proj_dim", dropout="dropout",
+    position_bias="relative_attention_bias", cross=("EncDecAttention",), rename={"mask": "attention_mask"}, up=(),
+    kept=("is_decoder", "relative_attention_num_buckets", "relative_attention_max_distance"),
+)  # fmt: skip
+_CLIP_QKV = {"config.clip_qkv": "values are clipped (clip_qkv), and what is clipped can't be rotated"}
+
 FAMILIES: dict[str, Family] = {
+    # language
     "LlamaAttention": _LLAMA,
     "MistralAttention": _LLAMA,
+    "MinistralAttention": _LLAMA,
     "Qwen2Attention": _LLAMA,
-    "Qwen3Attention": replace(_LLAMA, norms=("q_norm", "k_norm")),
+    "Qwen3Attention": _QWEN3,
+    "GemmaAttention": _LLAMA,
+    "Gemma2Attention": _GEMMA2,
+    "Gemma3Attention": _QWEN3,
+    "GraniteAttention": _LLAMA,
+    "SmolLM3Attention": replace(_LLAMA, rotary="use_rope"),
+    "Starcoder2Attention": replace(_LLAMA, output_dropout="residual_dropout", up=("mlp.c_fc",), gate=()),
+    "OlmoAttention": replace(_LLAMA, unless=_CLIP_QKV),
+    "Olmo2Attention": _OLMO2,
+    "Olmo3Attention": _OLMO2,
+    "CohereAttention": replace(_COHERE, norms=("q_norm", "k_norm")),
+    "Cohere2Attention": replace(_COHERE, rotary="sliding_window"),
+    "GlmAttention": replace(_GLM, up=("mlp.gate_up_proj",), gate=()),
+    "Glm4Attention": replace(_GLM, up=("mlp.gate_up_proj",), gate=()),
+    "HeliumAttention": _GLM,
+    "Ernie4_5Attention": _GLM,
+    "PhiAttention": replace(_LLAMA, o="dense", norms=("q_layernorm", "k_layernorm"), up=("mlp.fc1",), gate=()),
     "Phi3Attention": replace(_LLAMA, fused="qkv_proj", up=("mlp.gate_up_proj",), gate=()),
+    "MixtralAttention": _MOE,
+    "PhimoeAttention": _MOE,
+    "Qwen2MoeAttention": _MOE,
+    "Qwen3MoeAttention": replace(_MOE, norms=("q_norm", "k_norm")),
+    "OlmoeAttention": replace(_MOE, norms=("q_norm", "k_norm"), norm_spans_heads=True, unless=_CLIP_QKV),
+    "GptOssAttention": replace(_MOE, sinks="sinks", table="once"),
     "GPTNeoXAttention": Family(
         fused="query_key_value", interleaved=True, o="dense", head_dim="head_size", rotary=True,
         rename={"layer_past": "past_key_values"}, up=("mlp.dense_h_to_4h",),
+    ),
+    "FalconAttention": Family(
+        fused="query_key_value", interleaved=True, o="dense", heads="num_heads", kv_heads="num_kv_heads",
+        scale="inv_norm_factor", rotary="config.rotary", dropout="attention_dropout",
+        rename={"layer_past": "past_key_values", "alibi": None}, up=("mlp.dense_h_to_4h",),  # its mask holds the ALiBi
     ),
     "GPT2Attention": Family(
         q="q_attn", fused="c_attn", o="c_proj", heads="num_heads", dropout="attn_dropout",
@@ -80,150 +87,58 @@ FAMILIES: dict[str, Family] = {
         rename={"layer_past": "past_key_values"}, up=("mlp.dense_h_to_4h",),
     ),
     "OPTAttention": _BART,
-    "WhisperAttention": replace(_BART, cross=("encoder_attn",)),
-    "CLIPAttention": replace(_BART, scale="scale", up=("mlp.fc1",)),
-    "ViTAttention": Family(positional=("hidden_states", "attention_mask"), up=("mlp.fc1",)),
+    # encoders and decoders
+    "BartAttention": _TRANSLATOR,
+    "MBartAttention": _TRANSLATOR,
+    "MarianAttention": _TRANSLATOR,
+    "PegasusAttention": _TRANSLATOR,
+    "M2M100Attention": _TRANSLATOR,
+    "WhisperAttention": _TRANSLATOR,
+    "T5Attention": _T5,
+    "MT5Attention": _T5,
+    # encoders of text, images and speech
     "BertAttention": _BERT,
     "RobertaAttention": _BERT,
+    "XLMRobertaAttention": _BERT,
+    "ElectraAttention": _BERT,
+    "DistilBertSelfAttention": Family(
+        q="q_lin", k="k_lin", v="v_lin", o="out_lin", heads="n_heads", head_dim="attention_head_size",
+        dropout="dropout", up=("ffn.lin1",),
+    ),
+    "ModernBertAttention": Family(
+        fused="Wqkv", o="Wo", rotary=True, scale=None, output_dropout="config.attention_dropout", up=("mlp.Wi",),
+    ),
+    "ViTAttention": _VIT,
+    "DeiTAttention": _VIT,
+    "Dinov2Attention": _VIT,
+    "Dinov2WithRegistersAttention": _VIT,
+    "DINOv3ViTAttention": replace(
+        _VIT, rotary=True, dropout="dropout", up=("mlp.up_proj",), gate=("mlp.gate_proj",),
+    ),
+    "CLIPAttention": replace(_BART, scale="scale", up=("mlp.fc1",)),
+    "SiglipAttention": replace(_BART, scale="scale", up=("mlp.fc1",)),
+    "Wav2Vec2Attention": _SPEECH,
+    "HubertAttention": _SPEECH,
 }  # fmt: skip
 
+REFUSED: dict[str, str] = {
+    "DeepseekV2Attention": "keys and values of all heads come out of one latent, which is what its cache would hold",
+    "DeepseekV3Attention": "keys and values of all heads come out of one latent, which is what its cache would hold",
+    "Llama4TextAttention": "queries of its layers without rotation are scaled by their position",
+    "MllamaTextCrossAttention": "a norm of the keys stands between another sequence and a cache that holds them",
+    "GPTJAttention": "it holds the table of its rotation itself",
+    "CodeGenAttention": "it holds the table of its rotation itself, and its fused rows lie in four stretches",
+    "MptAttention": "its mask and its bias are applied in its own way",
+    "Wav2Vec2BertSelfAttention": "its positions enter through the queries themselves, not as a rotation or a bias",
+    "DebertaV2Attention": "its positions enter through the query and key projections (disentangled attention)",
+    "WavLMAttention": "its position bias is gated by what the block reads",
+    "Attention": "it computes in a processor of its own (diffusers), not in transformers' attention interface",
+}
+"""Classes that a row can't describe -> why."""
 
-@dataclass(frozen=True)
-class Block:
-    """One attention block found in a model."""
-
-    name: str
-    part: str
-    family: Family
-    module: nn.Module
-    config: Any
-
-    @property
-    def core(self) -> nn.Module:
-        """The module that computes attention, the one that surgery replaces."""
-        return self.module.get_submodule(self.family.core)
-
-    @property
-    def core_name(self) -> str:
-        return f"{self.name}.{self.family.core}" if self.family.core else self.name
-
-    def get(self, path: str) -> Any:
-        """An attribute of the core by dotted path; dropout modules give their probability."""
-        value: Any = self.core
-        for part in path.split("."):
-            value = self.config if part == "config" else getattr(value, part)
-        return value.p if isinstance(value, nn.Dropout) else value
-
-    @property
-    def queries(self) -> int:
-        """Query heads per KV head."""
-        heads = self.get(self.family.heads)
-        kv = self.get(self.family.kv_heads) if self.family.kv_heads else heads
-        if kv < 1 or heads % kv:
-            raise CloverError(
-                f"{self.name}: {heads} query heads can't share {kv} KV heads; correct the head counts in config.json"
-            )
-        return heads // kv
-
-    @property
-    def rotary(self) -> int:
-        """Columns of a head that are rotated by position."""
-        if not self.family.rotary:
-            return 0
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        return int(self.get(self.family.head_dim) * rope.get("partial_rotary_factor", 1.0))
-
-    @property
-    def normed(self) -> bool:
-        """Whether a norm stands between the Q-K projections and the logit."""
-        return bool(self.family.norms)
-
-    def projection(self, which: str) -> nn.Module:
-        """The module that holds ``q``, ``k``, ``v`` or ``o``."""
-        owner = self.module if which == "o" else self.core
-        path = getattr(self.family, which)
-        fused = self.family.fused
-        return owner.get_submodule(fused if fused and not _has(owner, path) else path)
-
-    def heads(self) -> Heads:
-        """Read the block as heads; views of the model's weights where the layout allows.
-
-        Raises:
-            CloverError: a weight's shape contradicts the head counts of the config.
-        """
-        n, d = self.queries, self.get(self.family.head_dim)
-        h = self.get(self.family.heads)
-        weights, biases = self._projections(h, h // n, d)
-        o, o_bias = _weight(self.projection("o"), self.name)
-        if o.shape[1] != h * d:
-            raise CloverError(
-                f"{self.name}: the output projection reads {o.shape[1]} columns, but the config's {h} heads of {d} "
-                f"make {h * d}; "
-                "correct the head counts in config.json"
-            )
-        per_head = o.unflatten(1, (h // n, n, d)).permute(1, 2, 0, 3)
-        return Heads(
-            q=weights["q"].unflatten(0, (-1, n)), k=weights["k"], v=weights["v"], o=per_head,
-            q_bias=None if biases["q"] is None else biases["q"].unflatten(0, (-1, n)),
-            k_bias=biases["k"], v_bias=biases["v"], o_bias=o_bias, rotary=self.rotary,
-        )  # fmt: skip
-
-    def rows(self, which: str) -> Tensor:
-        """Where the rows of ``q``, ``k`` or ``v`` stand in the weight of their projection: ``(heads, d)``, int64."""
-        heads, d = self.get(self.family.heads), self.get(self.family.head_dim)
-        counts = {"q": heads, "k": heads // self.queries, "v": heads // self.queries}
-        holder = self.projection(which)
-        members = [m for m in counts if self.projection(m) is holder]
-        rows = torch.arange(sum(counts[m] for m in members) * d)
-        return next(w for member, w, _ in self._split(members, counts, d, rows, None) if member == which)
-
-    def _projections(self, heads: int, kv: int, d: int) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
-        """Weights ``(heads, d, D)`` and biases ``(heads, d)`` of q, k and v."""
-        counts = {"q": heads, "k": kv, "v": kv}
-        weights: dict[str, Tensor] = {}
-        biases: dict[str, Tensor | None] = {}
-        holders: dict[nn.Module, list[str]] = {}
-        for which in counts:
-            holders.setdefault(self.projection(which), []).append(which)
-        for module, members in holders.items():
-            weight, bias = _weight(module, self.name)
-            rows = sum(counts[m] for m in members) * d
-            if weight.shape[0] != rows:
-                raise CloverError(
-                    f"{self.name}: the projection of {', '.join(members)} has {weight.shape[0]} rows, but "
-                    f"{heads} query heads and "
-                    f"{kv} KV heads of {d} make {rows}; correct the head counts in config.json"
-                )
-            for member, w, b in self._split(members, counts, d, weight, bias):
-                weights[member], biases[member] = w, b
-        return weights, biases
-
-    def _split(
-        self, members: list[str], counts: dict[str, int], d: int, weight: Tensor, bias: Tensor | None
-    ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-        w = weight.unflatten(0, (-1, d))
-        b = None if bias is None else bias.unflatten(0, (-1, d))
-        start = 0
-        for i, member in enumerate(members):
-            stop = start + counts[member]
-            pick = slice(i, None, len(members)) if self.family.interleaved else slice(start, stop)
-            yield member, w[pick], None if b is None else b[pick]
-            start = stop
-
-    def arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """One call of the core's ``forward`` in our argument names, whatever the class calls them."""
-        return arguments(self.family, self.part == "cross", args, kwargs)
-
-
-def arguments(family: Family, cross: bool, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Name the arguments of an attention ``forward`` as this project does."""
-    names = dict(zip(family.positional, args, strict=False)) | kwargs
-    call = {family.rename.get(name, name): value for name, value in names.items()}
-    if not cross:
-        call.pop("key_value_states", None)
-    if (mask := call.pop("encoder_attention_mask", None)) is not None and cross:
-        call["attention_mask"] = mask
-    return call
+APART = {"T5LayerSelfAttention", "T5LayerCrossAttention", "MT5LayerSelfAttention", "MT5LayerCrossAttention",
+         "MultiheadAttention"}  # fmt: skip
+"""Called attention, but only holding a block of the table, or, as the pooling head of a vision model, staying dense."""
 
 
 def blocks(model: nn.Module, part: str = "all") -> list[Block]:
@@ -242,9 +157,14 @@ def blocks(model: nn.Module, part: str = "all") -> list[Block]:
         if hasattr(module, "clover"):
             raise CloverError(f"{name} was rewritten by clover before; start from the original model")
         if is_attention(module):
-            found.append(block_of(model, name, module))
+            found.append(block := block_of(model, name, module))
+            for setting, why in block.family.unless.items():
+                if block.get(setting):
+                    raise _refused(name, kind, why)
             covered.append(name + ".")
-        elif kind.__name__.endswith("Attention") and not name.startswith(tuple(covered)):
+        elif kind.__name__ in REFUSED:
+            raise _refused(name, kind, REFUSED[kind.__name__])
+        elif kind.__name__.endswith("Attention") and kind.__name__ not in APART and not name.startswith(tuple(covered)):
             raise _unsupported(f"{type(model).__name__} has attention of class {kind.__name__}")
     if not found:
         raise _unsupported(f"{type(model).__name__} has no attention block of a known class")
@@ -272,28 +192,14 @@ def block_of(model: nn.Module, name: str, module: nn.Module) -> Block:
     return Block(name, part, family, module, getattr(core, "config", None) or model.config)
 
 
+def _refused(name: str, kind: type, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{name} is a {kind.__name__}, which clover can't rewrite exactly: {why}; choose another model"
+    )
+
+
 def _unsupported(what: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{what}, which clover doesn't support; supported are {', '.join(sorted(FAMILIES))}; "
         "CONTRIBUTING.md says how to add a family"
     )
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    for part in path.split("."):
-        if not hasattr(module, part):
-            return False
-        module = getattr(module, part)
-    return True
-
-
-def _weight(module: nn.Module, block: str) -> tuple[Tensor, Tensor | None]:
-    """Weight as ``(out, in)`` and bias of a Linear or of GPT-2's transposed Conv1D."""
-    if isinstance(module, Conv1D):
-        return module.weight.T, module.bias
-    if type(module) is not nn.Linear:
-        raise CloverError(
-            f"{block}: a projection is a {type(module).__module__}.{type(module).__name__}, not torch's Linear; "
-            "prune before quantising, and merge adapters first"
-        )
-    return module.weight, module.bias

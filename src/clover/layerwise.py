@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from clover.block import Block
 from clover.errors import CloverError
-from clover.families import Block
 from clover.progress import track
 
 MEMORY = 2**28

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from clover.block import Block
 from clover.checkpoint import adopt, rebuild, write_config
 from clover.crew import Crew
 from clover.draft import Draft
-from clover.families import Block
 from clover.pieces import Pieces
 from clover.plan import BlockPlan, Plan
 from clover.progress import track

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from clover.basis import Basis
+from clover.block import Block
 from clover.budget import Costs
 from clover.calibrate import Moments
 from clover.decompose import Bases
-from clover.families import Block
 
 COSTS = "costs."
 

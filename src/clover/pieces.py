@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from clover.basis import Basis
+from clover.block import Block
 from clover.checkpoint import blank, workplace
 from clover.errors import CloverError
-from clover.families import Block, blocks
+from clover.families import blocks
 from clover.plan import BlockPlan
 from clover.shards import DTYPES, Checkpoint
 from clover.surgery import filled

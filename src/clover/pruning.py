@@ -230,7 +230,6 @@ def summary(model: nn.Module) -> dict[str, float | int]:
 def _attention_parameters(model: nn.Module, name: str) -> int:
     module = model.get_submodule(name)
     attention = next(m for m in module.modules() if isinstance(m, CloverAttention))
-    count = sum(p.numel() for p in attention.parameters())
-    if attention.family.core:
-        count += sum(p.numel() for p in module.get_submodule(attention.family.o).parameters())
-    return count - sum(p.numel() for n in attention.family.norms for p in getattr(attention, n).parameters())
+    projections: list[nn.Module] = [attention.get_submodule(attention.rows(which)[0]) for which in "qkv"]
+    projections.append(module.get_submodule(attention.family.o) if attention.family.core else attention.o_proj)
+    return sum(p.numel() for projection in set(projections) for p in projection.parameters())

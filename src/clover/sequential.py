@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from clover.basis import find_basis
+from clover.block import Block
 from clover.calibrate import Moments, Watcher, on, padding
 from clover.checkpoint import workplace
 from clover.crew import Crew
 from clover.draft import Draft
 from clover.errors import CloverError
-from clover.families import Block
 from clover.layerwise import Call, Stack, run, stacks, walk
 from clover.layout import BASES, DONE, Layout
 from clover.packed import pack_costs

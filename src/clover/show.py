@@ -16,7 +16,7 @@ from clover.errors import CloverError
 from clover.progress import console
 
 if TYPE_CHECKING:
-    from clover.families import Block
+    from clover.block import Block
     from clover.plan import Spectrum
     from clover.report import Row
 

@@ -17,11 +17,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from clover.basis import find_basis
+from clover.block import Block
 from clover.budget import Granularity, Limits
 from clover.crew import Crew, crew
 from clover.draft import Draft, draft
 from clover.errors import CloverError
-from clover.families import Block
 from clover.layout import BASES, DONE, Layout
 from clover.packed import pack, pack_costs, unpack, unpack_costs
 from clover.pieces import Pieces, cut

@@ -10,8 +10,9 @@ from torch import nn
 
 from clover.attention import CloverAttention
 from clover.basis import Basis
+from clover.block import Block
 from clover.errors import CloverError
-from clover.families import Block, blocks
+from clover.families import blocks
 from clover.plan import BlockPlan, Plan
 
 

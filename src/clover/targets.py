@@ -149,7 +149,7 @@ def _pruned_heads(model: nn.Module, name: str, module: Any) -> Iterator[_Heads]:
     o = module.o_proj
     if isinstance(o, nn.Identity):
         o = model.get_submodule(name.removesuffix("." + module.family.core) + "." + module.family.o)
-    crosses = not module.rotary and not module.family.norms
+    crosses = not module.rotary and not module.norms
     for group, at_qk, at_v in plan.spans():
         kv, n = len(group.heads), plan.queries
 

@@ -1,0 +1,310 @@
+"""One attention block of a model of transformers, read as heads by the data of its family.
+
+Nothing here knows a model's name: ``families`` has a row of names for each class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from clover.errors import CloverError
+from clover.heads import Heads
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names inside one attention class. Dotted names are paths from the attention module (or from ``core``)."""
+
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    o: str = "o_proj"
+    fused: str | None = None
+    """A projection that holds several of q, k and v; ``q``, ``k``, ``v`` then only name their order in it."""
+    interleaved: bool = False
+    """The fused rows run KV head by KV head (its queries, key and value) instead of all of q, all of k, all of v."""
+    core: str = ""
+    """The child that computes attention, where the matched class also holds the output projection beside it."""
+    heads: str = "config.num_attention_heads"
+    kv_heads: str | None = None
+    head_dim: str = "head_dim"
+    scale: str | None = "scaling"
+    """Of the logits; without a name it is one over the square root of the head size."""
+    rotary: bool | str = False
+    """Rotated by position; or the path of what says so of each block."""
+    neighbours: bool = False
+    """The columns of a rotary pair are neighbours, instead of half the rotated columns apart."""
+    table: Literal["halves", "neighbours", "once"] = "halves"
+    """Where the model's table of the rotation has the two entries of an angle, or that it has one only."""
+    norms: tuple[str, ...] = ()
+    """Norms of query and key between projection and logit, where a block has them: Q-K then can't be rotated or cut
+    exactly."""
+    norm_spans_heads: bool = False
+    """Those norms see all heads at once, so no head may go."""
+    softcap: str | None = None
+    """Logits are squeezed into plus and minus this by a hyperbolic tangent."""
+    sinks: str | None = None
+    """A logit for each head that takes attention and gives no value."""
+    position_bias: str | None = None
+    """Table of a bias by distance that the first block holds, computes and returns, and that the others are handed."""
+    kept: tuple[str, ...] = ()
+    """What else the class's own methods need, and the rewritten block takes over."""
+    dropout: str = "attention_dropout"
+    output_dropout: str | None = None
+    cross: tuple[str, ...] = ()
+    """Last name of a block that attends to another sequence."""
+    positional: tuple[str, ...] = ("hidden_states",)
+    rename: Mapping[str, str | None] = field(default_factory=dict)
+    """This class's argument names -> the ones that we use, or None for what must not count."""
+    up: tuple[str, ...] = ("mlp.up_proj",)
+    """First projections of the MLP beside the attention, as paths from their common parent; tuning can take them."""
+    gate: tuple[str, ...] = ()
+    unless: Mapping[str, str] = field(default_factory=dict)
+    """Paths of settings with which the row is not true -> why."""
+
+    def angles(self, table: tuple[Tensor, Tensor] | Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of each pair, ``(batch or 1, tokens, pairs)``, from what the model hands to its blocks.
+
+        A table shorter than the sequence is that of its last tokens: those before (class tokens) do not turn.
+        """
+        if isinstance(table, Tensor):
+            cos, sin = table.real, table.imag
+        else:
+            width = table[0].shape[-1]
+            pick = {"halves": slice(width // 2), "neighbours": slice(0, width, 2), "once": slice(width)}[self.table]
+            cos, sin = (t[..., pick] for t in table)
+        cos, sin = (t.unsqueeze(0) if t.dim() == 2 else t for t in (cos, sin))
+        still = (0, 0, tokens - cos.shape[1], 0)
+        return nn.functional.pad(cos, still, value=1.0), nn.functional.pad(sin, still)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One attention block found in a model."""
+
+    name: str
+    part: str
+    family: Family
+    module: nn.Module
+    config: Any
+
+    @property
+    def core(self) -> nn.Module:
+        """The module that computes attention, the one that surgery replaces."""
+        return self.module.get_submodule(self.family.core)
+
+    @property
+    def core_name(self) -> str:
+        return f"{self.name}.{self.family.core}" if self.family.core else self.name
+
+    def get(self, path: str) -> Any:
+        """An attribute of the core by dotted path; dropout modules give their probability."""
+        value: Any = self.core
+        for part in path.split("."):
+            value = self.config if part == "config" else getattr(value, part)
+        return value.p if isinstance(value, nn.Dropout) else value
+
+    @property
+    def queries(self) -> int:
+        """Query heads per KV head."""
+        heads = self.get(self.family.heads)
+        kv = self.get(self.family.kv_heads) if self.family.kv_heads else heads
+        if kv < 1 or heads % kv:
+            raise CloverError(
+                f"{self.name}: {heads} query heads can't share {kv} KV heads; correct the head counts in config.json"
+            )
+        return heads // kv
+
+    @property
+    def rotary(self) -> int:
+        """Columns of a head that are rotated by position."""
+        turns = self.family.rotary
+        if not (self.get(turns) if isinstance(turns, str) else turns):
+            return 0
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        return int(self.get(self.family.head_dim) * rope.get("partial_rotary_factor", 1.0))
+
+    @property
+    def scale(self) -> float:
+        """What the inner product of query and key is multiplied by."""
+        return self.get(self.family.scale) if self.family.scale else self.get(self.family.head_dim) ** -0.5
+
+    @property
+    def softcap(self) -> float | None:
+        """The bound of the logits."""
+        return self.get(self.family.softcap) if self.family.softcap else None
+
+    @property
+    def sinks(self) -> Tensor | None:
+        """The logit of each query head that takes attention and gives no value."""
+        return self.get(self.family.sinks) if self.family.sinks else None
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Names of the norms of query and key."""
+        return tuple(name for name in self.family.norms if hasattr(self.core, name))
+
+    @property
+    def normed(self) -> bool:
+        """Whether a norm stands between the Q-K projections and the logit."""
+        return bool(self.norms)
+
+    @property
+    def shifts_freely(self) -> bool:
+        """Whether a number added to all logits of a query changes nothing."""
+        return self.softcap is None and self.sinks is None
+
+    @property
+    def columns(self) -> Tensor:
+        """Columns of a query or key in the order in which they are read: the halves of the pairs apart. int64."""
+        order = torch.arange(self.get(self.family.head_dim))
+        if self.family.neighbours:
+            order[: self.rotary] = order[: self.rotary].unflatten(0, (-1, 2)).T.flatten()
+        return order
+
+    def projection(self, which: str) -> nn.Module:
+        """The module that holds ``q``, ``k``, ``v`` or ``o``."""
+        owner = self.module if which == "o" else self.core
+        path = getattr(self.family, which)
+        fused = self.family.fused
+        return owner.get_submodule(fused if fused and not _has(owner, path) else path)
+
+    def heads(self) -> Heads:
+        """Read the block as heads; views of the model's weights where the layout allows.
+
+        Raises:
+            CloverError: a weight's shape contradicts the head counts of the config.
+        """
+        n, d = self.queries, self.get(self.family.head_dim)
+        h = self.get(self.family.heads)
+        weights, biases = self._projections(h, h // n, d)
+        if self.family.neighbours:
+            for which in "qk":
+                order = self.columns.to(weights[which].device)
+                weights[which] = weights[which][:, order]
+                biases[which] = None if (bias := biases[which]) is None else bias[:, order]
+        o, o_bias = _weight(self.projection("o"), self.name)
+        if o.shape[1] != h * d:
+            raise CloverError(
+                f"{self.name}: the output projection reads {o.shape[1]} columns, but the config's {h} heads of {d} "
+                f"make {h * d}; "
+                "correct the head counts in config.json"
+            )
+        per_head = o.unflatten(1, (h // n, n, d)).permute(1, 2, 0, 3)
+        return Heads(
+            q=weights["q"].unflatten(0, (-1, n)), k=weights["k"], v=weights["v"], o=per_head,
+            q_bias=None if biases["q"] is None else biases["q"].unflatten(0, (-1, n)),
+            k_bias=biases["k"], v_bias=biases["v"], o_bias=o_bias, rotary=self.rotary,
+        )  # fmt: skip
+
+    def rows(self, which: str) -> Tensor:
+        """Where the rows of ``q``, ``k`` or ``v`` stand in the weight of their projection: ``(heads, d)``, int64."""
+        heads, d = self.get(self.family.heads), self.get(self.family.head_dim)
+        counts = {"q": heads, "k": heads // self.queries, "v": heads // self.queries}
+        holder = self.projection(which)
+        members = [m for m in counts if self.projection(m) is holder]
+        rows = torch.arange(sum(counts[m] for m in members) * d)
+        found = next(w for member, w, _ in self._split(members, counts, d, rows, None) if member == which)
+        return found if which == "v" else found[:, self.columns]
+
+    def _projections(self, heads: int, kv: int, d: int) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+        """Weights ``(heads, d, D)`` and biases ``(heads, d)`` of q, k and v."""
+        counts = {"q": heads, "k": kv, "v": kv}
+        weights: dict[str, Tensor] = {}
+        biases: dict[str, Tensor | None] = {}
+        holders: dict[nn.Module, list[str]] = {}
+        for which in counts:
+            holders.setdefault(self.projection(which), []).append(which)
+        for module, members in holders.items():
+            weight, bias = _weight(module, self.name)
+            rows = sum(counts[m] for m in members) * d
+            if weight.shape[0] != rows:
+                raise CloverError(
+                    f"{self.name}: the projection of {', '.join(members)} has {weight.shape[0]} rows, but "
+                    f"{heads} query heads and "
+                    f"{kv} KV heads of {d} make {rows}; correct the head counts in config.json"
+                )
+            for member, w, b in self._split(members, counts, d, weight, bias):
+                weights[member], biases[member] = w, b
+        return weights, biases
+
+    def _split(
+        self, members: list[str], counts: dict[str, int], d: int, weight: Tensor, bias: Tensor | None
+    ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        runs = counts["k"] if self.family.interleaved else 1
+        w = weight.unflatten(0, (runs, -1, d))
+        b = None if bias is None else bias.unflatten(0, (runs, -1, d))
+        start = 0
+        for member in members:
+            stop = start + counts[member] // runs
+            yield member, w[:, start:stop].flatten(0, 1), None if b is None else b[:, start:stop].flatten(0, 1)
+            start = stop
+
+    def arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """One call of the core's ``forward`` in our argument names, whatever the class calls them."""
+        return arguments(self.family, self.part == "cross", args, kwargs)
+
+
+def arguments(family: Family, cross: bool, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name the arguments of an attention ``forward`` as this project does."""
+    names = dict(zip(family.positional, args, strict=False)) | kwargs
+    call: dict[str, Any] = {}
+    for name, value in names.items():
+        if (ours := family.rename.get(name, name)) is not None:
+            call[ours] = value
+    if not cross:
+        call.pop("key_value_states", None)
+    if (mask := call.pop("encoder_attention_mask", None)) is not None and cross:
+        call["attention_mask"] = mask
+    return call
+
+
+def head_bias(family: Family, module: Any, call: dict[str, Any], queries: int, keys: int, seen: int) -> Tensor | None:
+    """What is added to the logits by head, ``(batch or 1, heads, queries or 1, keys)``; taken out of the arguments.
+
+    Args:
+        module: the block, stock or rewritten.
+        seen: tokens before the queries.
+    """
+    alibi, bias = call.pop("alibi", None), call.pop("position_bias", None)
+    if alibi is not None:
+        return alibi.unflatten(0, (call["hidden_states"].shape[0], -1))
+    if bias is None and family.position_bias and hasattr(module, family.position_bias):
+        bias = module.compute_bias(queries, keys, past_seen_tokens=seen)
+    return bias
+
+
+def norm_entries(parameter: Tensor, heads: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Where ``heads`` and ``columns`` stand in a parameter of a norm seen as ``(heads, columns)``: index of both.
+
+    A norm that treats all heads alike has one row.
+    """
+    rows = heads if parameter.numel() > len(columns) else torch.zeros(1, dtype=torch.int64)
+    return rows.unsqueeze(1), columns
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    for part in path.split("."):
+        if not hasattr(module, part):
+            return False
+        module = getattr(module, part)
+    return True
+
+
+def _weight(module: nn.Module, block: str) -> tuple[Tensor, Tensor | None]:
+    """Weight as ``(out, in)`` and bias of a Linear or of GPT-2's transposed Conv1D."""
+    if isinstance(module, Conv1D):
+        return module.weight.T, module.bias
+    plain = type(module) is nn.Linear or type(module).__module__.startswith("transformers.models.")
+    if not (plain and isinstance(module, nn.Linear)):
+        raise CloverError(
+            f"{block}: a projection is a {type(module).__module__}.{type(module).__name__}, not torch's Linear; "
+            "prune before quantising, and merge adapters first"
+        )
+    return module.weight, module.bias
