@@ -51,7 +51,7 @@ def contexts() -> dict:
     for (context, batch), rates in zip(sizes_of, runs, strict=True):
         tokens = batch * (context + NEW_TOKENS // 2)  # on average, while the new ones are written
         moved = {name: held[name]["bytes"] + tokens * held[name]["kv_bytes_per_token"] for name in held}
-        found = {"dense": rates["dense"][key], "pruned": rates["50.0%"][key], "ratio": rates["ratio"]["50.0%"][key]}
+        found = {"dense": rates["dense"][key], "50 %": rates["50.0%"][key], "ratio": rates["ratio"]["50.0%"][key]}
         rows.append({"context": context, "batch": batch, **found, "bound": moved["dense"] / moved["50.0%"]})
     return {"dtype": "float32", "new_tokens": NEW_TOKENS, "repeats": REPEATS, "rows": rows}
 

@@ -122,7 +122,7 @@ def speed(results: Results) -> str:
 
 def decode(results: Results) -> str:
     rows = [
-        [f"{r['context']:,}", str(r["batch"]), *(f"{r[k]:.3g}" for k in ("dense", "pruned", "ratio", "bound"))]
+        [f"{r['context']:,}", str(r["batch"]), *(f"{r[k]:.3g}" for k in ("dense", "50 %", "ratio", "bound"))]
         for r in _result(results, "decode-contexts").get("rows", [])
     ]
     if not rows:

@@ -266,7 +266,7 @@ class CloverAttention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         options |= {"scaling": self.scaling, "sliding_window": self.sliding_window, "dropout": dropout}
         if self.uneven and name != "eager" and queries.shape[1] * keys.shape[1] <= SHORT:
-            options |= self._softmax_options(self._all_heads())
+            options |= {} if self.plain_softmax else self._softmax_options(self._all_heads())
             return self._attend_padded(partial(interface, self, **options), queries, keys, values, mask), [None]
         outputs, weights = [], []
         for group, q, k, v, m in groups:
