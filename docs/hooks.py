@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from html import unescape
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import typer
 from latex2mathml.converter import convert
@@ -55,7 +55,9 @@ def _entry(parameter: Any) -> str:
 
 
 def _values(option: Any) -> str:
-    return "" if option.is_flag else "|".join(get_args(option.type_descriptor.annotation)) or option.metavar
+    kind = option.type_descriptor.annotation
+    choices = "|".join(get_args(kind)) if get_origin(kind) is Literal else ""
+    return "" if option.is_flag else choices or option.metavar
 
 
 def _default(parameter: Any) -> str:
