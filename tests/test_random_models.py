@@ -23,7 +23,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "num_attention_heads": kv * queries,
         "num_key_value_heads": kv,
         "head_dim": draw(st.sampled_from([8, 12, 16, 20])),
-        "hidden_size": draw(st.sampled_from([16, 36, 48])),
+        "hidden_size": kv * queries * draw(st.sampled_from([4, 10, 16])),
         "attention_bias": draw(st.booleans()),
         "tie_word_embeddings": draw(st.booleans()),
         "num_hidden_layers": draw(st.integers(1, 2)),
