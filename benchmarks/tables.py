@@ -419,7 +419,8 @@ def frontier(results: Results) -> str:
         raise KeyError("frontier-smollm2-dense")
     about = (
         "Each share is removed from Q-K and V-O alike, without training. All methods saw the same calibration tokens "
-        "and are evaluated by the same code; peers are written from their papers, attention only. What half leaves: "
+        "and are evaluated by the same code; peers are written from their published equations, attention only, and may "
+        "differ from their authors' code in details. What half leaves: "
         "of the cached numbers / of the attention's parameters. In bold: the best of the methods that shrink the cache."
     )
     return "\n\n".join([about, *parts])

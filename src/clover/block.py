@@ -265,7 +265,9 @@ def arguments(family: Family, cross: bool, args: tuple, kwargs: dict[str, Any]) 
     return call
 
 
-def head_bias(family: Family, module: Any, call: dict[str, Any], queries: int, keys: int, seen: int) -> Tensor | None:
+def head_bias(
+    family: Family, module: Any, call: dict[str, Any], queries: int, keys: int, seen: int | Tensor
+) -> Tensor | None:
     """What is added to the logits by head, ``(batch or 1, heads, queries or 1, keys)``; taken out of the arguments.
 
     Args:
