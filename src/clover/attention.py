@@ -247,7 +247,7 @@ class CloverAttention(nn.Module):
         turned = torch.view_as_real(torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)) * table).flatten(-2)
         return turned.to(qk.dtype) if half else turned
 
-    def _angles(self, position_embeddings: Any, tokens: int, idle: bool) -> tuple[Tensor, Tensor]:
+    def _angles(self, position_embeddings: Any, tokens: Any, idle: bool) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the frequencies, with an angle of zero at the end for columns that do not turn."""
         cos, sin = self.family.angles(position_embeddings, tokens)
         if idle:
@@ -369,7 +369,7 @@ class CloverAttention(nn.Module):
         n = self.clover.queries
         return [h * n + i for h in group.heads for i in range(n)]
 
-    def _mask(self, mask: Tensor | None, bias: Tensor | None, queries: int, keys: int) -> Tensor | None:
+    def _mask(self, mask: Tensor | None, bias: Tensor | None, queries: Any, keys: Any) -> Tensor | None:
         """The mask; a bias by head is added to it."""
         if bias is None:
             return mask

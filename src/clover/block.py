@@ -68,7 +68,7 @@ class Family:
     unless: Mapping[str, str] = field(default_factory=dict)
     """Paths of settings with which the row is not true -> why."""
 
-    def angles(self, table: tuple[Tensor, Tensor] | Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    def angles(self, table: tuple[Tensor, Tensor] | Tensor, tokens: Any) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each pair, ``(batch or 1, tokens, pairs)``, from what the model hands to its blocks.
 
         A table shorter than the sequence is that of its last tokens: those before (class tokens) do not turn.
@@ -265,9 +265,7 @@ def arguments(family: Family, cross: bool, args: tuple, kwargs: dict[str, Any]) 
     return call
 
 
-def head_bias(
-    family: Family, module: Any, call: dict[str, Any], queries: int, keys: int, seen: int | Tensor
-) -> Tensor | None:
+def head_bias(family: Family, module: Any, call: dict[str, Any], queries: Any, keys: Any, seen: Any) -> Tensor | None:
     """What is added to the logits by head, ``(batch or 1, heads, queries or 1, keys)``; taken out of the arguments.
 
     Args:
