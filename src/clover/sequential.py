@@ -164,37 +164,46 @@ class Calibrated:
         """Keep what the directions of all blocks cost in the draft."""
 
         def layer(name: str, inputs: Sequence[tuple[Tensor, Call]]) -> nn.Module:
-            module = self.pieces.fill(name)
-            blocks = inside(name, self.blocks, module)
-            if not all(made.has(BASES, block.name) for block in blocks):
-                for block, moments in zip(blocks, observe(module, blocks, inputs, self.sample, we), strict=True):
-                    if we.leads:
-                        made.keep(BASES, block.name, pack_costs(find_basis(block, moments).costs()))
+            module, _, observed = self._layer(name, inputs, BASES, made, we)
+            for block, moments in observed:
+                if we.leads:
+                    made.keep(BASES, block.name, pack_costs(find_basis(block, moments).costs()))
             return module
 
-        if not all(made.has(BASES, block.name) for block in self.blocks):
-            walk(self.model, self.order, self.batches, layer, made.folder / f"hidden-{we.rank}")
-        we.meet()
+        self._walk(layer, BASES, made, we)
 
     def cut(self, plan: Plan, layout: Layout, made: Draft, we: Crew) -> None:
         """Write the cut of every block, each calibrated behind those before it."""
         plans = {block.name: block for block in plan.blocks}
 
         def layer(name: str, inputs: Sequence[tuple[Tensor, Call]]) -> nn.Module:
-            module = self.pieces.fill(name)
-            blocks = inside(name, self.blocks, module)
-            if not all(made.has(DONE, block.name) for block in blocks):
-                for block, moments in zip(blocks, observe(module, blocks, inputs, self.sample, we), strict=True):
-                    if we.leads:
-                        basis = find_basis(block, moments)
-                        layout.write(block, cut(block, basis, plans[block.name], self.pieces.model.dtype))
-                        made.keep(DONE, block.name, {})
+            module, blocks, observed = self._layer(name, inputs, DONE, made, we)
+            for block, moments in observed:
+                if we.leads:
+                    basis = find_basis(block, moments)
+                    layout.write(block, cut(block, basis, plans[block.name], self.pieces.model.dtype))
+                    made.keep(DONE, block.name, {})
+            if observed:
                 we.meet()
             for block in blocks:
                 layout.install(block, module, name, plans[block.name])
             return module
 
-        if not all(made.has(DONE, block.name) for block in self.blocks):
+        self._walk(layer, DONE, made, we)
+
+    def _layer(
+        self, name: str, inputs: Sequence[tuple[Tensor, Call]], kind: str, made: Draft, we: Crew
+    ) -> tuple[nn.Module, list[Block], list[tuple[Block, Moments]]]:
+        """A layer with its weights, its blocks, and these with their moments unless the draft has all of them."""
+        module = self.pieces.fill(name)
+        blocks = list(inside(name, self.blocks, module))
+        if all(made.has(kind, block.name) for block in blocks):
+            return module, blocks, []
+        return module, blocks, list(zip(blocks, observe(module, blocks, inputs, self.sample, we), strict=True))
+
+    def _walk(self, layer: Callable[..., nn.Module], kind: str, made: Draft, we: Crew) -> None:
+        """All batches through all layers, unless the draft has every block."""
+        if not all(made.has(kind, block.name) for block in self.blocks):
             walk(self.model, self.order, self.batches, layer, made.folder / f"hidden-{we.rank}")
         we.meet()
 
