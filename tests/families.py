@@ -196,6 +196,8 @@ CASES: dict[str, Case] = {
     "starcoder2": (lambda: _causal("Starcoder2", residual_dropout=0.1), _text),
     "phi": (lambda: _causal("Phi", **_rope(0.5)), _text),
     "phi-norm": (lambda: _causal("Phi", qk_layernorm=True, **_rope(0.5)), _text),
+    "mixtral": (lambda: _moe("Mixtral"), _text),
+    "qwen3-moe": (lambda: _moe("Qwen3Moe", head_dim=16), _text),
     "bart": (lambda: _seq2seq("Bart"), _pair),
     "distilbert": (
         lambda: t.DistilBertModel(t.DistilBertConfig(vocab_size=60, dim=48, hidden_dim=64, n_layers=2, n_heads=6)),
@@ -210,6 +212,9 @@ COPIES: dict[str, Case] = {
     "olmo": (lambda: _causal("Olmo"), _text),
     "olmo3": (lambda: _causal("Olmo3", sliding_window=8, layer_types=_LAYERS), _text),
     "ministral": (lambda: _causal("Ministral", head_dim=8, sliding_window=8, layer_types=_LAYERS), _text),
+    "phimoe": (lambda: _moe("Phimoe"), _text),
+    "qwen2-moe": (lambda: _moe("Qwen2Moe", shared_expert_intermediate_size=32), _text),
+    "olmoe": (lambda: _moe("Olmoe"), _text),
     "mbart": (lambda: _seq2seq("MBart"), _pair),
     "m2m100": (lambda: _seq2seq("M2M100"), _pair),
     "xlm-roberta": (lambda: _encoder("XLMRoberta"), _text),
@@ -220,6 +225,8 @@ COPIES: dict[str, Case] = {
 }
 """More classes that share one of those rows: the heart of the contract."""
 
+MERGED = ("phimoe", "qwen2-moe", "olmoe")
+"""Copies whose files hold the weights of each expert for themselves, each under other names."""
 ENCODERS = ("bert", "roberta", "distilbert", "vit", "clip")
 SEQ2SEQ = ("whisper", "bart")
 GENERATIVE = [n for n in CASES if n not in (*ENCODERS, *SEQ2SEQ)]
@@ -244,7 +251,21 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, dict[str,
             parameter.add_(torch.randn_like(parameter) * spread)
     model.to(dtype)  # only now: a draw depends on the dtype
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch().items()}
+    for path, constant in _constants(make, dtype).items():
+        parent, _, last = path.rpartition(".")
+        setattr(model.get_submodule(parent), last, constant)
     return model, inputs
+
+
+def _constants(make: Callable[[], Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Buffers that no file holds, as a model that is loaded in this dtype has them: not by way of float32."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.random.fork_rng():
+            return dict(make().named_non_persistent_buffers())
+    finally:
+        torch.set_default_dtype(default)
 
 
 def pruned(name: str, share: float = 0.3, dtype: torch.dtype = torch.float64) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -222,7 +222,7 @@ def test_refused_classes_of_real_models() -> None:
         clover.prune(model, vo=0.3)
 
 
-@pytest.mark.parametrize("name", ["olmo"])
+@pytest.mark.parametrize("name", ["olmo", "olmoe"])
 def test_a_setting_with_which_the_row_is_not_true(name: str) -> None:
     model, _ = build(name)
     model.config.clip_qkv = 8.0

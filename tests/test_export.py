@@ -16,9 +16,9 @@ from clover import CloverError, UnsupportedModelError
 from clover.export import pad
 from families import CASES, build, outputs, pruned
 
-NORMED = {"qwen3", "olmo2", "phi-norm"}
+NORMED = {"qwen3", "olmo2", "phi-norm", "qwen3-moe"}
 """A norm stands between their Q-K projections and the logit."""
-NO_BIAS = {"mistral", "phi3", "phi3-partial"}
+NO_BIAS = {"mistral", "phi3", "phi3-partial", "mixtral"}
 """Their classes have no bias, and no switch for one."""
 
 

@@ -23,6 +23,7 @@ _BART = Family(o="out_proj", heads="num_heads", dropout="dropout", up=("fc1",))
 
 _QWEN3 = replace(_LLAMA, norms=("q_norm", "k_norm"))
 _OLMO2 = replace(_QWEN3, norm_spans_heads=True)
+_MOE = replace(_LLAMA, up=(), gate=())  # experts are stacked in one tensor
 _TRANSLATOR = replace(_BART, cross=("encoder_attn",))
 _VIT = Family(positional=("hidden_states", "attention_mask"), up=("mlp.fc1",))
 _CLIP_QKV = {"config.clip_qkv": "values are clipped (clip_qkv), and what is clipped can't be rotated"}
@@ -42,6 +43,11 @@ FAMILIES: dict[str, Family] = {
     "Olmo3Attention": _OLMO2,
     "PhiAttention": replace(_LLAMA, o="dense", norms=("q_layernorm", "k_layernorm"), up=("mlp.fc1",), gate=()),
     "Phi3Attention": replace(_LLAMA, fused="qkv_proj", up=("mlp.gate_up_proj",), gate=()),
+    "MixtralAttention": _MOE,
+    "PhimoeAttention": _MOE,
+    "Qwen2MoeAttention": _MOE,
+    "Qwen3MoeAttention": replace(_MOE, norms=("q_norm", "k_norm")),
+    "OlmoeAttention": replace(_MOE, norms=("q_norm", "k_norm"), norm_spans_heads=True, unless=_CLIP_QKV),
     "GPTNeoXAttention": Family(
         fused="query_key_value", interleaved=True, o="dense", head_dim="head_size", rotary=True,
         rename={"layer_past": "past_key_values"}, up=("mlp.dense_h_to_4h",),
