@@ -196,6 +196,13 @@ CASES: dict[str, Case] = {
     "starcoder2": (lambda: _causal("Starcoder2", residual_dropout=0.1), _text),
     "phi": (lambda: _causal("Phi", **_rope(0.5)), _text),
     "phi-norm": (lambda: _causal("Phi", qk_layernorm=True, **_rope(0.5)), _text),
+    "gemma2": (lambda: _gemma("Gemma2", attn_logit_softcapping=2.0), _text),
+    "gemma3": (lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**_LM, **_GEMMA3)), _text),
+    "smollm3": (lambda: _causal("SmolLM3", no_rope_layers=[1, 0]), _text),
+    "cohere": (lambda: _causal("Cohere"), _text),
+    "cohere-norm": (lambda: _causal("Cohere", use_qk_norm=True), _text),
+    "cohere2": (lambda: _causal("Cohere2", sliding_window=8, layer_types=_LAYERS), _text),
+    "glm": (lambda: _causal("Glm", head_dim=16, attention_bias=True, **_rope(0.5)), _text),
     "mixtral": (lambda: _moe("Mixtral"), _text),
     "qwen3-moe": (lambda: _moe("Qwen3Moe", head_dim=16), _text),
     "bart": (lambda: _seq2seq("Bart"), _pair),
@@ -212,6 +219,9 @@ COPIES: dict[str, Case] = {
     "olmo": (lambda: _causal("Olmo"), _text),
     "olmo3": (lambda: _causal("Olmo3", sliding_window=8, layer_types=_LAYERS), _text),
     "ministral": (lambda: _causal("Ministral", head_dim=8, sliding_window=8, layer_types=_LAYERS), _text),
+    "glm4": (lambda: _causal("Glm4", head_dim=16, **_rope(0.5)), _text),
+    "helium": (lambda: _causal("Helium", head_dim=8), _text),
+    "ernie4_5": (lambda: _causal("Ernie4_5"), _text),
     "phimoe": (lambda: _moe("Phimoe"), _text),
     "qwen2-moe": (lambda: _moe("Qwen2Moe", shared_expert_intermediate_size=32), _text),
     "olmoe": (lambda: _moe("Olmoe"), _text),
@@ -232,6 +242,8 @@ SEQ2SEQ = ("whisper", "bart")
 GENERATIVE = [n for n in CASES if n not in (*ENCODERS, *SEQ2SEQ)]
 STILL = ("gpt2", "opt", "bloom")
 """Language models that rotate nothing."""
+MIXED = ("smollm3", "cohere2")
+"""Those that rotate in some of their layers."""
 EAGER = ("bloom", "gemma2", "gpt-oss")
 """Models that know no fused attention."""
 NARROW = ("bloom", "gemma2")

@@ -20,24 +20,6 @@ TEXT = [*GENERATIVE, "bert", "roberta", "distilbert"]
 LIMIT = 1e-9
 
 
-@pytest.fixture
-def exact_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms, rotations and eager softmax (BLOOM and Gemma 2 know no other) compute in float32: what is exact would look
-    wrong by 1e-6. Let them stay in the model's float64."""
-    to, single = torch.Tensor.to, torch.Tensor.float
-    wide = torch.float64
-
-    def cast(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        narrows = x.dtype == wide and torch.float32 in (*args, kwargs.get("dtype"))
-        return x if narrows else to(x, *args, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "to", cast)
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == wide else single(x))
-    softmax, method = torch.nn.functional.softmax, torch.Tensor.softmax
-    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim=-1, dtype=None, **_: softmax(x, dim))
-    monkeypatch.setattr(torch.Tensor, "softmax", lambda x, dim=-1, dtype=None: method(x, dim))
-
-
 def attentions(model: torch.nn.Module) -> list[CloverAttention]:
     return [m for m in model.modules() if isinstance(m, CloverAttention)]
 

@@ -22,7 +22,10 @@ _BERT = Family(
 _BART = Family(o="out_proj", heads="num_heads", dropout="dropout", up=("fc1",))
 
 _QWEN3 = replace(_LLAMA, norms=("q_norm", "k_norm"))
+_GEMMA2 = replace(_LLAMA, softcap="attn_logit_softcapping")
 _OLMO2 = replace(_QWEN3, norm_spans_heads=True)
+_GLM = replace(_LLAMA, neighbours=True)
+_COHERE = replace(_GLM, table="neighbours")
 _MOE = replace(_LLAMA, up=(), gate=())  # experts are stacked in one tensor
 _TRANSLATOR = replace(_BART, cross=("encoder_attn",))
 _VIT = Family(positional=("hidden_states", "attention_mask"), up=("mlp.fc1",))
@@ -36,11 +39,20 @@ FAMILIES: dict[str, Family] = {
     "Qwen2Attention": _LLAMA,
     "Qwen3Attention": _QWEN3,
     "GemmaAttention": _LLAMA,
+    "Gemma2Attention": _GEMMA2,
+    "Gemma3Attention": _QWEN3,
     "GraniteAttention": _LLAMA,
+    "SmolLM3Attention": replace(_LLAMA, rotary="use_rope"),
     "Starcoder2Attention": replace(_LLAMA, output_dropout="residual_dropout", up=("mlp.c_fc",), gate=()),
     "OlmoAttention": replace(_LLAMA, unless=_CLIP_QKV),
     "Olmo2Attention": _OLMO2,
     "Olmo3Attention": _OLMO2,
+    "CohereAttention": replace(_COHERE, norms=("q_norm", "k_norm")),
+    "Cohere2Attention": replace(_COHERE, rotary="sliding_window"),
+    "GlmAttention": replace(_GLM, up=("mlp.gate_up_proj",), gate=()),
+    "Glm4Attention": replace(_GLM, up=("mlp.gate_up_proj",), gate=()),
+    "HeliumAttention": _GLM,
+    "Ernie4_5Attention": _GLM,
     "PhiAttention": replace(_LLAMA, o="dense", norms=("q_layernorm", "k_layernorm"), up=("mlp.fc1",), gate=()),
     "Phi3Attention": replace(_LLAMA, fused="qkv_proj", up=("mlp.gate_up_proj",), gate=()),
     "MixtralAttention": _MOE,
