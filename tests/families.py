@@ -210,6 +210,9 @@ CASES: dict[str, Case] = {
         lambda: t.DistilBertModel(t.DistilBertConfig(vocab_size=60, dim=48, hidden_dim=64, n_layers=2, n_heads=6)),
         _text,
     ),
+    "modernbert": (lambda: _encoder("ModernBert", local_attention=8, cls_token_id=1, sep_token_id=2), _text),
+    "dinov3": (lambda: _vision("DINOv3ViT", num_register_tokens=2), _image),
+    "siglip": (_siglip, lambda: _text() | _image()),
 }
 """A case for each row of the table, and for each option that changes the attention: the whole contract."""
 
@@ -226,6 +229,8 @@ COPIES: dict[str, Case] = {
     "qwen2-moe": (lambda: _moe("Qwen2Moe", shared_expert_intermediate_size=32), _text),
     "olmoe": (lambda: _moe("Olmoe"), _text),
     "mbart": (lambda: _seq2seq("MBart"), _pair),
+    "marian": (lambda: _seq2seq("Marian"), _pair),
+    "pegasus": (lambda: _seq2seq("Pegasus"), _pair),
     "m2m100": (lambda: _seq2seq("M2M100"), _pair),
     "xlm-roberta": (lambda: _encoder("XLMRoberta"), _text),
     "electra": (lambda: _encoder("Electra", embedding_size=48), _text),
@@ -237,7 +242,7 @@ COPIES: dict[str, Case] = {
 
 MERGED = ("phimoe", "qwen2-moe", "olmoe")
 """Copies whose files hold the weights of each expert for themselves, each under other names."""
-ENCODERS = ("bert", "roberta", "distilbert", "vit", "clip")
+ENCODERS = ("bert", "roberta", "distilbert", "modernbert", "vit", "dinov3", "clip", "siglip")
 SEQ2SEQ = ("whisper", "bart")
 GENERATIVE = [n for n in CASES if n not in (*ENCODERS, *SEQ2SEQ)]
 STILL = ("gpt2", "opt", "bloom")

@@ -159,7 +159,7 @@ def weights(model: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 def test_attention_weights_in_the_order_of_the_heads(name: str) -> None:
     dense, batch = case(name, "dense")
     truth, found = weights(dense, batch), weights(case(name, "orthogonal")[0], batch)
-    assert len(found) == len(truth) == {"clip": 4}.get(name, 6 if name in SEQ2SEQ else 2)
+    assert len(found) == len(truth) == {"clip": 4, "siglip": 4}.get(name, 6 if name in SEQ2SEQ else 2)
     for a, b in zip(truth, found, strict=True):
         assert a.shape == b.shape
         torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-5)

@@ -16,7 +16,7 @@ from clover.families import blocks
 from families import CASES, COPIES, GENERATIVE, NARROW, SEQ2SEQ, build, outputs, pruned
 
 WIDTH = 48  # of every tiny model
-TEXT = [*GENERATIVE, "bert", "roberta", "distilbert"]
+TEXT = [*GENERATIVE, "bert", "roberta", "distilbert", "modernbert"]
 LIMIT = 1e-9
 
 

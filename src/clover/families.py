@@ -78,6 +78,8 @@ FAMILIES: dict[str, Family] = {
     # encoders and decoders
     "BartAttention": _TRANSLATOR,
     "MBartAttention": _TRANSLATOR,
+    "MarianAttention": _TRANSLATOR,
+    "PegasusAttention": _TRANSLATOR,
     "M2M100Attention": _TRANSLATOR,
     "WhisperAttention": _TRANSLATOR,
     "BertAttention": _BERT,
@@ -88,12 +90,18 @@ FAMILIES: dict[str, Family] = {
         q="q_lin", k="k_lin", v="v_lin", o="out_lin", heads="n_heads", head_dim="attention_head_size",
         dropout="dropout", up=("ffn.lin1",),
     ),
+    "ModernBertAttention": Family(
+        fused="Wqkv", o="Wo", rotary=True, scale=None, output_dropout="config.attention_dropout", up=("mlp.Wi",),
+    ),
     "ViTAttention": _VIT,
     "DeiTAttention": _VIT,
     "Dinov2Attention": _VIT,
     "Dinov2WithRegistersAttention": _VIT,
+    "DINOv3ViTAttention": replace(
+        _VIT, rotary=True, dropout="dropout", up=("mlp.up_proj",), gate=("mlp.gate_proj",),
+    ),
     "CLIPAttention": replace(_BART, scale="scale", up=("mlp.fc1",)),
-
+    "SiglipAttention": replace(_BART, scale="scale", up=("mlp.fc1",)),
 }  # fmt: skip
 
 REFUSED: dict[str, str] = {
