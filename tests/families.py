@@ -109,7 +109,7 @@ def _whisper() -> t.WhisperForConditionalGeneration:
 
 
 def _t5(kind: str) -> Any:
-    sizes = {"vocab_size": 60, "d_model": 48, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    sizes = {"vocab_size": 60, "d_model": 48, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
     ends = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
     buckets = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 10}
     return getattr(t, f"{kind}ForConditionalGeneration")(getattr(t, f"{kind}Config")(**sizes, **ends, **buckets))
@@ -203,9 +203,13 @@ CASES: dict[str, Case] = {
     "cohere-norm": (lambda: _causal("Cohere", use_qk_norm=True), _text),
     "cohere2": (lambda: _causal("Cohere2", sliding_window=8, layer_types=_LAYERS), _text),
     "glm": (lambda: _causal("Glm", head_dim=16, attention_bias=True, **_rope(0.5)), _text),
+    "falcon-mha": (lambda: _falcon(multi_query=False, bias=True), _text),
+    "falcon-mqa": (lambda: _falcon(), _text),
+    "falcon-gqa": (lambda: _falcon(new_decoder_architecture=True, num_kv_heads=2), _text),
     "mixtral": (lambda: _moe("Mixtral"), _text),
     "qwen3-moe": (lambda: _moe("Qwen3Moe", head_dim=16), _text),
     "bart": (lambda: _seq2seq("Bart"), _pair),
+    "t5": (lambda: _t5("T5"), _pair),
     "distilbert": (
         lambda: t.DistilBertModel(t.DistilBertConfig(vocab_size=60, dim=48, hidden_dim=64, n_layers=2, n_heads=6)),
         _text,
@@ -232,6 +236,7 @@ COPIES: dict[str, Case] = {
     "marian": (lambda: _seq2seq("Marian"), _pair),
     "pegasus": (lambda: _seq2seq("Pegasus"), _pair),
     "m2m100": (lambda: _seq2seq("M2M100"), _pair),
+    "mt5": (lambda: _t5("MT5"), _pair),
     "xlm-roberta": (lambda: _encoder("XLMRoberta"), _text),
     "electra": (lambda: _encoder("Electra", embedding_size=48), _text),
     "deit": (lambda: _vision("DeiT"), _image),
@@ -243,7 +248,7 @@ COPIES: dict[str, Case] = {
 MERGED = ("phimoe", "qwen2-moe", "olmoe")
 """Copies whose files hold the weights of each expert for themselves, each under other names."""
 ENCODERS = ("bert", "roberta", "distilbert", "modernbert", "vit", "dinov3", "clip", "siglip")
-SEQ2SEQ = ("whisper", "bart")
+SEQ2SEQ = ("whisper", "bart", "t5")
 GENERATIVE = [n for n in CASES if n not in (*ENCODERS, *SEQ2SEQ)]
 STILL = ("gpt2", "opt", "bloom")
 """Language models that rotate nothing."""
@@ -253,7 +258,7 @@ EAGER = ("bloom", "gemma2", "gpt-oss")
 """Models that know no fused attention."""
 NARROW = ("bloom", "gemma2")
 """Stock models that in float64 give NaN where a row is masked whole: the mask overflows in the softmax's float32."""
-REPEATING = ("whisper", "gemma2", "gemma3")
+REPEATING = ("whisper", "t5", "gemma2", "gemma3")
 """Models that left alone say one word over and over, which would hide a difference."""
 
 

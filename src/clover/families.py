@@ -29,6 +29,11 @@ _COHERE = replace(_GLM, table="neighbours")
 _MOE = replace(_LLAMA, up=(), gate=())  # experts are stacked in one tensor
 _TRANSLATOR = replace(_BART, cross=("encoder_attn",))
 _VIT = Family(positional=("hidden_states", "attention_mask"), up=("mlp.fc1",))
+_T5 = Family(
+    q="q", k="k", v="v", o="o", heads="n_heads", head_dim="key_value_proj_dim", dropout="dropout",
+    position_bias="relative_attention_bias", cross=("EncDecAttention",), rename={"mask": "attention_mask"}, up=(),
+    kept=("is_decoder", "relative_attention_num_buckets", "relative_attention_max_distance"),
+)  # fmt: skip
 _CLIP_QKV = {"config.clip_qkv": "values are clipped (clip_qkv), and what is clipped can't be rotated"}
 
 FAMILIES: dict[str, Family] = {
@@ -64,6 +69,12 @@ FAMILIES: dict[str, Family] = {
         fused="query_key_value", interleaved=True, o="dense", head_dim="head_size", rotary=True,
         rename={"layer_past": "past_key_values"}, up=("mlp.dense_h_to_4h",),
     ),
+    "FalconAttention": Family(
+        fused="query_key_value", interleaved=True, o="dense", heads="num_heads", kv_heads="num_kv_heads",
+        scale="inv_norm_factor", rotary="config.rotary", dropout="attention_dropout",
+        rename={"layer_past": "past_key_values"}, up=("mlp.dense_h_to_4h",),
+        unless={"config.alibi": "each implementation of its attention adds another bias by distance (alibi)"},
+    ),
     "GPT2Attention": Family(
         q="q_attn", fused="c_attn", o="c_proj", heads="num_heads", dropout="attn_dropout",
         output_dropout="resid_dropout",
@@ -82,6 +93,8 @@ FAMILIES: dict[str, Family] = {
     "PegasusAttention": _TRANSLATOR,
     "M2M100Attention": _TRANSLATOR,
     "WhisperAttention": _TRANSLATOR,
+    "T5Attention": _T5,
+    "MT5Attention": _T5,
     "BertAttention": _BERT,
     "RobertaAttention": _BERT,
     "XLMRobertaAttention": _BERT,
