@@ -60,8 +60,8 @@ class Family:
     cross: tuple[str, ...] = ()
     """Last name of a block that attends to another sequence."""
     positional: tuple[str, ...] = ("hidden_states",)
-    rename: Mapping[str, str | None] = field(default_factory=dict)
-    """This class's argument names -> the ones that we use, or None for what must not count."""
+    rename: Mapping[str, str] = field(default_factory=dict)
+    """This class's argument names -> the ones that we use."""
     up: tuple[str, ...] = ("mlp.up_proj",)
     """First projections of the MLP beside the attention, as paths from their common parent; tuning can take them."""
     gate: tuple[str, ...] = ()
@@ -254,10 +254,7 @@ class Block:
 def arguments(family: Family, cross: bool, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Name the arguments of an attention ``forward`` as this project does."""
     names = dict(zip(family.positional, args, strict=False)) | kwargs
-    call: dict[str, Any] = {}
-    for name, value in names.items():
-        if (ours := family.rename.get(name, name)) is not None:
-            call[ours] = value
+    call: dict[str, Any] = {family.rename.get(name, name): value for name, value in names.items()}
     if not cross:
         call.pop("key_value_states", None)
     if (mask := call.pop("encoder_attention_mask", None)) is not None and cross:

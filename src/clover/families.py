@@ -29,6 +29,7 @@ _COHERE = replace(_GLM, table="neighbours")
 _MOE = replace(_LLAMA, up=(), gate=())  # experts are stacked in one tensor
 _TRANSLATOR = replace(_BART, cross=("encoder_attn",))
 _VIT = Family(positional=("hidden_states", "attention_mask"), up=("mlp.fc1",))
+_SPEECH = replace(_BART, up=("feed_forward.intermediate_dense",))
 _T5 = Family(
     q="q", k="k", v="v", o="o", heads="n_heads", head_dim="key_value_proj_dim", dropout="dropout",
     position_bias="relative_attention_bias", cross=("EncDecAttention",), rename={"mask": "attention_mask"}, up=(),
@@ -65,6 +66,7 @@ FAMILIES: dict[str, Family] = {
     "Qwen2MoeAttention": _MOE,
     "Qwen3MoeAttention": replace(_MOE, norms=("q_norm", "k_norm")),
     "OlmoeAttention": replace(_MOE, norms=("q_norm", "k_norm"), norm_spans_heads=True, unless=_CLIP_QKV),
+    "GptOssAttention": replace(_MOE, sinks="sinks", table="once"),
     "GPTNeoXAttention": Family(
         fused="query_key_value", interleaved=True, o="dense", head_dim="head_size", rotary=True,
         rename={"layer_past": "past_key_values"}, up=("mlp.dense_h_to_4h",),
@@ -115,6 +117,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "CLIPAttention": replace(_BART, scale="scale", up=("mlp.fc1",)),
     "SiglipAttention": replace(_BART, scale="scale", up=("mlp.fc1",)),
+    "Wav2Vec2Attention": _SPEECH,
+    "HubertAttention": _SPEECH,
 }  # fmt: skip
 
 REFUSED: dict[str, str] = {
