@@ -138,6 +138,19 @@ def _vision(kind: str, **kwargs: Any) -> Any:
     return getattr(t, f"{kind}Model")(getattr(t, f"{kind}Config")(**(_VISION | kwargs)))
 
 
+def _gemma3_image() -> t.Gemma3ForConditionalGeneration:
+    """A SigLIP tower in front of a Gemma 3; token 55 stands for a piece of the image."""
+    tokens = {"image_token_id": 55, "boi_token_id": 56, "eoi_token_id": 57, "mm_tokens_per_image": 4}
+    parts = {"text_config": _LM | _GEMMA3, "vision_config": dict(_VISION)}
+    return t.Gemma3ForConditionalGeneration(t.Gemma3Config(**parts, **tokens))
+
+
+def _described() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 50, (2, 12))
+    ids[:, 2:6] = 55
+    return {"input_ids": ids, "token_type_ids": (ids == 55).long(), **_image()}
+
+
 def _siglip() -> t.SiglipModel:
     text = {k: _LM[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
     text |= {"num_attention_heads": 6, "max_position_embeddings": 32, "pad_token_id": 0, "projection_size": 48}
@@ -225,6 +238,7 @@ CASES: dict[str, Case] = {
 
 COPIES: dict[str, Case] = {
     "gemma": (lambda: _causal("Gemma", head_dim=16), _text),
+    "gemma3-image": (_gemma3_image, _described),
     "granite": (lambda: _causal("Granite", attention_multiplier=0.3), _text),
     "olmo": (lambda: _causal("Olmo"), _text),
     "olmo3": (lambda: _causal("Olmo3", sliding_window=8, layer_types=_LAYERS), _text),

@@ -123,7 +123,13 @@ class Pieces:
                 vars(value)["_is_hf_initialized"] = known
                 tensors[key] = value
         if fresh:
-            self.model._init_weights(module)
+            self._owner(name)._init_weights(module)
+
+    def _owner(self, name: str) -> PreTrainedModel:
+        """The innermost model that holds a module: an image tower inside a language model has constants of its own."""
+        parts = name.split(".")
+        outwards = (self.model.get_submodule(".".join(parts[:end])) for end in range(len(parts), -1, -1))
+        return next(m for m in outwards if isinstance(m, PreTrainedModel))
 
     def _value(self, key: str, dtype: torch.dtype) -> Tensor | None:
         """A tensor of the model, if the checkpoint holds it."""
