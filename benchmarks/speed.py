@@ -35,7 +35,7 @@ from common import MODELS, SEED, apart, chosen, isolated, peak_memory, record, r
 
 CONTEXTS = (128, 2048)
 NEW_TOKENS = 32
-REPEATS = 15
+REPEATS = 25
 CHUNK = 64
 LANGUAGE = {"25 %": (0.25, 0.25), "50 %": (0.50, 0.50)}
 ENCODER = {"56 % + 37 %": speech.PAPER, "75 % + 50 %": speech.BEYOND}

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from clover.errors import CloverError
 from clover.plan import BlockPlan, Group, Plan
+from clover.spend import Curve, Head, spend
 
 Granularity = Literal["head", "layer", "model"]
 Kind = Literal["pair", "plain", "value"]
-Head = tuple[int, int]
-"""Number of the block, number of the KV head in it."""
+TILES = 8
+"""In a block with fewer, a whole tile would be too coarse a step."""
 
 
 @dataclass(frozen=True)
@@ -109,16 +110,19 @@ class Limits:
         groups: head groups a block may have; more follow the spectra closer, fewer run faster.
         multiple: columns kept are a multiple of this, where the head size allows.
         minimum: least columns of a head that stays, in Q-K and in V-O.
+        tile: under a ``Share``, what a block keeps over all heads fills whole tiles of this many rows of its
+            projections: matrix units waste the rest. Not in blocks of fewer than ``TILES`` tiles; 1 for none.
         drop_heads: whether a head may go whole (when its V-O rank comes to 0).
     """
 
     groups: int = 4
     multiple: int = 1
     minimum: int = 1
+    tile: int = 16
     drop_heads: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("groups", "multiple", "minimum"):
+        for name in ("groups", "multiple", "minimum", "tile"):
             if getattr(self, name) < 1:
                 raise CloverError(f"limit {name} is {getattr(self, name)}; it must be at least 1")
 
@@ -211,41 +215,22 @@ def _cluster(sizes: dict[Head, _Size], count: int) -> list[tuple[Head, ...]]:
 # --- ranks of the parties ---
 
 
-@dataclass(frozen=True)
-class _Curve:
-    """Directions of one kind that a party keeps or loses together, in steps."""
-
-    party: tuple[Head, ...]
-    columns: int
-    """Columns of a direction: 2 for a rotary pair, else 1."""
-    bounds: tuple[int, ...]
-    """Directions kept after 0, 1, 2, ... steps."""
-    prices: tuple[float, ...]
-    """Mean cost of each step, a head and a column; never increasing."""
-    least: int
-    """Steps that must be kept."""
-
-    def size(self, step: int) -> int:
-        """Columns that one step adds, over the party."""
-        return (self.bounds[step + 1] - self.bounds[step]) * self.columns * len(self.party)
-
-
 def _ranks(
     costs: Sequence[Costs], parties: Sequence[tuple[Head, ...]], qk: Rule, vo: Rule, limits: Limits
 ) -> dict[Head, _Size]:
     values: list[Kind] = ["value"] * len(parties)
-    value = _choose(costs, [_curve(costs, p, "value", limits) for p in parties], values, vo)
+    value = _choose(costs, [_curve(costs, p, "value", limits) for p in parties], values, vo, limits.tile)
     alive = {head for p, kept in zip(parties, value, strict=True) if kept for head in p}
     kinds: list[Kind] = [kind for kind in get_args(Kind)[:2] for _ in parties]
     curves = [
         _curve(costs, p, kind, limits, gone=p[0] not in alive) for p, kind in zip([*parties] * 2, kinds, strict=True)
     ]
-    both = _choose(costs, curves, kinds, qk)
+    both = _choose(costs, curves, kinds, qk, limits.tile)
     pairs, plain = both[: len(parties)], both[len(parties) :]
     return {head: _Size(p, s, e) for party, p, s, e in zip(parties, pairs, plain, value, strict=True) for head in party}
 
 
-def _curve(costs: Sequence[Costs], party: tuple[Head, ...], kind: Kind, limits: Limits, gone: bool = False) -> _Curve:
+def _curve(costs: Sequence[Costs], party: tuple[Head, ...], kind: Kind, limits: Limits, gone: bool = False) -> Curve:
     first = costs[party[0][0]]
     columns, count, rotary = 2 if kind == "pair" else 1, 0 if gone else first.count(kind), first.count("pair") > 0
     # Beside rotary pairs the plain columns come in twos, so that pairs stay aligned in the flat layout.
@@ -260,10 +245,10 @@ def _curve(costs: Sequence[Costs], party: tuple[Head, ...], kind: Kind, limits: 
     drops = limits.drop_heads and not first.keeps_heads
     must = not drops if kind == "value" else kind == "pair" or not rotary
     least = len(prices) if kind != "value" and first.fixed_qk else min(int(must), len(prices))
-    return _Curve(party, columns, tuple(bounds), tuple(prices), least)
+    return Curve(party, columns, tuple(bounds), tuple(prices), least)
 
 
-def _choose(costs: Sequence[Costs], curves: Sequence[_Curve], kinds: Sequence[Kind], rule: Rule) -> list[int]:
+def _choose(costs: Sequence[Costs], curves: Sequence[Curve], kinds: Sequence[Kind], rule: Rule, tile: int) -> list[int]:
     """Directions of each curve that the rule keeps."""
     if isinstance(rule, Share):
         whole = sum(
@@ -272,7 +257,8 @@ def _choose(costs: Sequence[Costs], curves: Sequence[_Curve], kinds: Sequence[Ki
         fixed = sum(
             sum(map(c.size, range(c.least))) for c in curves if costs[c.party[0][0]].fixed_qk and "value" not in kinds
         )
-        return _spend(curves, fixed + (1 - rule.share) * whole, keep_one="value" in kinds)
+        tiles = _tiles(costs, "value" in kinds, tile)
+        return spend(curves, fixed + (1 - rule.share) * whole, "value" in kinds, tiles)
     wanted = [
         max(_rank(costs[b], h, kind, rule) for b, h in curve.party) if len(curve.bounds) > 1 else 0
         for curve, kind in zip(curves, kinds, strict=True)
@@ -293,21 +279,10 @@ def _rank(costs: Costs, head: int, kind: Kind, rule: Threshold | Energy) -> int:
     return int((energy < rule.share * energy[-1]).sum()) + 1 if rule.share < 1 else len(energy)
 
 
-def _spend(curves: Sequence[_Curve], budget: float, keep_one: bool) -> list[int]:
-    """Buy the dearest steps first until the budget of columns is spent."""
-    steps = [c.least for c in curves]
-    if keep_one:  # every block keeps a head, or nothing of it would be left
-        best: dict[int, int] = {}
-        for i, c in enumerate(curves):
-            for b in {b for b, _ in c.party}:
-                if b not in best or c.prices[0] > curves[best[b]].prices[0]:
-                    best[b] = i
-        for i in best.values():
-            steps[i] = max(steps[i], 1)
-    left = math.floor(budget + 1e-6) - sum(c.size(s) for c, n in zip(curves, steps, strict=True) for s in range(n))
-    offers = [(-price, i, s) for i, c in enumerate(curves) for s, price in enumerate(c.prices) if s >= steps[i]]
-    for _, i, s in sorted(offers):
-        if s == steps[i] and curves[i].size(s) <= left:
-            steps[i] += 1
-            left -= curves[i].size(s)
-    return [c.bounds[n] for c, n in zip(curves, steps, strict=True)]
+def _tiles(costs: Sequence[Costs], value: bool, tile: int) -> dict[int, int]:
+    """For each block that has enough of them, the columns that fill whole tiles of its projections' rows."""
+    found = {}
+    for b, c in enumerate(costs):
+        if c.kv_heads * (c.count("value") if value else c.qk) >= TILES * tile and (value or not c.fixed_qk):
+            found[b] = tile if value else tile // math.gcd(tile, c.queries + 1)
+    return found

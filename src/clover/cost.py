@@ -107,8 +107,8 @@ def compare_throughput(
             new tokens behind it: for long contexts, which take minutes to read.
 
     Returns:
-        For each name what :func:`throughput` returns, and under ``ratio``, for every name but the first, its medians
-        over those of the first.
+        For each name what :func:`throughput` returns, and under ``ratio``, for every name but the first, the median of
+        its rates over those of the first in the same turn: a machine that slows down for a while slows both.
     """
     names = list(models)
     first = models[names[0]]
@@ -127,8 +127,12 @@ def compare_throughput(
     for turn in track(range(repeats + 1), "timing"):
         for name in names if turn % 2 else reversed(names):
             runs[name].append(runners[name]())
-    result = {name: {key: median(run[key] for run in kept[1:]) for key in kept[0]} for name, kept in runs.items()}
-    ratio = {n: {k: v / result[names[0]][k] for k, v in result[n].items()} for n in names[1:]}
+    runs = {name: kept[1:] for name, kept in runs.items()}
+    result = {name: {key: median(run[key] for run in kept) for key in kept[0]} for name, kept in runs.items()}
+    turns = {name: list(zip(runs[name], runs[names[0]], strict=True)) for name in names[1:]}
+    ratio = {
+        name: {k: median(own[k] / of_first[k] for own, of_first in turns[name]) for k in result[name]} for name in turns
+    }
     return {**result, "ratio": ratio}
 
 
