@@ -68,17 +68,14 @@ class Family:
     unless: Mapping[str, str] = field(default_factory=dict)
     """Paths of settings with which the row is not true -> why."""
 
-    def angles(self, table: tuple[Tensor, Tensor] | Tensor, tokens: Any) -> tuple[Tensor, Tensor]:
+    def angles(self, table: tuple[Tensor, Tensor], tokens: Any) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each pair, ``(batch or 1, tokens, pairs)``, from what the model hands to its blocks.
 
         A table shorter than the sequence is that of its last tokens: those before (class tokens) do not turn.
         """
-        if isinstance(table, Tensor):
-            cos, sin = table.real, table.imag
-        else:
-            width = table[0].shape[-1]
-            pick = {"halves": slice(width // 2), "neighbours": slice(0, width, 2), "once": slice(width)}[self.table]
-            cos, sin = (t[..., pick] for t in table)
+        width = table[0].shape[-1]
+        pick = {"halves": slice(width // 2), "neighbours": slice(0, width, 2), "once": slice(width)}[self.table]
+        cos, sin = (t[..., pick] for t in table)
         cos, sin = (t.unsqueeze(0) if t.dim() == 2 else t for t in (cos, sin))
         still = (0, 0, tokens - cos.shape[1], 0)
         return nn.functional.pad(cos, still, value=1.0), nn.functional.pad(sin, still)
