@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
-BENCH ?= $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py))
+BENCH ?= $(shell grep -l __main__ benchmarks/*.py)
 
 .PHONY: demo test lint docs bench clean
 .DELETE_ON_ERROR:
