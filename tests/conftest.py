@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers; subprocesses inherit it
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # threads that wait for a core cost more than they bring
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import hypothesis
 import pytest
