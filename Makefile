@@ -1,5 +1,5 @@
 # make demo [MODEL=name-or-folder] [OUT=folder]   install into .venv, prune a real model, print before and after, write a report
-# make test [ARGS=...]                            install into .venv, run the tests; ARGS goes to pytest
+# make test [ARGS=...]                            install into .venv, run all tests, on all cores; or pytest ARGS
 # make docs                                          build the documentation site into build/site; a warning is an error
 # make lint | bench [BENCH=file] [ARGS=...] | clean
 #
@@ -18,7 +18,7 @@ demo: $(VENV)/.demo $(if $(MODEL),,$(VENV)/.smollm2)
 	$(BIN)/clover demo $(if $(MODEL),--model "$(MODEL)") $(if $(OUT),--out "$(OUT)")
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n auto --dist worksteal)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

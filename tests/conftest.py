@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers; subprocesses inherit it
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # threads that wait for a core cost more than they bring
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import hypothesis
 import pytest
@@ -37,6 +40,24 @@ def _seed() -> None:
 def _experts(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's grouped product of experts knows no float64; transformers has a loop in its place."""
     monkeypatch.setattr("transformers.integrations.moe._can_use_grouped_mm", lambda *_: False)
+
+
+@pytest.fixture
+def exact_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms, rotations and eager softmax (BLOOM and Gemma 2 know no other) compute in float32: what is exact would look
+    wrong by 1e-6. Let them stay in the model's float64."""
+    to, single = torch.Tensor.to, torch.Tensor.float
+    wide = torch.float64
+
+    def cast(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        narrows = x.dtype == wide and torch.float32 in (*args, kwargs.get("dtype"))
+        return x if narrows else to(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", cast)
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == wide else single(x))
+    softmax, method = torch.nn.functional.softmax, torch.Tensor.softmax
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim=-1, dtype=None, **_: softmax(x, dim))
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda x, dim=-1, dtype=None: method(x, dim))
 
 
 @pytest.fixture(scope="session")

@@ -222,11 +222,13 @@ def test_refused_classes_of_real_models() -> None:
         clover.prune(model, vo=0.3)
 
 
-@pytest.mark.parametrize("name", ["olmo"])
-def test_a_setting_with_which_the_row_is_not_true(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "setting", "value"), [("olmo", "clip_qkv", 8.0), ("olmoe", "clip_qkv", 8.0), ("falcon-mqa", "alibi", True)]
+)
+def test_a_setting_with_which_the_row_is_not_true(name: str, setting: str, value: Any) -> None:
     model, _ = build(name)
-    model.config.clip_qkv = 8.0
-    with pytest.raises(UnsupportedModelError, match=r"clip_qkv"):
+    setattr(model.config, setting, value)
+    with pytest.raises(UnsupportedModelError, match=setting):
         clover.prune(model, vo=0.3)
 
 

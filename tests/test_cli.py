@@ -432,11 +432,11 @@ def test_model_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_unknown_family(tmp_path: Path) -> None:
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 60}
-    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
-    model.save_pretrained(tmp_path / "t5")
-    said = refuse("prune", tmp_path / "t5", tmp_path / "out", "--vo", 0.5)
-    assert all(word in said for word in ("of class T5", "LlamaAttention", "CONTRIBUTING.md"))
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]], "vocab_size": 60}
+    model = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**sizes))
+    model.save_pretrained(tmp_path / "neo")
+    said = refuse("prune", tmp_path / "neo", tmp_path / "out", "--vo", 0.5)
+    assert all(word in said for word in ("of class GPTNeo", "LlamaAttention", "CONTRIBUTING.md"))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

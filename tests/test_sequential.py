@@ -21,7 +21,7 @@ from clover.layerwise import stacks, walk
 from clover.pieces import Pieces
 from clover.sequential import Sample, inside, observe
 from clover.streaming import prune_folder
-from families import CASES, build, outputs
+from families import CASES, COPIES, build, outputs
 from test_streaming import python, same, tensors
 
 CUT: dict[str, Any] = {"qk": 0.3, "vo": 0.4}
@@ -37,7 +37,7 @@ def prepared(name: str, folder: Path, dtype: torch.dtype = torch.float64) -> tup
 
 def build_batch(name: str, seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
-    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in CASES[name][1]().items()}
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in (CASES | COPIES)[name][1]().items()}
 
 
 def error(model: Any, reference: Any, batch: Any) -> float:
@@ -70,7 +70,7 @@ def test_a_walk_is_the_models_own_forward(name: str) -> None:
             found[layer_name] = layerwise.run(model.get_submodule(layer_name), *inputs[0])[0]
         return model.get_submodule(layer_name)
 
-    walk(model, order, [batch], layer)
+    walk(model, order, [batch, {key: value[:1] for key, value in batch.items()}], layer)
     assert found.keys() == expected.keys()
     assert len(found) >= 2
     for key, value in expected.items():
@@ -110,7 +110,7 @@ def test_better_than_by_weights(name: str, tmp_path: Path) -> None:
     assert errors[0] < 0.9 * errors[1]
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "bert", "clip"])
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "bert", "clip", "gemma3-image"])
 def test_at_full_rank_nothing_changes(name: str, tmp_path: Path) -> None:
     model, batches, source = prepared(name, tmp_path / "dense", torch.float32)
     prune_folder(source, tmp_path / "turned", qk=0, vo=0, calibration=batches)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from transformers import AutoModel
 
 import clover
 from clover.checkpoint import ready
@@ -25,7 +26,7 @@ from clover.errors import CloverError
 from clover.layout import Layout
 from clover.shards import INDEX, Checkpoint
 from clover.streaming import prune_folder
-from families import CASES, build, pruned
+from families import CASES, MERGED, build, pruned
 
 CUT: dict[str, Any] = {"qk": 0.3, "vo": 0.4}
 
@@ -77,7 +78,7 @@ def same(a: Path, b: Path) -> None:
 # --- the same bits ---
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *MERGED])
 @pytest.mark.parametrize(("dtype", "shard"), [(torch.float32, "5GB"), (torch.float16, "40KB")])
 def test_equal_to_the_path_in_memory(name: str, dtype: torch.dtype, shard: str, tmp_path: Path) -> None:
     source = save(name, tmp_path / "dense", dtype, shard)
@@ -129,6 +130,31 @@ def test_tensors_that_are_not_cut_are_copied_byte_for_byte(llama: Path, tmp_path
     others = [key for key in before if "self_attn" not in key]
     assert len(others) > 5
     assert all(torch.equal(before[key].view(torch.uint8), after[key].view(torch.uint8)) for key in others)
+
+
+def test_experts_are_copied_one_by_one(tmp_path: Path) -> None:
+    """What is one tensor in memory stays in parts on disk, and any class of the family puts them together."""
+    source = save("mixtral", tmp_path / "dense", torch.float32)
+    prune_folder(source, tmp_path / "streamed", vo=0.5)
+    before, after = tensors(source), tensors(tmp_path / "streamed")
+    parts = [key for key in before if ".experts." in key]
+    assert len(parts) == 2 * 4 * 3
+    assert all(torch.equal(before[key], after[key.replace("block_sparse_moe", "mlp")]) for key in parts)
+    ids = torch.arange(3, 15).unsqueeze(0)
+    with torch.no_grad():
+        whole = clover.load(tmp_path / "streamed").model(ids).last_hidden_state
+        base = AutoModel.from_pretrained(tmp_path / "streamed").eval()
+        assert torch.equal(base(ids).last_hidden_state, whole)
+        base.save_pretrained(tmp_path / "base")
+        assert torch.equal(AutoModel.from_pretrained(tmp_path / "base").eval()(ids).last_hidden_state, whole)
+
+
+@pytest.mark.parametrize(("lost", "said"), [("0.w1", "don't fit"), ("3.w2", r"has shape \(3, 48, 64\), but")])
+def test_an_expert_is_missing(lost: str, said: str, tmp_path: Path) -> None:
+    source = save("mixtral", tmp_path / "dense")
+    _drop(source, f"model.layers.1.block_sparse_moe.experts.{lost}.weight")
+    with pytest.raises(CloverError, match=rf"layers.1.mlp.experts.*{said}"):
+        prune_folder(source, tmp_path / "out", **CUT)
 
 
 def test_never_the_whole_model(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

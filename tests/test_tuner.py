@@ -53,7 +53,8 @@ def tuned(name: str = "llama-gqa", **kwargs: Any) -> tuple[Any, dict[str, torch.
 @pytest.mark.parametrize("name", CASES)
 def test_contract(name: str, make: Any, tmp_path: Path) -> None:
     model, batch = make(name, dtype=torch.float32)
-    base, dense = copy.deepcopy(model), outputs(model, batch)
+    base = copy.deepcopy(model)
+    dense = outputs(model.requires_grad_(False), batch)  # frozen weights can sum in another order (MultiheadAttention)
     model = get_peft_model(model, config(parts=EVERYTHING)).eval()
     assert torch.equal(outputs(model, batch), dense), "a new adapter must change nothing"
     disturb(model)
@@ -385,7 +386,7 @@ def test_slots_cover_every_attention_once(name: str, make: Any) -> None:
 @pytest.mark.parametrize("name", families.GENERATIVE)
 def test_pairs_reach_across_the_layer_where_they_can(name: str) -> None:
     model, _ = build(name)
-    rotary = name not in families.STILL
+    alone = {True, False} if name in families.MIXED else {name not in families.STILL}
     slots = [s for found in find_slots(model, 16).values() for s in found]
-    assert all((s.partner is None) == rotary for s in slots if s.part == "qk")
+    assert {s.partner is None for s in slots if s.part == "qk"} == alone
     assert all(s.partner is not None for s in slots if s.part == "vo")

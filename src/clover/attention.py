@@ -234,7 +234,7 @@ class CloverAttention(nn.Module):
             angles = self._angles(position_embeddings, qk.shape[1], idle)
             return _turn(qk, *(take(t, self.frequencies) for t in angles))
         # Every layer is handed the same tensors, so what is made of them is kept on one.
-        keeper: Any = position_embeddings[0] if isinstance(position_embeddings, tuple) else position_embeddings
+        keeper: Any = position_embeddings[0]
         if not hasattr(keeper, "clover_table"):
             angles = self._angles(position_embeddings, qk.shape[1], idle)
             # There are no complex numbers of half precision to rely on.

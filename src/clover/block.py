@@ -60,25 +60,22 @@ class Family:
     cross: tuple[str, ...] = ()
     """Last name of a block that attends to another sequence."""
     positional: tuple[str, ...] = ("hidden_states",)
-    rename: Mapping[str, str | None] = field(default_factory=dict)
-    """This class's argument names -> the ones that we use, or None for what must not count."""
+    rename: Mapping[str, str] = field(default_factory=dict)
+    """This class's argument names -> the ones that we use."""
     up: tuple[str, ...] = ("mlp.up_proj",)
     """First projections of the MLP beside the attention, as paths from their common parent; tuning can take them."""
     gate: tuple[str, ...] = ()
     unless: Mapping[str, str] = field(default_factory=dict)
     """Paths of settings with which the row is not true -> why."""
 
-    def angles(self, table: tuple[Tensor, Tensor] | Tensor, tokens: Any) -> tuple[Tensor, Tensor]:
+    def angles(self, table: tuple[Tensor, Tensor], tokens: Any) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each pair, ``(batch or 1, tokens, pairs)``, from what the model hands to its blocks.
 
         A table shorter than the sequence is that of its last tokens: those before (class tokens) do not turn.
         """
-        if isinstance(table, Tensor):
-            cos, sin = table.real, table.imag
-        else:
-            width = table[0].shape[-1]
-            pick = {"halves": slice(width // 2), "neighbours": slice(0, width, 2), "once": slice(width)}[self.table]
-            cos, sin = (t[..., pick] for t in table)
+        width = table[0].shape[-1]
+        pick = {"halves": slice(width // 2), "neighbours": slice(0, width, 2), "once": slice(width)}[self.table]
+        cos, sin = (t[..., pick] for t in table)
         cos, sin = (t.unsqueeze(0) if t.dim() == 2 else t for t in (cos, sin))
         still = (0, 0, tokens - cos.shape[1], 0)
         return nn.functional.pad(cos, still, value=1.0), nn.functional.pad(sin, still)
@@ -254,10 +251,7 @@ class Block:
 def arguments(family: Family, cross: bool, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Name the arguments of an attention ``forward`` as this project does."""
     names = dict(zip(family.positional, args, strict=False)) | kwargs
-    call: dict[str, Any] = {}
-    for name, value in names.items():
-        if (ours := family.rename.get(name, name)) is not None:
-            call[ours] = value
+    call: dict[str, Any] = {family.rename.get(name, name): value for name, value in names.items()}
     if not cross:
         call.pop("key_value_states", None)
     if (mask := call.pop("encoder_attention_mask", None)) is not None and cross:

@@ -23,6 +23,12 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import WeightConverter
 from transformers.models.auto import modeling_auto
 
 from clover.block import Block
@@ -95,6 +101,7 @@ class _ModelMixin:
             raise CloverError(
                 f"the tensors in {path} contradict the plan in its config.json: {wrong}; restore the files"
             )
+        _name_as_here(model)
         return (model, info) if wants_info else model
 
 
@@ -134,7 +141,22 @@ def config_class(base: Any) -> Any:
 @cache
 def model_class(base: Any, config: Any) -> Any:
     """The subclass of a model class that rebuilds its attention from the plan."""
-    return type(f"Clover{base.__name__}", (_ModelMixin, base), {"config_class": config, "__module__": __name__})
+    made = type(f"Clover{base.__name__}", (_ModelMixin, base), {"config_class": config, "__module__": __name__})
+    for name in (base.__name__, config.__bases__[1].model_type):
+        if mergers := _mergers(get_checkpoint_conversion_mapping(name)):
+            register_checkpoint_conversion_mapping(made.__name__, mergers, overwrite=True)
+            break
+    return made
+
+
+def _mergers(conversions: Iterable[Any] | None) -> list[WeightConverter]:
+    """Those conversions of names and tensors that put several tensors of a file (a layer's experts) into one."""
+    return [c for c in conversions or () if isinstance(c, WeightConverter)]
+
+
+def _name_as_here(model: Any) -> None:
+    """Let a model be saved under its own names, merged tensors in parts: all that loading knows of our classes."""
+    model._weight_conversions = _mergers(get_model_conversion_mapping(model, add_legacy=False))
 
 
 AutoConfig.register(MODEL_TYPE, RewrittenConfig, exist_ok=True)
@@ -151,7 +173,7 @@ def adopt(model: PreTrainedModel, plan: Plan) -> None:
     PreTrainedModel.__init__(kind.__new__(kind), copy.deepcopy(model.config))
     model.__class__ = kind
     # Loading translates a family's old tensor names for classes of transformers alone, so none may be saved.
-    vars(model).pop("_weight_conversions", None)
+    _name_as_here(model)
 
 
 def rebuild(model: nn.Module, plan: Plan) -> None:

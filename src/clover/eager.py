@@ -35,6 +35,6 @@ def eager_attention(
         logits = logits + attention_mask
     if s_aux is not None:
         logits = torch.cat([logits, s_aux.view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)], -1)
-    weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)  # as every eager attention of transformers
+    weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(query.dtype)
     weights = nn.functional.dropout(weights[..., : key.shape[-2]], dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights

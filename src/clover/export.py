@@ -158,12 +158,12 @@ class _Wide:
 def _constant(
     block: Block, bias: Float[Tensor, " out"], v: _Wide, o: Float[Tensor, "kv n e out"], free: tuple[int, int] | None
 ) -> None:
-    """Let attention itself produce a constant: a value that is always 1 comes out as 1, for its weights sum to 1.
+    """Let attention itself produce a constant: a value that is always 1 comes out as 1, where its weights sum to 1.
 
     Raises:
-        UnsupportedModelError: values have no bias, or no column is free.
+        UnsupportedModelError: values have no bias, sinks take weight, or no column is free.
     """
-    if v.bias is None or v.rows is None:
+    if v.bias is None or v.rows is None or block.sinks is not None:
         raise UnsupportedModelError(
             f"{type(block.module).__name__} has no bias for the mean of what was cut from {block.name}; "
             "prune it by the weights alone, or keep the rewritten model"

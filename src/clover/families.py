@@ -22,9 +22,19 @@ _BERT = Family(
 _BART = Family(o="out_proj", heads="num_heads", dropout="dropout", up=("fc1",))
 
 _QWEN3 = replace(_LLAMA, norms=("q_norm", "k_norm"))
+_GEMMA2 = replace(_LLAMA, softcap="attn_logit_softcapping")
 _OLMO2 = replace(_QWEN3, norm_spans_heads=True)
+_GLM = replace(_LLAMA, neighbours=True)
+_COHERE = replace(_GLM, table="neighbours")
+_MOE = replace(_LLAMA, up=(), gate=())  # experts are stacked in one tensor
 _TRANSLATOR = replace(_BART, cross=("encoder_attn",))
 _VIT = Family(positional=("hidden_states", "attention_mask"), up=("mlp.fc1",))
+_SPEECH = replace(_BART, up=("feed_forward.intermediate_dense",))
+_T5 = Family(
+    q="q", k="k", v="v", o="o", heads="n_heads", head_dim="key_value_proj_dim", dropout="dropout",
+    position_bias="relative_attention_bias", cross=("EncDecAttention",), rename={"mask": "attention_mask"}, up=(),
+    kept=("is_decoder", "relative_attention_num_buckets", "relative_attention_max_distance"),
+)  # fmt: skip
 _CLIP_QKV = {"config.clip_qkv": "values are clipped (clip_qkv), and what is clipped can't be rotated"}
 
 FAMILIES: dict[str, Family] = {
@@ -35,16 +45,37 @@ FAMILIES: dict[str, Family] = {
     "Qwen2Attention": _LLAMA,
     "Qwen3Attention": _QWEN3,
     "GemmaAttention": _LLAMA,
+    "Gemma2Attention": _GEMMA2,
+    "Gemma3Attention": _QWEN3,
     "GraniteAttention": _LLAMA,
+    "SmolLM3Attention": replace(_LLAMA, rotary="use_rope"),
     "Starcoder2Attention": replace(_LLAMA, output_dropout="residual_dropout", up=("mlp.c_fc",), gate=()),
     "OlmoAttention": replace(_LLAMA, unless=_CLIP_QKV),
     "Olmo2Attention": _OLMO2,
     "Olmo3Attention": _OLMO2,
+    "CohereAttention": replace(_COHERE, norms=("q_norm", "k_norm")),
+    "Cohere2Attention": replace(_COHERE, rotary="sliding_window"),
+    "GlmAttention": replace(_GLM, up=("mlp.gate_up_proj",), gate=()),
+    "Glm4Attention": replace(_GLM, up=("mlp.gate_up_proj",), gate=()),
+    "HeliumAttention": _GLM,
+    "Ernie4_5Attention": _GLM,
     "PhiAttention": replace(_LLAMA, o="dense", norms=("q_layernorm", "k_layernorm"), up=("mlp.fc1",), gate=()),
     "Phi3Attention": replace(_LLAMA, fused="qkv_proj", up=("mlp.gate_up_proj",), gate=()),
+    "MixtralAttention": _MOE,
+    "PhimoeAttention": _MOE,
+    "Qwen2MoeAttention": _MOE,
+    "Qwen3MoeAttention": replace(_MOE, norms=("q_norm", "k_norm")),
+    "OlmoeAttention": replace(_MOE, norms=("q_norm", "k_norm"), norm_spans_heads=True, unless=_CLIP_QKV),
+    "GptOssAttention": replace(_MOE, sinks="sinks", table="once"),
     "GPTNeoXAttention": Family(
         fused="query_key_value", interleaved=True, o="dense", head_dim="head_size", rotary=True,
         rename={"layer_past": "past_key_values"}, up=("mlp.dense_h_to_4h",),
+    ),
+    "FalconAttention": Family(
+        fused="query_key_value", interleaved=True, o="dense", heads="num_heads", kv_heads="num_kv_heads",
+        scale="inv_norm_factor", rotary="config.rotary", dropout="attention_dropout",
+        rename={"layer_past": "past_key_values"}, up=("mlp.dense_h_to_4h",),
+        unless={"config.alibi": "each implementation of its attention adds another bias by distance (alibi)"},
     ),
     "GPT2Attention": Family(
         q="q_attn", fused="c_attn", o="c_proj", heads="num_heads", dropout="attn_dropout",
@@ -60,8 +91,12 @@ FAMILIES: dict[str, Family] = {
     # encoders and decoders
     "BartAttention": _TRANSLATOR,
     "MBartAttention": _TRANSLATOR,
+    "MarianAttention": _TRANSLATOR,
+    "PegasusAttention": _TRANSLATOR,
     "M2M100Attention": _TRANSLATOR,
     "WhisperAttention": _TRANSLATOR,
+    "T5Attention": _T5,
+    "MT5Attention": _T5,
     "BertAttention": _BERT,
     "RobertaAttention": _BERT,
     "XLMRobertaAttention": _BERT,
@@ -70,12 +105,20 @@ FAMILIES: dict[str, Family] = {
         q="q_lin", k="k_lin", v="v_lin", o="out_lin", heads="n_heads", head_dim="attention_head_size",
         dropout="dropout", up=("ffn.lin1",),
     ),
+    "ModernBertAttention": Family(
+        fused="Wqkv", o="Wo", rotary=True, scale=None, output_dropout="config.attention_dropout", up=("mlp.Wi",),
+    ),
     "ViTAttention": _VIT,
     "DeiTAttention": _VIT,
     "Dinov2Attention": _VIT,
     "Dinov2WithRegistersAttention": _VIT,
+    "DINOv3ViTAttention": replace(
+        _VIT, rotary=True, dropout="dropout", up=("mlp.up_proj",), gate=("mlp.gate_proj",),
+    ),
     "CLIPAttention": replace(_BART, scale="scale", up=("mlp.fc1",)),
-
+    "SiglipAttention": replace(_BART, scale="scale", up=("mlp.fc1",)),
+    "Wav2Vec2Attention": _SPEECH,
+    "HubertAttention": _SPEECH,
 }  # fmt: skip
 
 REFUSED: dict[str, str] = {

@@ -7,7 +7,7 @@ carried from layer to layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -113,24 +113,24 @@ def walk(
         CloverError: a layer that can't be run alone.
     """
     done: dict[str, Carried] = {}
-    tuples: set[str] = set()
+    forms: dict[str, Form] = {}
     for stack in order:
 
-        def record(at: int, stack: Stack = stack) -> tuple[Tensor, list[Call]]:
-            return _record(model, order, stack, batches[at], {name: of[at] for name, of in done.items()}, tuples)
+        def record(at: int, form: Form | None, stack: Stack = stack) -> tuple[Tensor, list[Call]]:
+            return _record(model, order, stack, batches[at], {name: of[at] for name, of in done.items()}, forms, form)
 
         hidden, calls = Carried(spill), []
         for at in range(len(batches)):
-            first, found = record(at)
+            first, found = record(at, None)
             hidden.append(first)
             calls.append(found)
         for i, name in enumerate(track(stack.layers, "layers")):
             module = layer(name, _Inputs(hidden, [found[i] for found in calls]))
             for at in range(len(batches)):
-                hidden[at], tupled = run(module, hidden[at], calls[at][i])
-                if tupled and stack.name not in tuples:
-                    tuples.add(stack.name)  # stand-ins must do likewise, else what layers are called with is wrong
-                    calls = [record(again)[1] for again in range(len(batches))]
+                hidden[at], rest = run(module, hidden[at], calls[at][i])
+                if i == 0:  # only now it is known what the model hands from layer to layer
+                    calls[at] = record(at, Form(rest))[1]
+                    forms[stack.name] = Form(None if rest is None else (None,) * len(rest))
         done[stack.name] = hidden
 
 
@@ -145,14 +145,25 @@ class _Inputs(Sequence[tuple[Tensor, Call]]):
         return len(self.calls)
 
 
-def run(module: nn.Module, hidden: Tensor, call: Call) -> tuple[Tensor, bool]:
-    """Call a layer; returns the hidden states, and whether they came in a tuple."""
+@dataclass(frozen=True)
+class Form:
+    """How layers return hidden states: alone, or with what else the first of them returned, such as a position bias."""
+
+    rest: tuple[Any, ...] | None
+
+    def of(self, hidden: Tensor) -> Any:
+        """What a layer would have returned."""
+        return hidden if self.rest is None else (hidden, *self.rest)
+
+
+def run(module: nn.Module, hidden: Tensor, call: Call) -> tuple[Tensor, tuple[Any, ...] | None]:
+    """Call a layer; returns the hidden states, and what else came in a tuple with them (None without one)."""
     out = module(hidden, *call.args, **call.kwargs)
-    return (out, False) if isinstance(out, Tensor) else (out[0], True)
+    return (out, None) if isinstance(out, Tensor) else (out[0], tuple(out[1:]))
 
 
 class _ReachedError(Exception):
-    """The last layer was called; what comes behind it isn't needed."""
+    """The last layer that matters was called; what comes behind it isn't needed."""
 
 
 def _record(
@@ -161,9 +172,15 @@ def _record(
     stack: Stack,
     batch: Any,
     done: Mapping[str, Tensor],
-    tuples: Collection[str],
+    forms: Mapping[str, Form],
+    form: Form | None,
 ) -> tuple[Tensor, list[Call]]:
-    """What goes into the first layer of a stack, and what its layers are called with, behind what is done."""
+    """What goes into the first layer of a stack, and what its layers are called with, behind what is done.
+
+    Args:
+        forms: of the stacks that are done.
+        form: of this one; while it is not known, only the first layer's call is found.
+    """
     calls: list[Call] = []
     first: list[Tensor] = []
 
@@ -172,20 +189,19 @@ def _record(
         hidden = args[0] if args else given.pop("hidden_states")
         first.append(hidden)
         calls.append(Call(args[1:], given))
-        if last:
+        if last or form is None:
             raise _ReachedError
-        return (hidden, None) if stack.name in tuples else hidden
+        return form.of(hidden)
 
-    def skip(result: Tensor | None, tupled: bool, *args: Any, **kwargs: Any) -> Any:
-        hidden = (args[0] if args else kwargs["hidden_states"]) if result is None else result
-        return (hidden, None) if tupled else hidden
+    def skip(result: Tensor | None, form: Form, *args: Any, **kwargs: Any) -> Any:
+        return form.of((args[0] if args else kwargs["hidden_states"]) if result is None else result)
 
     stubs: dict[str, Callable[..., Any]] = {}
     for other in order:
         for name in other.layers:
             last = name == other.layers[-1]
-            result = done.get(other.name) if last else None
-            stubs[name] = partial(note, last) if other == stack else partial(skip, result, other.name in tuples)
+            result, known = done.get(other.name) if last else None, forms.get(other.name, Form(None))
+            stubs[name] = partial(note, last) if other == stack else partial(skip, result, known)
     with _replaced(model, stubs):
         try:
             forward(model, batch)

@@ -44,10 +44,8 @@ class Layout:
         adopt(model, plan)
         gone = tuple(start for block in found for start in pieces.inside(block))
         rest: dict[str, dict[str, Entry]] = {file: {} for file in pieces.source.files}
-        for key, name in pieces.names.items():
-            if not key.startswith(gone):
-                entry = pieces.source.entries[name]
-                rest[entry.file.name][key] = entry
+        for key, entry in pieces.untouched(gone):
+            rest[entry.file.name][key] = entry
         tensors = {f: {n: (e.dtype, e.shape, e.size) for n, e in kept.items()} for f, kept in rest.items()}
         for block in found:
             inside = pieces.inside(block)

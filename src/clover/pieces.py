@@ -5,13 +5,21 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from clover.basis import Basis
 from clover.block import Block
@@ -19,8 +27,24 @@ from clover.checkpoint import blank, workplace
 from clover.errors import CloverError
 from clover.families import blocks
 from clover.plan import BlockPlan
-from clover.shards import DTYPES, Checkpoint
+from clover.shards import DTYPES, Checkpoint, Entry
 from clover.surgery import filled
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One tensor of the model that the checkpoint holds in parts, such as the weights of a layer's experts."""
+
+    converter: WeightConverter
+    parts: dict[str, tuple[str, str]]
+    """Name of a part in what is written -> its name in the checkpoint, and the converter's pattern that it matches."""
+
+    def value(self, key: str, read: Callable[[str], Tensor], model: PreTrainedModel) -> Tensor:
+        """The tensor, put together as transformers does; ``key`` is its name in the model."""
+        converter = copy.deepcopy(self.converter)
+        for name, pattern in self.parts.values():
+            converter.add_tensor(key, name, pattern, read(name))
+        return converter.convert(key, model=model, config=model.config)[key]
 
 
 @dataclass(frozen=True)
@@ -31,6 +55,8 @@ class Pieces:
     model: PreTrainedModel
     names: Mapping[str, str]
     """Names of the model's tensors -> names in the checkpoint."""
+    merged: Mapping[str, Merged]
+    """Names of those that are made of several in the checkpoint."""
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Pieces:
@@ -45,8 +71,7 @@ class Pieces:
         model = blank(folder, next((d for d in floats if d.is_floating_point), torch.float32))
         if getattr(model.config, "quantization_config", None) is not None:
             raise CloverError(f"{folder} is quantised; prune the unquantised model, then quantise it")
-        names = _match(model, source)
-        pieces = cls(source, model, names)
+        pieces = cls(source, model, *_match(model, source))
         pieces._check()
         return pieces
 
@@ -88,21 +113,43 @@ class Pieces:
             for key, tensor in tensors.items():
                 if tensor is None or not tensor.is_meta:
                     continue
-                source = self._source(prefix + key)
-                if source is None:  # a buffer that no checkpoint holds, such as frequencies of positions
+                value = self._value(prefix + key, tensor.dtype)
+                known = value is not None
+                if value is None:  # a buffer that no checkpoint holds, such as frequencies of positions
                     value, fresh = torch.empty_like(tensor, device=device), True
                 else:
-                    value = self.source.read(source).to(tensor.dtype)
                     value = value.to(device, dtype if value.is_floating_point() else value.dtype)
                 value = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
-                vars(value)["_is_hf_initialized"] = source is not None
+                vars(value)["_is_hf_initialized"] = known
                 tensors[key] = value
         if fresh:
-            self.model._init_weights(module)
+            self._owner(name)._init_weights(module)
 
-    def _source(self, key: str) -> str | None:
-        """Where the checkpoint holds a tensor of the model."""
-        return self.names.get(key) or self.names.get(self.model.all_tied_weights_keys.get(key, ""))
+    def _owner(self, name: str) -> PreTrainedModel:
+        """The innermost model that holds a module: an image tower inside a language model has constants of its own."""
+        parts = name.split(".")
+        outwards = (self.model.get_submodule(".".join(parts[:end])) for end in range(len(parts), -1, -1))
+        return next(m for m in outwards if isinstance(m, PreTrainedModel))
+
+    def _value(self, key: str, dtype: torch.dtype) -> Tensor | None:
+        """A tensor of the model, if the checkpoint holds it."""
+
+        def read(name: str) -> Tensor:
+            return self.source.read(name).to(dtype)
+
+        if key in self.merged:
+            return self.merged[key].value(key, read, self.model)
+        name = self.names.get(key) or self.names.get(self.model.all_tied_weights_keys.get(key, ""))
+        return None if name is None else read(name)
+
+    def untouched(self, gone: tuple[str, ...]) -> Iterator[tuple[str, Entry]]:
+        """What is copied as it lies, by its name in what is written: all tensors whose names don't begin so."""
+        for key, name in self.names.items():
+            if not key.startswith(gone):
+                yield key, self.source.entries[name]
+        for key, merged in self.merged.items():
+            if not key.startswith(gone):
+                yield from ((part, self.source.entries[name]) for part, (name, _) in merged.parts.items())
 
     def inside(self, block: Block) -> tuple[str, ...]:
         """What the names in the model of all that a cut of the block takes the place of begin with."""
@@ -115,34 +162,54 @@ class Pieces:
     def _check(self) -> None:
         tied, ignored = self.model.all_tied_weights_keys, self.model._keys_to_ignore_on_load_missing or ()
         for key, tensor in self.shapes.items():
-            if key not in self.names:
+            name, shape = self._found(key)
+            if shape is None:
                 if key in tied or any(re.search(pattern, key) for pattern in ignored):
                     continue
                 raise CloverError(f"{self.source.folder} has no tensor for {key}; restore the files")
-            entry = self.source.entries[self.names[key]]
-            if entry.shape != tuple(tensor.shape):
+            if shape != tuple(tensor.shape):
                 raise CloverError(
-                    f"{self.names[key]} has shape {entry.shape}, but config.json gives {tuple(tensor.shape)}; "
-                    "restore the files"
+                    f"{name} has shape {shape}, but config.json gives {tuple(tensor.shape)}; restore the files"
                 )
 
+    def _found(self, key: str) -> tuple[str, tuple[int, ...] | None]:
+        """Name and shape in the checkpoint of a tensor of the model."""
+        if key in self.names:
+            return self.names[key], self.source.entries[self.names[key]].shape
+        if key not in self.merged:
+            return key, None
 
-def _match(model: PreTrainedModel, source: Checkpoint) -> dict[str, str]:
-    """The model's names of the checkpoint's tensors, by the renamings that transformers loads with."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
+        def shaped(name: str) -> Tensor:
+            return torch.empty(self.source.entries[name].shape, device="meta")
 
+        try:
+            return key, tuple(self.merged[key].value(key, shaped, self.model).shape)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise CloverError(
+                f"the parts of {key} in {self.source.folder} don't fit: {reason}; restore them"
+            ) from error
+
+
+def _match(model: PreTrainedModel, source: Checkpoint) -> tuple[dict[str, str], dict[str, Merged]]:
+    """Where the checkpoint holds the model's tensors, by the renamings and mergers that transformers loads with."""
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    others = [c for c in conversions if not isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     names: dict[str, str] = {}
+    merged: dict[str, Merged] = {}
     shapes = model.state_dict()
-    for name in source.entries:
-        key, converted = rename_source_key(name, renamings, others, model.base_model_prefix, shapes)
-        if converted is not None:
+    for name in sorted(source.entries, key=dot_natural_key):  # the order in which parts are put together
+        key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, shapes)
+        if pattern is None:
+            names[key] = name
+            continue
+        converter = by_pattern[pattern]
+        if len(converter.target_patterns) > 1:
             raise CloverError(f"{name} in {source.folder} is in an old layout; load and save the model once")
-        names[key] = name
-    return names
+        merged.setdefault(key, Merged(converter, {})).parts[apply_renamings(name, renamings)] = name, pattern
+    return names, merged
 
 
 @torch.no_grad()

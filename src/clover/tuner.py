@@ -129,7 +129,8 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         bias: Tensor | None = base.bias
 
         def turned(core: Core, transform: Tensor, part: Tensor) -> Tensor:
-            shift = None if bias is None else bias if part.shape == y.shape else bias[core.rows.flatten()]
+            whole = core.dense and part.shape == y.shape
+            shift = bias if bias is None or whole else bias[core.rows.flatten()]
             return turn(part, transform, shift, invertible=core.invertible)
 
         transforms = sorted(transforms, key=lambda pair: pair[0].first)
