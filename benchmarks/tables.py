@@ -34,10 +34,8 @@ MARKS = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
 Section = Callable[[Results], str]
-QUICK = "language-first-24576"
 SECTIONS: dict[str, tuple[Section, str]] = {
     "Language": (language, "language-(dense|vo|qk|both)"),
-    "Language, a quick look": (lambda results: language(results, QUICK), f"{QUICK}-"),
     "Speech": (speech, "speech-(dense|vanilla|weights|calibrated)"),
     "Speech: the other parts of the model": (speech_parts, "speech-(decoder|cross|thresholds)"),
     "Embeddings": (embedding, "embedding-"),

@@ -10,16 +10,16 @@ from plots import MODELS as PLOTTED
 from plots import TITLES as ARMS
 
 
-def language(results: Results, kind: str = "language") -> str:
-    dense = results[f"{kind}-dense"]["result"]
+def language(results: Results) -> str:
+    dense = results["language-dense"]["result"]
     rows = [["none", f"{dense['value']:.2f}", "", "", ""]]
     for name, cut in CUTS.items():
-        if entry := results.get(f"{kind}-{name}"):
+        if entry := results.get(f"language-{name}"):
             r = entry["result"]
             left = (r[f"{k}_after"] / r[f"{k}_before"] for k in ("attention_parameters", "kv_bytes_per_token"))
             rows.append([cut, f"{r['value']:.2f}", f"{r['value'] / dense['value']:.3f}", *map(percent, left)])
     if len(rows) == 1:
-        raise KeyError(f"{kind}-vo25")  # the dense model alone is no result
+        raise KeyError("language-vo25")  # the dense model alone is no result
     p = dense["protocol"]
     about = (
         f"SmolLM2-135M-Instruct on WikiText-2 test ({p['scored']:,} tokens, windows of {p['window']}), no training. "
