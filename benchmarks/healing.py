@@ -5,16 +5,16 @@
 ARM: cores (the singular-value matrices of the attention alone), cores-mlp (those of the MLP's first projections as
 well), lora and lora-mlp (on the same projections, as many parameters), attention (all weights of the attention); each
 also with -distil: the loss is then the divergence from the dense model's distribution in place of the text's own. All
-arms see the same tokens in the same order. The learning rate of an arm, and of its -distil, is the one of three with
-the least loss on validation text after a short run on the text's own loss (``validation_loss_by_lr``). Scored on the
-first N tokens of the test split. Products are bfloat16 throughout; what is trained is float32. The pruned model is
-kept in FOLDER for the next call.
+arms see the same tokens in the same order. Each is trained at three learning rates to the end; the one with the least
+loss on validation text counts (``validation_loss_by_lr``). Scored on the first N tokens of the test split. Products
+are bfloat16 throughout; what is trained is float32. The pruned model is kept in FOLDER for the next call.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ import language
 from clover.attention import CloverAttention
 from clover.evaluate import perplexity
 from clover.training import Recipe, adapter_config, mean_loss, train
-from common import MODELS, SEED, record, text, timed
+from common import MODELS, SEED, record, text
 
 LENGTH, BATCH = 256, 2
 ATTENTION = ("qk", "q", "vo")
@@ -45,8 +45,6 @@ RATES = {
     "lora-mlp": (3e-4, 1e-3, 3e-3), "attention": (1e-4, 3e-4, 1e-3),
 }  # fmt: skip
 ARMS = (*RECIPES, *(f"{arm}-distil" for arm in RECIPES))
-TRIAL = 8
-"""Steps of the runs that choose the learning rate."""
 HALF = partial(torch.autocast, "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
 
 
@@ -113,23 +111,24 @@ def main(steps: int, first: int, pruned: Path, arms: list[str]) -> None:
 
     teacher: Any = clover.load(MODELS / "smollm2", dtype=torch.bfloat16)
     base = {"dense": score(teacher).value, "pruned": score(clover.load(pruned, dtype=torch.bfloat16)).value}
-    trials: dict[str, dict[float, float]] = {}
     for arm in arms or ARMS:
         what, distil = arm.removesuffix("-distil"), arm.endswith("-distil")
-        if what not in trials:
-            runs = {rate: heal(what, pruned, None, data, TRIAL, rate)[0] for rate in RATES[what]}
+        started, losses, best = time.perf_counter(), {}, None
+        for rate in RATES[what]:
+            model, log = heal(what, pruned, teacher if distil else None, data, steps, rate)
             with HALF():
-                trials[what] = {rate: mean_loss(model, held_out) for rate, model in runs.items()}
-            del runs
-        best = min(trials[what], key=trials[what].__getitem__)
-        (model, log), seconds = timed(partial(heal, what, pruned, teacher if distil else None, data, steps, best))
+                losses[rate] = mean_loss(model, held_out)
+            if losses[rate] == min(losses.values()):
+                best = rate, model, log
+        assert best is not None
+        rate, model, log = best
         healed = score(model)
         record(f"healing-{arm}", {
             **base, "healed": healed.value, "over_dense": healed.value / base["dense"], "protocol": healed.protocol,
             "qk_removed": 0.5, "vo_removed": 0.5, "steps": steps, "tokens": steps * BATCH * LENGTH,
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "lr": best, "validation_loss_by_lr": {str(k): v for k, v in trials[what].items()},
-            "trial_steps": TRIAL, "seconds": seconds, "loss": [round(e["loss"], 4) for e in log],
+            "lr": rate, "validation_loss_by_lr": {str(k): v for k, v in losses.items()},
+            "seconds": (time.perf_counter() - started) / len(losses), "loss": [round(e["loss"], 4) for e in log],
         })  # fmt: skip
 
 
