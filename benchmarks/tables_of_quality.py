@@ -170,9 +170,9 @@ def healing(results: Results) -> str:
     for key, title in arms.items():
         for suffix, loss in (("", "text"), ("-distil", "dense model")):
             if r := result(results, f"healing-{key}{suffix}"):
-                rows.append(
-                    [title, loss, f"{r['trainable_parameters']:,}", f"{r['healed']:.2f}", f"{r['over_dense']:.3f}"]
-                )
+                judged = r.get("trial_steps", r["steps"])
+                size = f"{r['trainable_parameters']:,}"
+                rows.append([title, loss, size, judged, f"{r['healed']:.2f}", f"{r['over_dense']:.3f}"])
     if not rows:
         raise KeyError("healing-cores")
     r = results["healing-cores"]["result"]
@@ -180,7 +180,8 @@ def healing(results: Results) -> str:
         f"SmolLM2 with 50 % of Q-K and V-O removed (perplexity {r['pruned']:.2f}, dense {r['dense']:.2f}), then "
         f"trained on {r['tokens']:,} tokens of WikiText-2 train; the first {r['protocol']['tokens']:,} of test."
     )
-    return f"{about}\n\n{table('Trained | loss from | parameters | perplexity | over dense', rows)}"
+    header = "Trained | loss from | parameters | rate chosen after steps | perplexity | over dense"
+    return f"{about}\n\n{table(header, rows)}"
 
 
 def healing_speech(results: Results) -> str:
