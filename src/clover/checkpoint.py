@@ -155,7 +155,10 @@ def _mergers(conversions: Iterable[Any] | None) -> list[WeightConverter]:
 
 
 def _name_as_here(model: Any) -> None:
-    """Let a model be saved under its own names, merged tensors in parts: all that loading knows of our classes."""
+    """Let a model be saved under its own names, merged tensors in parts.
+
+    Loading translates a family's old tensor names for classes of transformers alone, not for ours.
+    """
     model._weight_conversions = _mergers(get_model_conversion_mapping(model, add_legacy=False))
 
 
@@ -172,7 +175,6 @@ def adopt(model: PreTrainedModel, plan: Plan) -> None:
     # The constructor is where transformers notes which outputs (attentions, hidden states) a class can record.
     PreTrainedModel.__init__(kind.__new__(kind), copy.deepcopy(model.config))
     model.__class__ = kind
-    # Loading translates a family's old tensor names for classes of transformers alone, so none may be saved.
     _name_as_here(model)
 
 

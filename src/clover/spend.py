@@ -94,11 +94,11 @@ def _even_out(
             take(down)
             left += down.columns
     offers = {b: _up(members[b], steps, tile) for b, tile in tiles.items()}
-    while within := [(move.worth, -b, move) for b, move in offers.items() if move and move.columns <= left]:
-        _, b, up = max(within)
-        take(up)
-        left -= up.columns
-        offers[-b] = _up(members[-b], steps, tiles[-b])
+    while affordable := {b: up for b, up in offers.items() if up and up.columns <= left}:
+        best = max(affordable, key=lambda b: affordable[b].worth)
+        take(affordable[best])
+        left -= affordable[best].columns
+        offers[best] = _up(members[best], steps, tiles[best])
 
 
 def _down(curves: Mapping[int, Curve], least: Sequence[int], steps: Sequence[int], tile: int) -> _Move | None:
@@ -106,10 +106,10 @@ def _down(curves: Mapping[int, Curve], least: Sequence[int], steps: Sequence[int
     now, dropped = {i: steps[i] for i in curves}, 0
     columns = sum(c.size(s) for i, c in curves.items() for s in range(now[i]))
     while (columns - dropped) % tile:
-        spare = [(c.prices[now[i] - 1], i) for i, c in curves.items() if now[i] > least[i]]
-        if not spare or dropped > tile:
+        prices = {i: c.prices[now[i] - 1] for i, c in curves.items() if now[i] > least[i]}
+        if not prices or dropped > tile:
             return None
-        _, i = min(spare)
+        i = min(prices, key=prices.__getitem__)
         now[i] -= 1
         dropped += curves[i].size(now[i])
     return _Move(0.0, dropped, now)
@@ -119,11 +119,11 @@ def _up(curves: Mapping[int, Curve], steps: Sequence[int], tile: int) -> _Move |
     """Add the dearest steps until they fill a tile or two; None where there are none, or they are too coarse for it."""
     now, added, worth = {i: steps[i] for i in curves}, 0, 0.0
     while not added or added % tile:
-        open_ = [(c.prices[now[i]], -i) for i, c in curves.items() if now[i] < len(c.prices)]
-        if not open_ or added > tile:
+        prices = {i: c.prices[now[i]] for i, c in curves.items() if now[i] < len(c.prices)}
+        if not prices or added > tile:
             return None
-        price, i = max(open_)
-        size = curves[-i].size(now[-i])
-        now[-i] += 1
-        added, worth = added + size, worth + price * size
+        i = max(prices, key=prices.__getitem__)
+        size = curves[i].size(now[i])
+        now[i] += 1
+        added, worth = added + size, worth + prices[i] * size
     return _Move(worth / added, added, now)

@@ -1,0 +1,52 @@
+"""Whole tiles of what a block keeps."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clover.budget import Limits, Share, Threshold, make_plan
+from test_budget import SEEDS, costs, kept, model, ranks, size
+
+LARGE = [{"pairs": 0, "plain": 64}, {"pairs": 32, "plain": 0}, {"pairs": 16, "plain": 32}]
+
+
+@given(SEEDS, st.floats(0.05, 0.9), st.sampled_from(LARGE), st.integers(1, 4))
+def test_large_blocks_keep_whole_tiles(seed: int, share: float, shape: dict[str, int], groups: int) -> None:
+    """Rows of the projections: three for each Q-K column (two queries read a key), one for each V-O column."""
+    entries = model(seed, value=64, **shape)
+    plan = make_plan(entries, Share(share), Share(share), limits=Limits(groups=groups))
+    for which in ("qk", "vo"):
+        due = (1 - share) * size(entries, which)
+        assert kept(plan, which) <= due
+        if groups == 4:  # a step is one head's
+            assert all(getattr(b, f"{which}_kept") % 16 == 0 for b in plan.blocks)
+            assert kept(plan, which) > due - 2 * 16
+
+
+@given(SEEDS, st.sampled_from(LARGE))
+def test_whole_tiles_cost_next_to_nothing(seed: int, shape: dict[str, int]) -> None:
+    entries = model(seed, value=64, **shape)
+
+    def lost(tile: int) -> float:
+        plan = make_plan(entries, Share(0.5), Share(0.5), limits=Limits(tile=tile))
+        kept = [(c, h, g.value) for c, b in zip(entries, plan.blocks, strict=True) for h, g in ranks(b).items()]
+        return float(
+            sum(c.value_cost.sum() for c in entries) - sum(c.value_cost[h, :value].sum() for c, h, value in kept)
+        )
+
+    assert lost(16) < 1.2 * lost(1)
+
+
+def test_steps_too_coarse_for_tiles_are_left_alone() -> None:
+    """Five heads that share a rank add five columns at a time: 80 are the first that fill tiles of 16."""
+    entries = [costs(kv=5, plain=64, value=64)]
+    plan = make_plan(entries, Share(0.3), Share(0.3), granularity="layer")
+    assert plan == make_plan(entries, Share(0.3), Share(0.3), granularity="layer", limits=Limits(tile=1))
+
+
+def test_a_threshold_keeps_what_it_says_whatever_the_tiles() -> None:
+    entries = model(0, value=64, plain=64)
+    assert make_plan(entries, Threshold(0.5), Threshold(0.5)) == make_plan(
+        entries, Threshold(0.5), Threshold(0.5), limits=Limits(tile=1)
+    )
