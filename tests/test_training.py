@@ -21,6 +21,7 @@ from clover.training import (
     Recipe,
     adapter_config,
     collate,
+    contiguous_head,
     example,
     examples,
     lean,
@@ -106,6 +107,20 @@ def test_leaving_out_logits_keeps_loss_and_gradients(name: str) -> None:
     (loss, grad, every), (lean_loss, lean_grad, few) = results
     assert (every, few) == (4, 3)
     torch.testing.assert_close((lean_loss, lean_grad), (loss, grad))
+
+
+def test_the_head_multiplies_states_that_lie_side_by_side() -> None:
+    """A slice of the states makes torch copy the weight of the head for every sequence."""
+    model, batch = build("llama-gqa", torch.float32)
+    head, seen = model.get_output_embeddings(), []
+    plain = model(**batch, logits_to_keep=3).logits
+    with contiguous_head(model):
+        watch = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
+        kept = model(**batch, logits_to_keep=3).logits
+        watch.remove()
+    assert seen == [True]
+    assert not head._forward_pre_hooks
+    torch.testing.assert_close(kept, plain)
 
 
 def test_a_bfloat16_base_trains_as_float32_does(tmp_path: Path) -> None:

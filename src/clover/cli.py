@@ -6,7 +6,7 @@ import json
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -26,7 +26,6 @@ from clover.options import (
     batches_of,
     beside_of,
     check_figure,
-    check_max_loss,
     check_metric,
     load_ready,
     quiet,
@@ -35,10 +34,6 @@ from clover.options import (
     tell_loss,
 )
 from clover.show import Commands, describe, note, show, show_blocks, show_hints, show_runtime
-
-if TYPE_CHECKING:
-    pass
-
 
 app = typer.Typer(
     cls=Commands,
@@ -132,7 +127,7 @@ def prune(
     from clover.budget import Limits
     from clover.checkpoint import check_writable, save
     from clover.lossbudget import keep_apart, within
-    from clover.pruning import apply, find_bases, plan_of, plan_ranks, summary
+    from clover.pruning import apply, check_loss, find_bases, plan_of, plan_ranks, summary
     from clover.report import write_report
 
     check_writable(out)
@@ -140,7 +135,9 @@ def prune(
     cuts = any((qk, vo, qk_threshold, vo_threshold))
     if max_loss is not None:
         given = any(value is not None for value in (qk, vo, qk_threshold, vo_threshold))
-        check_max_loss(max_loss, calibration, metric, given, stream)
+        check_loss(max_loss, None if metric == "weights" else calibration, given)
+        if stream:
+            raise CloverError(f"--max-loss {max_loss:g} compares whole models; leave out it or --stream")
     elif not cuts and None in (qk, vo):
         raise CloverError(
             "nothing is to be removed; give --qk, --vo, a threshold or --max-loss (--qk 0 --vo 0 only turns the basis)"

@@ -94,17 +94,6 @@ def check_metric(metric: str | None, calibration: Path | None) -> None:
             note(f"warning: --metric weights makes no use of {calibration}")
 
 
-def check_max_loss(max_loss: float, calibration: Path | None, metric: str | None, others: bool, stream: bool) -> None:
-    """Find out before the long work whether a bound on the loss can be worked with."""
-    told = f"--max-loss {max_loss:g}"
-    if others:
-        raise CloverError(f"{told} decides about Q-K and V-O by itself; leave out it, or --qk, --vo and thresholds")
-    if calibration is None or metric == "weights":
-        raise CloverError(f"{told} is measured on data; give --calibration FILE, and not --metric weights")
-    if stream:
-        raise CloverError(f"{told} compares whole models; leave out it or --stream")
-
-
 def check_figure(path: Path) -> None:
     """Find out before the long work whether a page or picture can be made."""
     from importlib.util import find_spec

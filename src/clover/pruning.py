@@ -157,7 +157,10 @@ def check_loss(max_loss: float, calibration: object, others: bool) -> None:
     if others:
         raise CloverError(f"max_loss {max_loss} decides about Q-K and V-O by itself; leave out it or the other rules")
     if calibration is None:
-        raise CloverError(f"max_loss {max_loss} needs calibration data to measure on; give some")
+        raise CloverError(
+            f"max_loss {max_loss} needs calibration data to measure on; give some (--calibration FILE), "
+            "and not the metric weights"
+        )
 
 
 def rule(name: str, share: float | None, threshold: float | None, energy: float | None) -> Rule:
