@@ -135,7 +135,7 @@ def streaming_quality(results: Results) -> str:
     return f"{about}\n\n{table('Cut | in memory | streamed', rows)}"
 
 
-def commonsense(results: Results, profile: str = "smollm2-short") -> str:
+def commonsense(results: Results, profile: str = "smollm2-texts") -> str:
     r = results[f"commonsense-{profile}"]["result"]
     base, p = r["base"], r["profile"]
     rows = [["untuned", "", "", f"{base['mean']:.2f}", "", f"{base['forgetting']['value']:.2f}"]]

@@ -1,9 +1,11 @@
-"""What the site is made of besides its pages: the command line's reference, and formulas as MathML."""
+"""What the site is made of besides its pages: the command line's reference, notebooks, and formulas as MathML."""
 
 from __future__ import annotations
 
+import json
 import re
 from html import unescape
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import typer
@@ -14,8 +16,11 @@ FORMULA = re.compile(r'(<(?:span|div) class="arithmatex">)\\[(\[](.*?)\\[)\]](</
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the page of the command line."""
+    """Add the page of the command line, and one for each notebook."""
     files.append(File.generated(config, "cli.md", content="\n".join(_reference())))
+    for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:
+        page = Path(notebook.src_uri).with_suffix(".md").as_posix()
+        files.append(File.generated(config, page, content=_notebook(Path(notebook.abs_src_path))))
     return files
 
 
@@ -27,6 +32,15 @@ def on_page_content(html: str, **_: Any) -> str:
         return match[1] + convert(unescape(match[2]).strip(), display=display) + match[3]
 
     return FORMULA.sub(formula, html)
+
+
+def _notebook(path: Path) -> str:
+    title, *cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    parts = ["".join(title["source"]), f"[Download the notebook]({path.name}){{ download }}"]
+    for cell in cells:
+        text = "".join(cell["source"])
+        parts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+    return "\n\n".join(parts)
 
 
 def _reference() -> list[str]:

@@ -20,6 +20,10 @@ def _image(size: int = 32) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(2, 3, size, size)}
 
 
+def _heard() -> dict[str, torch.Tensor]:
+    return {"input_features": torch.randn(2, 40, 8), "decoder_input_ids": torch.randint(3, 60, (2, 7))}
+
+
 def _speech() -> dict[str, torch.Tensor]:
     return {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": torch.randint(3, 60, (2, 7))}
 
@@ -168,6 +172,29 @@ def _falcon(**kwargs: Any) -> t.FalconForCausalLM:
     return t.FalconForCausalLM(t.FalconConfig(**_LM, **kwargs))
 
 
+def _bigcode(**kwargs: Any) -> t.GPTBigCodeForCausalLM:
+    sizes = {"vocab_size": 60, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 128}
+    return t.GPTBigCodeForCausalLM(t.GPTBigCodeConfig(**sizes, **_ENDS, **kwargs))
+
+
+def _switch() -> t.SwitchTransformersForConditionalGeneration:
+    sizes = {"vocab_size": 60, "d_model": 48, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2}
+    ends = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    more = {"num_heads": 4, "num_experts": 2, "relative_attention_num_buckets": 8}
+    return t.SwitchTransformersForConditionalGeneration(t.SwitchTransformersConfig(**sizes, **ends, **more))
+
+
+def _ast() -> t.ASTModel:
+    sizes = {k: v for k, v in _VISION.items() if k != "image_size"}
+    clip = {"num_mel_bins": 16, "max_length": 32, "frequency_stride": 8, "time_stride": 8}
+    return t.ASTModel(t.ASTConfig(**sizes, **clip))
+
+
+def _metaclip2() -> t.MetaClip2Model:
+    text, vision = _LM | {"projection_dim": 16}, _VISION | {"projection_dim": 16}
+    return t.MetaClip2Model(t.MetaClip2Config(text_config=text, vision_config=vision, projection_dim=16))
+
+
 def _wave() -> dict[str, torch.Tensor]:
     return {"input_values": torch.randn(2, 400)}
 
@@ -184,6 +211,15 @@ _GEMMA3 = {
     "sliding_window": 8,
     "layer_types": _LAYERS,
     "query_pre_attn_scalar": 24,
+}
+
+_ROUTED = {
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
 }
 
 Case = tuple[Callable[[], Any], Callable[[], dict[str, torch.Tensor]]]
@@ -223,6 +259,9 @@ CASES: dict[str, Case] = {
     "gpt-oss": (lambda: _moe("GptOss", head_dim=16, sliding_window=8, layer_types=_LAYERS), _text),
     "mixtral": (lambda: _moe("Mixtral"), _text),
     "qwen3-moe": (lambda: _moe("Qwen3Moe", head_dim=16), _text),
+    "stablelm": (lambda: _causal("StableLm", partial_rotary_factor=0.5), _text),
+    "gpt-bigcode": (lambda: _bigcode(), _text),
+    "gpt-bigcode-mha": (lambda: _bigcode(multi_query=False), _text),
     "bart": (lambda: _seq2seq("Bart"), _pair),
     "t5": (lambda: _t5("T5"), _pair),
     "distilbert": (
@@ -238,6 +277,38 @@ CASES: dict[str, Case] = {
 
 COPIES: dict[str, Case] = {
     "gemma": (lambda: _causal("Gemma", head_dim=16), _text),
+    "arcee": (lambda: _causal("Arcee"), _text),
+    "hyperclovax": (lambda: _causal("HyperCLOVAX"), _text),
+    "nemotron": (lambda: _causal("Nemotron", head_dim=8, **_rope(0.5)), _text),
+    "apertus": (lambda: _causal("Apertus"), _text),
+    "seed-oss": (lambda: _causal("SeedOss", head_dim=16), _text),
+    "granite-moe": (lambda: _moe("GraniteMoe", attention_multiplier=0.3), _text),
+    "flex-olmo": (lambda: _moe("FlexOlmo"), _text),
+    "dots1": (lambda: _causal("Dots1", first_k_dense_replace=1, **_ROUTED), _text),
+    "glm4-moe": (lambda: _causal("Glm4Moe", head_dim=16, use_qk_norm=True, **_ROUTED), _text),
+    "ernie4_5-moe": (lambda: _causal("Ernie4_5_Moe", moe_num_experts=4, moe_k=2, moe_intermediate_size=32), _text),
+    "biogpt": (lambda: t.BioGptForCausalLM(t.BioGptConfig(**_LM)), _text),
+    "blenderbot": (lambda: _seq2seq("Blenderbot"), _pair),
+    "blenderbot-small": (lambda: _seq2seq("BlenderbotSmall"), _pair),
+    "plbart": (lambda: _seq2seq("PLBart"), _pair),
+    "switch-transformers": (_switch, _pair),
+    "speech2text": (lambda: _seq2seq("Speech2Text", input_feat_per_channel=8, conv_channels=16), _heard),
+    "layoutlm": (lambda: _encoder("LayoutLM"), _text),
+    "camembert": (lambda: _encoder("Camembert"), _text),
+    "data2vec-text": (lambda: _encoder("Data2VecText"), _text),
+    "ernie": (lambda: _encoder("Ernie"), _text),
+    "roc-bert": (lambda: _encoder("RoCBert", enable_pronunciation=False, enable_shape=False), _text),
+    "bert-generation": (lambda: t.BertGenerationEncoder(t.BertGenerationConfig(**_LM)), _text),
+    "vit-mae": (lambda: _vision("ViTMAE"), lambda: _image() | {"noise": torch.rand(2, 16)}),
+    "vit-msn": (lambda: _vision("ViTMSN"), _image),
+    "ijepa": (lambda: _vision("IJepa"), _image),
+    "ast": (_ast, lambda: {"input_values": torch.randn(2, 32, 16)}),
+    "metaclip2": (_metaclip2, lambda: _text() | _image()),
+    "siglip2": (lambda: t.Siglip2TextModel(t.Siglip2TextConfig(**_LM, projection_size=48)), _text),
+    "data2vec-audio": (lambda: _wav2vec("Data2VecAudio"), _wave),
+    "unispeech": (lambda: _wav2vec("UniSpeech"), _wave),
+    "unispeech-sat": (lambda: _wav2vec("UniSpeechSat"), _wave),
+    "sew": (lambda: _wav2vec("SEW"), _wave),
     "gemma3-image": (_gemma3_image, _described),
     "granite": (lambda: _causal("Granite", attention_multiplier=0.3), _text),
     "olmo": (lambda: _causal("Olmo"), _text),

@@ -24,8 +24,7 @@ from clover.rotary import features
 
 SOFTMAX_WEIGHT = 0.5
 """Share of the softmax in a key's weight; the rest is uniform over the visible keys, which catches keys that a cut
-could
-make jump up and that a purely local estimate can't see."""
+could make jump up and that a purely local estimate can't see."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ _COHERE = replace(_GLM, table="neighbours")
 _MOE = replace(_LLAMA, up=(), gate=())  # experts are stacked in one tensor
 _TRANSLATOR = replace(_BART, cross=("encoder_attn",))
 _VIT = Family(positional=("hidden_states", "attention_mask"), up=("mlp.fc1",))
+_CLIP = replace(_BART, scale="scale", up=("mlp.fc1",))
 _SPEECH = replace(_BART, up=("feed_forward.intermediate_dense",))
 _T5 = Family(
     q="q", k="k", v="v", o="o", heads="n_heads", head_dim="key_value_proj_dim", dropout="dropout",
@@ -48,6 +49,15 @@ FAMILIES: dict[str, Family] = {
     "Gemma2Attention": _GEMMA2,
     "Gemma3Attention": _QWEN3,
     "GraniteAttention": _LLAMA,
+    "GraniteMoeAttention": _MOE,
+    "HyperCLOVAXAttention": _LLAMA,
+    "ArceeAttention": replace(_LLAMA, gate=()),
+    "NemotronAttention": replace(_LLAMA, gate=()),
+    "ApertusAttention": replace(_QWEN3, gate=()),
+    "SeedOssAttention": replace(_LLAMA, output_dropout="residual_dropout"),
+    "StableLmAttention": replace(
+        _LLAMA, unless={"qk_layernorm": "each head's queries and keys go through a norm of their own (qk_layernorm)"},
+    ),
     "SmolLM3Attention": replace(_LLAMA, rotary="use_rope"),
     "Starcoder2Attention": replace(_LLAMA, output_dropout="residual_dropout", up=("mlp.c_fc",), gate=()),
     "OlmoAttention": replace(_LLAMA, unless=_CLIP_QKV),
@@ -66,6 +76,10 @@ FAMILIES: dict[str, Family] = {
     "Qwen2MoeAttention": _MOE,
     "Qwen3MoeAttention": replace(_MOE, norms=("q_norm", "k_norm")),
     "OlmoeAttention": replace(_MOE, norms=("q_norm", "k_norm"), norm_spans_heads=True, unless=_CLIP_QKV),
+    "FlexOlmoAttention": replace(_OLMO2, up=(), gate=()),
+    "Dots1Attention": replace(_MOE, norms=("q_norm", "k_norm")),
+    "Glm4MoeAttention": replace(_MOE, norms=("q_norm", "k_norm")),
+    "Ernie4_5_MoeAttention": replace(_GLM, up=(), gate=()),
     "GptOssAttention": replace(_MOE, sinks="sinks", table="once"),
     "GPTNeoXAttention": Family(
         fused="query_key_value", interleaved=True, o="dense", head_dim="head_size", rotary=True,
@@ -82,25 +96,42 @@ FAMILIES: dict[str, Family] = {
         output_dropout="resid_dropout",
         cross=("crossattention",), rename={"encoder_hidden_states": "key_value_states"}, up=("mlp.c_fc",),
     ),
+    "GPTBigCodeAttention": Family(
+        fused="c_attn", interleaved=True, o="c_proj", heads="num_heads", kv_heads="kv_heads", dropout="attn_dropout",
+        output_dropout="resid_dropout",
+        rename={"layer_past": "past_key_values", "encoder_hidden_states": "key_value_states"}, up=("mlp.c_fc",),
+    ),
     "BloomAttention": Family(
         fused="query_key_value", interleaved=True, o="dense", heads="num_heads", scale="inv_norm_factor",
         dropout="attention_dropout", output_dropout="hidden_dropout", positional=("hidden_states", "residual"),
         rename={"layer_past": "past_key_values"}, up=("mlp.dense_h_to_4h",),
     ),
     "OPTAttention": _BART,
+    "BioGptAttention": _BART,
     # encoders and decoders
     "BartAttention": _TRANSLATOR,
     "MBartAttention": _TRANSLATOR,
     "MarianAttention": _TRANSLATOR,
     "PegasusAttention": _TRANSLATOR,
     "M2M100Attention": _TRANSLATOR,
+    "PLBartAttention": _TRANSLATOR,
+    "BlenderbotAttention": _TRANSLATOR,
+    "BlenderbotSmallAttention": _TRANSLATOR,
     "WhisperAttention": _TRANSLATOR,
+    "Speech2TextAttention": _TRANSLATOR,
     "T5Attention": _T5,
     "MT5Attention": _T5,
+    "SwitchTransformersAttention": _T5,
     "BertAttention": _BERT,
     "RobertaAttention": _BERT,
     "XLMRobertaAttention": _BERT,
+    "CamembertAttention": _BERT,
+    "Data2VecTextAttention": _BERT,
+    "ErnieAttention": _BERT,
+    "RoCBertAttention": _BERT,
+    "BertGenerationAttention": _BERT,
     "ElectraAttention": _BERT,
+    "LayoutLMAttention": replace(_BERT, dropout="attention_dropout"),
     "DistilBertSelfAttention": Family(
         q="q_lin", k="k_lin", v="v_lin", o="out_lin", heads="n_heads", head_dim="attention_head_size",
         dropout="dropout", up=("ffn.lin1",),
@@ -110,15 +141,25 @@ FAMILIES: dict[str, Family] = {
     ),
     "ViTAttention": _VIT,
     "DeiTAttention": _VIT,
+    "ViTMAEAttention": _VIT,
+    "ViTMSNAttention": _VIT,
+    "IJepaAttention": _VIT,
+    "ASTAttention": _VIT,
     "Dinov2Attention": _VIT,
     "Dinov2WithRegistersAttention": _VIT,
     "DINOv3ViTAttention": replace(
         _VIT, rotary=True, dropout="dropout", up=("mlp.up_proj",), gate=("mlp.gate_proj",),
     ),
-    "CLIPAttention": replace(_BART, scale="scale", up=("mlp.fc1",)),
-    "SiglipAttention": replace(_BART, scale="scale", up=("mlp.fc1",)),
+    "CLIPAttention": _CLIP,
+    "MetaClip2Attention": _CLIP,
+    "SiglipAttention": _CLIP,
+    "Siglip2Attention": _CLIP,
     "Wav2Vec2Attention": _SPEECH,
     "HubertAttention": _SPEECH,
+    "Data2VecAudioAttention": _SPEECH,
+    "UniSpeechAttention": _SPEECH,
+    "UniSpeechSatAttention": _SPEECH,
+    "SEWAttention": _SPEECH,
 }  # fmt: skip
 
 REFUSED: dict[str, str] = {
@@ -136,8 +177,10 @@ REFUSED: dict[str, str] = {
 }
 """Classes that a row can't describe -> why."""
 
-APART = {"T5LayerSelfAttention", "T5LayerCrossAttention", "MT5LayerSelfAttention", "MT5LayerCrossAttention",
-         "MultiheadAttention"}  # fmt: skip
+APART = {
+    *(f"{kind}Layer{which}Attention" for kind in ("T5", "MT5", "SwitchTransformers") for which in ("Self", "Cross")),
+    "MultiheadAttention",
+}
 """Called attention, but only holding a block of the table, or, as the pooling head of a vision model, staying dense."""
 
 

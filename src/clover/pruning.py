@@ -208,9 +208,8 @@ def summary(model: nn.Module) -> dict[str, float | int]:
 
     Returns:
         ``qk_removed`` and ``vo_removed`` (shares of the head directions of the blocks in the plan), parameter counts
-        of those
-        blocks and of the model, and bytes of keys and values cached for each token (in decoder and cross-attention, at
-        the dtype of the weights), before and after.
+        of those blocks and of the model, and bytes of keys and values cached for each token (in decoder and
+        cross-attention, at the dtype of the weights), before and after.
     """
     plan = plan_of(model)
     after = sum(p.numel() for p in model.parameters())
