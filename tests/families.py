@@ -155,6 +155,12 @@ def _described() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "token_type_ids": (ids == 55).long(), **_image()}
 
 
+def _pictured() -> dict[str, torch.Tensor]:
+    """The same for models that take several images a sequence."""
+    batch = _described()
+    return {"input_ids": batch["input_ids"], "pixel_values": batch["pixel_values"].unsqueeze(1)}
+
+
 def _siglip() -> t.SiglipModel:
     text = {k: _LM[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
     text |= {"num_attention_heads": 6, "max_position_embeddings": 32, "pad_token_id": 0, "projection_size": 48}
@@ -170,6 +176,14 @@ def _wav2vec(kind: str) -> Any:
 
 def _falcon(**kwargs: Any) -> t.FalconForCausalLM:
     return t.FalconForCausalLM(t.FalconConfig(**_LM, **kwargs))
+
+
+def _smolvlm(kind: str) -> Any:
+    """A vision tower in front of a Llama."""
+    text = {"model_type": "llama", **_LM, "num_key_value_heads": 2}
+    parts = {"text_config": text, "vision_config": _VISION | {"patch_size": 8}, "scale_factor": 2}
+    config = getattr(t, f"{kind}Config")(**parts, image_token_id=55, pad_token_id=0)
+    return getattr(t, f"{kind}ForConditionalGeneration")(config)
 
 
 def _bigcode(**kwargs: Any) -> t.GPTBigCodeForCausalLM:
@@ -294,6 +308,13 @@ COPIES: dict[str, Case] = {
     "switch-transformers": (_switch, _pair),
     "speech2text": (lambda: _seq2seq("Speech2Text", input_feat_per_channel=8, conv_channels=16), _heard),
     "layoutlm": (lambda: _encoder("LayoutLM"), _text),
+    "eurobert": (lambda: _encoder("EuroBert", num_key_value_heads=2), _text),
+    "nomic-bert": (lambda: _encoder("NomicBert"), _text),
+    "gte": (lambda: _encoder("Gte"), _text),
+    "granite-moe-shared": (lambda: _moe("GraniteMoeShared", shared_intermediate_size=32), _text),
+    "nllb-moe": (lambda: _seq2seq("NllbMoe", num_experts=4, encoder_sparse_step=2, decoder_sparse_step=2), _pair),
+    "smolvlm": (lambda: _smolvlm("SmolVLM"), _pictured),
+    "idefics3": (lambda: _smolvlm("Idefics3"), _pictured),
     "camembert": (lambda: _encoder("Camembert"), _text),
     "data2vec-text": (lambda: _encoder("Data2VecText"), _text),
     "ernie": (lambda: _encoder("Ernie"), _text),
