@@ -41,8 +41,8 @@ RECIPES = {
     "lora-mlp": replace(CORES, method="lora", parts=MLP), "attention": CORES,
 }  # fmt: skip
 RATES = {
-    "cores": (5e-4, 1e-3, 2e-3), "cores-mlp": (1e-4, 3e-4, 6e-4), "lora": (1e-3, 3e-3, 1e-2),
-    "lora-mlp": (3e-4, 1e-3, 3e-3), "attention": (1e-4, 3e-4, 1e-3),
+    "cores": (1e-3, 2e-3, 4e-3), "cores-mlp": (1e-4, 3e-4, 6e-4), "lora": (1e-3, 3e-3, 1e-2),
+    "lora-mlp": (3e-4, 1e-3, 3e-3), "attention": (3e-4, 1e-3, 3e-3),
 }  # fmt: skip
 ARMS = (*RECIPES, *(f"{arm}-distil" for arm in RECIPES))
 HALF = partial(torch.autocast, "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
