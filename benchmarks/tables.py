@@ -61,6 +61,7 @@ README = (
     "Speed",
     "Decomposition",
     "Tuning: the cost of a step",
+    "Tuning: commonsense",
     "Healing",
 )
 
