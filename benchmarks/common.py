@@ -49,10 +49,16 @@ def timed(call: Callable[[], T]) -> tuple[T, float]:
     return result, time.perf_counter() - start
 
 
-def side_by_side(calls: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Median of the seconds that each call returns. They take turns, so a slow spell slows all; the first warms up."""
+def in_turns(calls: Mapping[str, Callable[[], float]], repeats: int) -> list[dict[str, float]]:
+    """Seconds that each call returns, turn by turn, so that a slow spell slows all; one turn before them warms up."""
     turns = [{name: call() for name, call in calls.items()} for _ in range(repeats + 1)]
-    return {name: median(turn[name] for turn in turns[1:]) for name in calls}
+    return turns[1:]
+
+
+def side_by_side(calls: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """Median of the seconds that each call returns, see ``in_turns``."""
+    turns = in_turns(calls, repeats)
+    return {name: median(turn[name] for turn in turns) for name in calls}
 
 
 def apart(call: Callable[..., T], *args: object) -> T:

@@ -2,8 +2,8 @@
 
     python benchmarks/tuning.py [steps] [memory] [start]     (all when left out)
 
-steps: seconds of a training step of SmolLM2 at several batch shapes, methods in turns in one process;
-and the bytes that a step keeps for its backward pass.
+steps: seconds of a training step of SmolLM2 at several batch shapes, methods in turns in one process (a ratio is the
+median of those of each turn), and the bytes that a step keeps for its backward pass.
 memory: most bytes that a process holds while it trains, each method in a process of its own.
 start: seconds to make the cores of SmolLM2, and those of a model of LLaMA-2-7B's shape (random weights, one layer at a
 time, so that it fits into memory; bfloat16).
@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -22,10 +23,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from clover import CloverConfig
 from clover.training import METHODS, Recipe, adapter_config
-from common import MODELS, SEED, chosen, isolated, peak_memory, record, reset_peak_memory, side_by_side, timed
+from common import MODELS, SEED, chosen, in_turns, isolated, peak_memory, record, reset_peak_memory, timed
 
 SHAPES = ((8, 128), (2, 512))
-ROUNDS = 7
+ROUNDS = 9
 
 
 def load() -> Any:
@@ -88,11 +89,12 @@ def steps() -> dict:
             return timed(partial(train_step, models[name], optimisers[name], batch))[1]
 
         calls: dict[str, Callable[[], float]] = {n: lambda n=n: step(n) for n in models}  # type: ignore[misc]
-        seconds = side_by_side(calls, ROUNDS)
+        turns = in_turns(calls, ROUNDS)
         kept = {n: saved_bytes(m, batch) for n, m in models.items()}
         result[f"{rows} x {tokens}"] = {
             n: {
-                "seconds": seconds[n], "time_over_lora": seconds[n] / seconds["lora"],
+                "seconds": median(turn[n] for turn in turns),
+                "time_over_lora": median(turn[n] / turn["lora"] for turn in turns),
                 "saved_bytes": kept[n], "memory_over_lora": kept[n] / kept["lora"],
             } for n in models
         }  # fmt: skip
