@@ -16,6 +16,7 @@ from cells import Results
 from common import RESULTS, ROOT
 from tables_of_cost import decode, decomposition, memory, speed, streaming, tuning_cost
 from tables_of_quality import (
+    behind,
     commonsense,
     embedding,
     frontier,
@@ -46,6 +47,7 @@ SECTIONS: dict[str, tuple[Section, str]] = {
     "Decomposition": (decomposition, "decompose-"),
     "Streaming": (streaming, "streaming-(weights|seventy|calibrated|whisper|processes)"),
     "Streaming: quality": (streaming_quality, "streaming-quality-"),
+    "Calibration behind cut blocks": (behind, "behind"),
     "Tuning: the cost of a step": (tuning_cost, "tuning-"),
     "Tuning: commonsense": (commonsense, "commonsense-smollm2-texts"),
     "Healing": (healing, "healing-(?!speech)"),

@@ -135,6 +135,18 @@ def streaming_quality(results: Results) -> str:
     return f"{about}\n\n{table('Cut | in memory | streamed', rows)}"
 
 
+def behind(results: Results) -> str:
+    r = results["behind"]["result"]
+    shares = [key for key in r if key.startswith("0.")]
+    rows = [[way, *(f"{r[share][way]:.2f}" for share in shares)] for way in r[shares[0]]]
+    about = (
+        "Where blocks are calibrated: in the uncut model, or each behind the blocks that are cut already. "
+        f"SmolLM2-135M-Instruct, {r['sequences']} x {r['length']} tokens, one plan; perplexity on the first "
+        f"{r['first']:,} tokens of WikiText-2 test, dense {r['dense']:.2f}."
+    )
+    return f"{about}\n\n{table(' | '.join(['Calibrated', *(percent(float(s)) for s in shares)]), rows)}"
+
+
 def commonsense(results: Results, profile: str = "smollm2-texts") -> str:
     r = results[f"commonsense-{profile}"]["result"]
     base, p = r["base"], r["profile"]
