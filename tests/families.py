@@ -360,7 +360,7 @@ MERGED = ("phimoe", "qwen2-moe", "olmoe")
 ENCODERS = ("bert", "roberta", "distilbert", "modernbert", "vit", "dinov3", "clip", "siglip", "wav2vec2")
 SEQ2SEQ = ("whisper", "bart", "t5")
 GENERATIVE = [n for n in CASES if n not in (*ENCODERS, *SEQ2SEQ)]
-STILL = ("gpt2", "opt", "bloom")
+STILL = ("gpt2", "opt", "bloom", "gpt-bigcode", "gpt-bigcode-mha")
 """Language models that rotate nothing."""
 MIXED = ("smollm3", "cohere2")
 """Those that rotate in some of their layers."""

@@ -18,7 +18,7 @@ from families import CASES, build, outputs, pruned
 
 NORMED = {"qwen3", "olmo2", "phi-norm", "qwen3-moe", "gemma3", "cohere-norm"}
 """A norm stands between their Q-K projections and the logit."""
-NO_BIAS = {"mistral", "phi3", "phi3-partial", "mixtral", "falcon-mqa", "falcon-gqa", "t5"}
+NO_BIAS = {"mistral", "stablelm", "phi3", "phi3-partial", "mixtral", "falcon-mqa", "falcon-gqa", "t5"}
 """Their classes have no bias, and no switch for one."""
 
 

@@ -214,7 +214,7 @@ class Watcher:
             q, k = q[..., rotary:], k[..., rotary:]
             self._add("query", torch.einsum("gnmd,gnme->gde", q, q))
             means = weights @ k.unsqueeze(1)
-            spread = torch.einsum("gt,gtd,gte->gde", weights.sum((1, 2)), k, k)
+            spread = torch.einsum("gt,gta,gtb->gab", weights.sum((1, 2)), k, k)
             self._add("key", (spread - torch.einsum("gnmd,gnme->gde", means, means)) / q.shape[1])
 
     def moments(self) -> Moments:

@@ -211,18 +211,34 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _turned(x: Tensor, matrix: Tensor, shift: Tensor | None) -> Tensor:
+    """``x (I + matrix)`` for each block, plus a shift ``(b, 1, d)``.
+
+    Where products are exact to the dtype, the identity goes into the matrix and the result to its place at once: half
+    of the time. In half precision, or where a GPU shortens float32 (TF32), the identity would drown what ``matrix``
+    says; and a compiler has no place to write to, but fuses the sum.
+    """
+    b, d, _ = matrix.shape
+    blocks = x.reshape(-1, b, d).transpose(0, 1)
+    if x.dtype != matrix.dtype or x.device.type != "cpu" or torch.compiler.is_compiling():
+        matrix = matrix.to(x.dtype)
+        change = torch.bmm(blocks, matrix) if shift is None else torch.baddbmm(shift, blocks, matrix)
+        return (blocks + change).transpose(0, 1).reshape(x.shape)
+    whole = matrix + torch.eye(d, dtype=matrix.dtype)
+    result = torch.empty(x.shape, dtype=x.dtype)
+    place = result.view(-1, b, d).transpose(0, 1)
+    if shift is None:
+        torch.bmm(blocks, whole, out=place)
+    else:
+        torch.baddbmm(shift, blocks, whole, out=place)
+    return result
+
+
 class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, transform: Tensor, bias: Tensor | None, invertible: bool) -> Tensor:
-        b, d, _ = transform.shape
-        rows = y.reshape(-1, b, d)
-        blocks, matrix = rows.transpose(0, 1), transform.mT.to(y.dtype)
-        if bias is None:
-            change = torch.bmm(blocks, matrix)
-        else:
-            shift = -(bias.to(y.dtype).view(b, 1, d) @ matrix)
-            change = torch.baddbmm(shift, blocks, matrix)
-        result = (rows + change.transpose(0, 1)).view(y.shape)
+        shift = None if bias is None else -(bias.to(y.dtype).view(-1, 1, transform.shape[1]) @ transform.mT.to(y.dtype))
+        result = _turned(y, transform.mT, shift)
         ctx.save_for_backward(result if invertible else y, transform, bias)
         ctx.invertible = invertible
         return result
@@ -246,8 +262,7 @@ class _Turn(torch.autograd.Function):
                 inverse, _ = torch.linalg.solve_ex(eye + transform, grad_transform.mT)
                 grad_transform = inverse.mT
         if needs_y:
-            change = torch.bmm(blocks, transform.to(grad.dtype))
-            grad_y = (rows + change.transpose(0, 1)).view(grad.shape)
+            grad_y = _turned(grad, transform, None)
         if needs_bias and total is not None:
             grad_bias = -(transform.mT @ total).flatten().to(bias.dtype)
         return grad_y, grad_transform, grad_bias, None
