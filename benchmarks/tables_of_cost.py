@@ -45,7 +45,11 @@ def decode(results: Results) -> str:
         header = ["Removed", *(k.removesuffix("_per_second").replace("_", " ") for k in keys)]
         header += ["bound of multiply-adds"] if bound else []
         body = [
-            [cut, *(f"{r[k]:.2f}" for k in keys), *([f"{bound[cut]:.2f}"] if bound else [])]
+            [
+                cut.replace(".5%", ".5 %").replace(".0%", " %"),
+                *(f"{r[k]:.2f}" for k in keys),
+                *([f"{bound[cut]:.2f}"] if bound else []),
+            ]
             for cut, r in run["ratio"].items()
         ]
         parts.append(f"{title}, speed over dense.\n\n{table(' | '.join(header), body)}")
@@ -135,9 +139,8 @@ def streaming(results: Results) -> str:
         ]  # fmt: skip
         header = " | ".join(["Seconds, processes x threads", *r["weights"]["runs"]])
         largest = max(r[kind]["difference"]["processes"] for kind in stages)
-        lines.append(
-            f"Several processes; results differ by at most {largest:.1g} of a tensor.\n\n{table(header, rows)}"
-        )
+        equal = f"differ by at most {largest:.1g} of a tensor" if largest else "are equal to the last bit"
+        lines.append(f"Several processes; the results of one and of two {equal}.\n\n{table(header, rows)}")
     return "\n\n".join(lines)
 
 
