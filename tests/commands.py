@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,23 +18,14 @@ from test_data import tokenizer
 TEXT = " ".join(f"w{i * i % 47}" for i in range(400))
 
 
-@contextmanager
-def calm() -> Iterator[None]:
-    """The commands quieten transformers for the rest of the process."""
-    before = transformers.logging.get_verbosity()
-    yield
-    transformers.logging.set_verbosity(before)
-    transformers.logging.enable_progress_bar()
-
-
-def narrow(folder: Path) -> Path:
+def narrow_model(folder: Path) -> Path:
     """A tiny half-precision language model with its tokenizer."""
     build("llama-gqa", torch.float32)[0].half().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
 
-def wide(folder: Path) -> Path:
+def wide_model(folder: Path) -> Path:
     """One whose MLP has blocks of full rank."""
     sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
     torch.manual_seed(0)
@@ -44,11 +33,6 @@ def wide(folder: Path) -> Path:
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
-
-
-def written(file: Path) -> Path:
-    file.write_text(TEXT)
-    return file
 
 
 def run(*arguments: object) -> SimpleNamespace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,43 @@ def exact_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     softmax, method = torch.nn.functional.softmax, torch.Tensor.softmax
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim=-1, dtype=None, **_: softmax(x, dim))
     monkeypatch.setattr(torch.Tensor, "softmax", lambda x, dim=-1, dtype=None: method(x, dim))
+
+
+@pytest.fixture
+def calm() -> Iterator[None]:
+    """For tests of the commands, which quieten transformers for the rest of the process."""
+    import transformers
+
+    before = transformers.logging.get_verbosity()
+    yield
+    transformers.logging.set_verbosity(before)
+    transformers.logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny half-precision language model with its tokenizer, a folder."""
+    from commands import narrow_model
+
+    return narrow_model(tmp_path_factory.mktemp("models") / "narrow")
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whose MLP has blocks of full rank."""
+    from commands import wide_model
+
+    return wide_model(tmp_path_factory.mktemp("models") / "wide")
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Path:
+    """A file of text for those models."""
+    from commands import TEXT
+
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    return file
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 import transformers
 
 import clover
-import commands
 from clover import cli, demo
 from commands import TEXT, refuse, run, succeed
 from families import build
@@ -23,26 +21,7 @@ SUMMARY = {
     "parameters_after", "kv_bytes_per_token_before", "kv_bytes_per_token_after",
 }  # fmt: skip
 
-
-@pytest.fixture(autouse=True)
-def _calm() -> Iterator[None]:
-    with commands.calm():
-        yield
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return commands.narrow(tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return commands.wide(tmp_path_factory.mktemp("models") / "wide")
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    return commands.written(tmp_path / "text.txt")
+pytestmark = pytest.mark.usefixtures("calm")
 
 
 def hidden(folder: Path) -> list[Path]:
@@ -74,9 +53,9 @@ def test_defaults_are_those_of_the_library() -> None:
         assert signature(cli.prune).parameters[name].default == signature(clover.prune).parameters[name].default
 
 
-def test_inspect(llama: Path, tmp_path: Path) -> None:
-    found, _ = succeed("inspect", llama, "--plot", tmp_path / "spectra.svg")
-    assert found["model"] == str(llama)
+def test_inspect(narrow: Path, tmp_path: Path) -> None:
+    found, _ = succeed("inspect", narrow, "--plot", tmp_path / "spectra.svg")
+    assert found["model"] == str(narrow)
     assert [block["name"] for block in found["blocks"]] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
     block = found["blocks"][0]
     assert (block["part"], block["query_heads"], block["kv_heads"]) == ("decoder", 6, 2)
@@ -86,15 +65,15 @@ def test_inspect(llama: Path, tmp_path: Path) -> None:
     assert (tmp_path / "spectra.svg").stat().st_size > 1000
 
 
-def test_inspect_prints_a_table(llama: Path) -> None:
-    shown = run("inspect", llama).out
+def test_inspect_prints_a_table(narrow: Path) -> None:
+    shown = run("inspect", narrow).out
     assert "model.layers.1.self_attn" in shown
     assert "of 8" in shown
 
 
-def test_prune_calibrated(llama: Path, text: Path, tmp_path: Path) -> None:
+def test_prune_calibrated(narrow: Path, words: Path, tmp_path: Path) -> None:
     out, page = tmp_path / "out", tmp_path / "page.html"
-    sizes, said = succeed("prune", llama, out, "--qk", 0.25, "--vo", 0.5, "--calibration", text, "--report", page)
+    sizes, said = succeed("prune", narrow, out, "--qk", 0.25, "--vo", 0.5, "--calibration", words, "--report", page)
     assert set(sizes) == SUMMARY
     assert (sizes["qk_removed"], sizes["vo_removed"]) == (0.25, 0.5)
     assert "warning" not in said
@@ -107,29 +86,29 @@ def test_prune_calibrated(llama: Path, text: Path, tmp_path: Path) -> None:
     assert not hidden(tmp_path)
 
 
-def test_prune_prints_a_table(llama: Path, tmp_path: Path) -> None:
-    shown = run("prune", llama, tmp_path / "out", "--vo", 0.5).out
+def test_prune_prints_a_table(narrow: Path, tmp_path: Path) -> None:
+    shown = run("prune", narrow, tmp_path / "out", "--vo", 0.5).out
     assert all(word in shown for word in ("before", "after", "V-O directions", "-50.0 %"))
 
 
-def test_prune_by_weights_warns_once(llama: Path, tmp_path: Path) -> None:
-    sizes, said = succeed("prune", llama, tmp_path / "out", "--vo", 0.25)
+def test_prune_by_weights_warns_once(narrow: Path, tmp_path: Path) -> None:
+    sizes, said = succeed("prune", narrow, tmp_path / "out", "--vo", 0.25)
     assert (sizes["qk_removed"], sizes["vo_removed"]) == (0, 0.25)
     assert said.count("warning: ") == said.count("by the weights alone") == 1
 
 
-def test_prune_to_a_basis_warns_of_nothing(llama: Path, tmp_path: Path) -> None:
-    sizes, said = succeed("prune", llama, tmp_path / "out", "--qk", 0, "--vo", 0)
+def test_prune_to_a_basis_warns_of_nothing(narrow: Path, tmp_path: Path) -> None:
+    sizes, said = succeed("prune", narrow, tmp_path / "out", "--qk", 0, "--vo", 0)
     assert sizes["qk_removed"] == sizes["vo_removed"] == 0
     assert "warning" not in said
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_prune_streams(calibrated: bool, llama: Path, text: Path, tmp_path: Path) -> None:
-    used = ("--calibration", text, "--limit", 4) if calibrated else ()
+def test_prune_streams(calibrated: bool, narrow: Path, words: Path, tmp_path: Path) -> None:
+    used = ("--calibration", words, "--limit", 4) if calibrated else ()
     cut = ("--qk", 0.25, "--vo", 0.5, *used)
-    sizes, said = succeed("prune", llama, tmp_path / "streamed", *cut, "--stream")
-    expected, _ = succeed("prune", llama, tmp_path / "whole", *cut)
+    sizes, said = succeed("prune", narrow, tmp_path / "streamed", *cut, "--stream")
+    expected, _ = succeed("prune", narrow, tmp_path / "whole", *cut)
     assert sizes == expected
     assert ("by the weights alone" in said) is not calibrated
     assert {p.name for p in (tmp_path / "streamed").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
@@ -138,10 +117,10 @@ def test_prune_streams(calibrated: bool, llama: Path, text: Path, tmp_path: Path
     assert not hidden(tmp_path)
 
 
-def test_prune_by_threshold(llama: Path, text: Path, tmp_path: Path) -> None:
-    norms = succeed("inspect", llama, "--calibration", text)[0]["blocks"][0]["vo_norms"][0]
-    arguments = ["--vo-threshold", norms[len(norms) // 2], "--calibration", text, "--granularity", "layer"]
-    sizes, _ = succeed("prune", llama, tmp_path / "out", *arguments)
+def test_prune_by_threshold(narrow: Path, words: Path, tmp_path: Path) -> None:
+    norms = succeed("inspect", narrow, "--calibration", words)[0]["blocks"][0]["vo_norms"][0]
+    arguments = ["--vo-threshold", norms[len(norms) // 2], "--calibration", words, "--granularity", "layer"]
+    sizes, _ = succeed("prune", narrow, tmp_path / "out", *arguments)
     assert sizes["qk_removed"] == 0
     assert 0 < sizes["vo_removed"] < 1
 
@@ -160,24 +139,24 @@ def test_prune_of_one_part(tmp_path: Path) -> None:
     assert {block.part for block in clover.plan_of(clover.load(tmp_path / "out")).blocks} == {"cross"}
 
 
-def test_eval(llama: Path, text: Path) -> None:
-    score, _ = succeed("eval", llama, "--data", text, "--task", "perplexity", "--limit", 100)
+def test_eval(narrow: Path, words: Path) -> None:
+    score, _ = succeed("eval", narrow, "--data", words, "--task", "perplexity", "--limit", 100)
     assert set(score) == {"task", "value", "protocol"}
     assert score["task"] == "perplexity"
     assert score["value"] > 1
     assert score["protocol"]["tokens"] == 100
 
 
-def test_eval_of_a_pruned_model_prints_its_protocol(llama: Path, text: Path, tmp_path: Path) -> None:
-    succeed("prune", llama, tmp_path / "out", "--vo", 0.25, "--calibration", text)
-    shown = run("eval", tmp_path / "out", "--data", text, "--task", "perplexity").out
+def test_eval_of_a_pruned_model_prints_its_protocol(narrow: Path, words: Path, tmp_path: Path) -> None:
+    succeed("prune", narrow, tmp_path / "out", "--vo", 0.25, "--calibration", words)
+    shown = run("eval", tmp_path / "out", "--data", words, "--task", "perplexity").out
     assert shown.startswith("perplexity ")
     assert "window: 128" in shown
 
 
-def test_demo(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo(narrow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "texts", lambda: (TEXT, TEXT[::-1]))
-    result, _ = succeed("demo", "--model", llama, "--out", tmp_path / "made")
+    result, _ = succeed("demo", "--model", narrow, "--out", tmp_path / "made")
     made = {path.name for path in (tmp_path / "made").iterdir()}
     assert made == {"calibration.txt", "held-out.txt", "model", "report.html"}
     assert set(result["summary"]) == SUMMARY
@@ -196,46 +175,48 @@ def test_the_demo_has_a_text_of_its_own() -> None:
 
 
 def test_interrupt_leaves_nothing_behind(
-    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    narrow: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("clover.checkpoint.sync", stop)  # the weights are on disk by then
     for command in (
-        ["prune", llama, tmp_path / "out", "--vo", 0.5, "--calibration", text],
-        ["demo", "--model", llama, "--out", tmp_path / "out"],
+        ["prune", narrow, tmp_path / "out", "--vo", 0.5, "--calibration", words],
+        ["demo", "--model", narrow, "--out", tmp_path / "out"],
     ):
         monkeypatch.setattr(demo, "texts", lambda: (TEXT, TEXT))
         result = run(*command)
         assert result.code == 130
         assert result.said.endswith("interrupted; nothing was written\n")
-        assert list(tmp_path.iterdir()) == [text]
+        assert list(tmp_path.iterdir()) == [words]
 
 
-def test_tune_and_merge(wide: Path, text: Path, tmp_path: Path) -> None:
+def test_tune_and_merge(wide: Path, words: Path, tmp_path: Path) -> None:
     sizes = ("--steps", 4, "--batch", 2, "--lr", 0.02, "--length", 32)
-    found, said = succeed("tune", wide, tmp_path / "adapter", "--data", text, "--eval-data", text, *sizes)
+    found, said = succeed("tune", wide, tmp_path / "adapter", "--data", words, "--eval-data", words, *sizes)
     assert (found["method"], found["steps"], found["seed"]) == ("clover", 4, 0)
     assert found["eval_loss_after"] < found["eval_loss_before"]
     assert f"saved {tmp_path / 'adapter'}" in said
-    lora, _ = succeed("tune", wide, tmp_path / "lora", "--data", text, *sizes, "--method", "lora", "--match-parameters")
+    lora, _ = succeed(
+        "tune", wide, tmp_path / "lora", "--data", words, *sizes, "--method", "lora", "--match-parameters"
+    )
     assert 0.5 < lora["trainable_parameters"] / found["trainable_parameters"] < 2
     result = run("merge", wide, tmp_path / "adapter", tmp_path / "merged")
     assert (result.code, result.out) == (0, "")
     dense, merged = (
-        succeed("eval", model, "--data", text, "--task", "perplexity")[0]["value"]
+        succeed("eval", model, "--data", words, "--task", "perplexity")[0]["value"]
         for model in (wide, tmp_path / "merged")
     )
     assert merged < dense
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "lora", "merged", "text.txt"]
 
 
-def test_export(llama: Path, tmp_path: Path) -> None:
-    succeed("prune", llama, tmp_path / "pruned", "--qk", 0.25, "--vo", 0.25)
+def test_export(narrow: Path, tmp_path: Path) -> None:
+    succeed("prune", narrow, tmp_path / "pruned", "--qk", 0.25, "--vo", 0.25)
     result = run("export", tmp_path / "pruned", tmp_path / "padded", "--format", "padded")
     assert result.code == 0 and "no smaller" in result.said
     assert type(clover.load(tmp_path / "padded")) is transformers.LlamaForCausalLM
     assert (tmp_path / "padded" / "tokenizer.json").exists()
-    assert "was not rewritten by clover" in refuse("export", llama, tmp_path / "other")
+    assert "was not rewritten by clover" in refuse("export", narrow, tmp_path / "other")
     assert not (tmp_path / "other").exists()

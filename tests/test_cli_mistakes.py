@@ -7,39 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-import commands
 from clover import cli, demo
 from commands import refuse, run, succeed
 from families import build
 from test_data import tokenizer, whisper_processor
 
-
-@pytest.fixture(autouse=True)
-def _calm() -> Iterator[None]:
-    with commands.calm():
-        yield
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return commands.narrow(tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return commands.wide(tmp_path_factory.mktemp("models") / "wide")
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    return commands.written(tmp_path / "text.txt")
+pytestmark = pytest.mark.usefixtures("calm")
 
 
 @pytest.mark.parametrize("value", [-0.1, 1, 1.5, "nan"])
@@ -76,14 +55,14 @@ def test_the_parser_says_what_is_wrong(arguments: list[str], said: str) -> None:
     assert said in refuse(*arguments)
 
 
-def test_output_folder_that_exists(llama: Path, tmp_path: Path) -> None:
-    assert "exists; remove it" in refuse("prune", llama, tmp_path, "--vo", 0.5)
-    assert "exists; remove it" in refuse("demo", "--model", llama, "--out", tmp_path)
+def test_output_folder_that_exists(narrow: Path, tmp_path: Path) -> None:
+    assert "exists; remove it" in refuse("prune", narrow, tmp_path, "--vo", 0.5)
+    assert "exists; remove it" in refuse("demo", "--model", narrow, "--out", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_output_folder_that_cannot_be_written(llama: Path, text: Path) -> None:
-    assert "can't be written" in refuse("prune", llama, text / "out", "--vo", 0.5)
+def test_output_folder_that_cannot_be_written(narrow: Path, words: Path) -> None:
+    assert "can't be written" in refuse("prune", narrow, words / "out", "--vo", 0.5)
 
 
 @pytest.mark.parametrize(
@@ -97,15 +76,15 @@ def test_output_folder_that_cannot_be_written(llama: Path, text: Path) -> None:
         (["--method", "lora", "--rank", 0], "rank is 0"),
     ],
 )
-def test_tune_refuses(wide: Path, text: Path, tmp_path: Path, arguments: list[object], said: str) -> None:
-    given = arguments if "--data" in arguments else ["--data", text, *arguments]
+def test_tune_refuses(wide: Path, words: Path, tmp_path: Path, arguments: list[object], said: str) -> None:
+    given = arguments if "--data" in arguments else ["--data", words, *arguments]
     assert said in refuse("tune", wide, tmp_path / "adapter", *given)
     assert [p.name for p in tmp_path.iterdir()] == ["text.txt"]
 
 
-def test_merge_refuses(wide: Path, llama: Path, tmp_path: Path) -> None:
-    assert "has no adapter_config.json" in refuse("merge", wide, llama, tmp_path / "out")
-    assert "exists; remove it" in refuse("merge", wide, llama, tmp_path)
+def test_merge_refuses(wide: Path, narrow: Path, tmp_path: Path) -> None:
+    assert "has no adapter_config.json" in refuse("merge", wide, narrow, tmp_path / "out")
+    assert "exists; remove it" in refuse("merge", wide, narrow, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +99,8 @@ def test_merge_refuses(wide: Path, llama: Path, tmp_path: Path) -> None:
         (["--vo-threshold", 1e9], "would lose every direction"),
     ],
 )
-def test_prune_refuses(llama: Path, tmp_path: Path, arguments: list[object], said: str) -> None:
-    assert said in refuse("prune", llama, tmp_path / "out", *arguments)
+def test_prune_refuses(narrow: Path, tmp_path: Path, arguments: list[object], said: str) -> None:
+    assert said in refuse("prune", narrow, tmp_path / "out", *arguments)
     assert not list(tmp_path.iterdir())
 
 
@@ -133,28 +112,28 @@ def test_prune_refuses(llama: Path, tmp_path: Path, arguments: list[object], sai
         (["--stream", "--report", "page.html"], "leave out --report or --stream"),
     ],
 )
-def test_streaming_refuses(flags: list[str], said: str, llama: Path, tmp_path: Path) -> None:
-    assert said in refuse("prune", llama, tmp_path / "out", "--vo", 0.5, *flags)
+def test_streaming_refuses(flags: list[str], said: str, narrow: Path, tmp_path: Path) -> None:
+    assert said in refuse("prune", narrow, tmp_path / "out", "--vo", 0.5, *flags)
     assert not list(tmp_path.iterdir())
 
 
-def test_empty_calibration(llama: Path, tmp_path: Path) -> None:
+def test_empty_calibration(narrow: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.txt"
     empty.touch()
-    said = refuse("prune", llama, tmp_path / "out", "--vo", 0.5, "--calibration", empty)
+    said = refuse("prune", narrow, tmp_path / "out", "--vo", 0.5, "--calibration", empty)
     assert f"{empty} is no calibration data" in said
 
 
-def test_calibration_of_another_kind(llama: Path, tmp_path: Path) -> None:
+def test_calibration_of_another_kind(narrow: Path, tmp_path: Path) -> None:
     manifest = tmp_path / "speech.tsv"
     manifest.write_text("file\ttext\na.wav\tone\n")
-    assert "reads text" in refuse("prune", llama, tmp_path / "out", "--vo", 0.5, "--calibration", manifest)
+    assert "reads text" in refuse("prune", narrow, tmp_path / "out", "--vo", 0.5, "--calibration", manifest)
 
 
-def test_calibration_without_use_is_pointed_out(llama: Path, text: Path, tmp_path: Path) -> None:
-    arguments = ["--vo", 0.25, "--calibration", text, "--metric", "weights"]
-    _, said = succeed("prune", llama, tmp_path / "out", *arguments)
-    assert f"makes no use of {text}" in said
+def test_calibration_without_use_is_pointed_out(narrow: Path, words: Path, tmp_path: Path) -> None:
+    arguments = ["--vo", 0.25, "--calibration", words, "--metric", "weights"]
+    _, said = succeed("prune", narrow, tmp_path / "out", *arguments)
+    assert f"makes no use of {words}" in said
 
 
 def test_corrupt_audio_is_named(tmp_path: Path) -> None:
@@ -195,15 +174,15 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> 
     assert "model.layers.1.self_attn" in refuse("prune", tmp_path / "model", tmp_path / "out", "--vo", 0.5)
 
 
-def test_head_counts_that_contradict_the_weights(llama: Path, tmp_path: Path) -> None:
-    shutil.copytree(llama, tmp_path / "model")
+def test_head_counts_that_contradict_the_weights(narrow: Path, tmp_path: Path) -> None:
+    shutil.copytree(narrow, tmp_path / "model")
     file = tmp_path / "model/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_key_value_heads": 3}))
     assert str(tmp_path / "model") in refuse("prune", tmp_path / "model", tmp_path / "out", "--vo", 0.5)
 
 
-def test_a_pruned_model_is_not_pruned_again(llama: Path, text: Path, tmp_path: Path) -> None:
-    succeed("prune", llama, tmp_path / "out", "--vo", 0.25, "--calibration", text)
+def test_a_pruned_model_is_not_pruned_again(narrow: Path, words: Path, tmp_path: Path) -> None:
+    succeed("prune", narrow, tmp_path / "out", "--vo", 0.25, "--calibration", words)
     assert "rewritten by clover before" in refuse("prune", tmp_path / "out", tmp_path / "more", "--vo", 0.5)
 
 
@@ -211,13 +190,13 @@ def test_a_pruned_model_is_not_pruned_again(llama: Path, text: Path, tmp_path: P
     ("name", "task", "said"),
     [("missing.txt", "perplexity", "does not exist"), ("text.txt", "wer", "holds text"), ("text.doc", "wer", "kind")],
 )
-def test_eval_refuses(llama: Path, text: Path, name: str, task: str, said: str) -> None:
-    (text.parent / "text.doc").touch()
-    assert said in refuse("eval", llama, "--data", text.parent / name, "--task", task)
+def test_eval_refuses(narrow: Path, words: Path, name: str, task: str, said: str) -> None:
+    (words.parent / "text.doc").touch()
+    assert said in refuse("eval", narrow, "--data", words.parent / name, "--task", task)
 
 
-def test_plot_of_an_unknown_format(llama: Path, tmp_path: Path) -> None:
-    assert "suffix" in refuse("inspect", llama, "--plot", tmp_path / "spectra.bmp")
+def test_plot_of_an_unknown_format(narrow: Path, tmp_path: Path) -> None:
+    assert "suffix" in refuse("inspect", narrow, "--plot", tmp_path / "spectra.bmp")
 
 
 def test_demo_without_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,252 @@
+"""How tiny random models of every family are made, without a download, and what they are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers as t
+
+
+def text(vocab: int = 60, length: int = 12) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(3, vocab, (2, length))}
+
+
+def image(size: int = 32) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.randn(2, 3, size, size)}
+
+
+def heard() -> dict[str, torch.Tensor]:
+    return {"input_features": torch.randn(2, 40, 8), "decoder_input_ids": torch.randint(3, 60, (2, 7))}
+
+
+def speech() -> dict[str, torch.Tensor]:
+    return {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": torch.randint(3, 60, (2, 7))}
+
+
+LM = {
+    "vocab_size": 60,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+VISION = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+
+
+def rope(partial: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": partial}}
+
+
+def llama(**kwargs: Any) -> t.LlamaForCausalLM:
+    return t.LlamaForCausalLM(t.LlamaConfig(**LM, **kwargs))
+
+
+def gpt2() -> t.GPT2LMHeadModel:
+    return t.GPT2LMHeadModel(t.GPT2Config(vocab_size=60, n_embd=48, n_layer=2, n_head=6, n_positions=128, **ENDS))
+
+
+def opt() -> t.OPTForCausalLM:
+    return t.OPTForCausalLM(
+        t.OPTConfig(
+            vocab_size=60,
+            hidden_size=48,
+            word_embed_proj_dim=48,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            max_position_embeddings=128,
+            pad_token_id=0,
+            **ENDS,
+        )
+    )
+
+
+def bloom() -> t.BloomForCausalLM:
+    return t.BloomForCausalLM(t.BloomConfig(vocab_size=60, hidden_size=48, n_layer=2, n_head=6, pad_token_id=0, **ENDS))
+
+
+def clip() -> t.CLIPModel:
+    text, vision = LM | {"projection_dim": 16}, VISION | {"projection_dim": 16}
+    return t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+
+
+def seq2seq(kind: str, **kwargs: Any) -> Any:
+    """An encoder-decoder with the configuration names of BART."""
+    sizes: dict[str, Any] = {"d_model": 48, "pad_token_id": 0, "decoder_start_token_id": 1, "forced_eos_token_id": None}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 2, f"{part}_attention_heads": 4, f"{part}_ffn_dim": 64}
+    config = getattr(t, f"{kind}Config")(**(sizes | ENDS | {"vocab_size": 60} | kwargs))
+    return getattr(t, MODELS.get(kind, f"{kind}ForConditionalGeneration"))(config)
+
+
+MODELS = {"Marian": "MarianMTModel"}
+
+
+def whisper() -> t.WhisperForConditionalGeneration:
+    return seq2seq(
+        "Whisper",
+        num_mel_bins=8,
+        max_source_positions=20,
+        max_target_positions=64,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+
+
+def t5(kind: str) -> Any:
+    sizes = {"vocab_size": 60, "d_model": 48, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    ends = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    buckets = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 10}
+    return getattr(t, f"{kind}ForConditionalGeneration")(getattr(t, f"{kind}Config")(**sizes, **ends, **buckets))
+
+
+def causal(kind: str, **kwargs: Any) -> Any:
+    """A language model with the configuration names of Llama."""
+    return getattr(t, f"{kind}ForCausalLM")(getattr(t, f"{kind}Config")(**(LM | {"num_key_value_heads": 2} | kwargs)))
+
+
+def gemma(kind: str, **kwargs: Any) -> Any:
+    made: dict[str, Any] = {"head_dim": 16, "num_hidden_layers": 2, "sliding_window": 8, "layer_types": LAYERS}
+    return causal(kind, **(made | {"query_pre_attn_scalar": 24} | kwargs))
+
+
+def moe(kind: str, **kwargs: Any) -> Any:
+    names = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    return causal(kind, **names, **kwargs)
+
+
+def encoder(kind: str, **kwargs: Any) -> Any:
+    return getattr(t, f"{kind}Model")(getattr(t, f"{kind}Config")(**(LM | kwargs)))
+
+
+def vision(kind: str, **kwargs: Any) -> Any:
+    return getattr(t, f"{kind}Model")(getattr(t, f"{kind}Config")(**(VISION | kwargs)))
+
+
+def gemma3_image() -> t.Gemma3ForConditionalGeneration:
+    """A SigLIP tower in front of a Gemma 3; token 55 stands for a piece of the image."""
+    tokens = {"image_token_id": 55, "boi_token_id": 56, "eoi_token_id": 57, "mm_tokens_per_image": 4}
+    parts = {"text_config": LM | GEMMA3, "vision_config": dict(VISION)}
+    return t.Gemma3ForConditionalGeneration(t.Gemma3Config(**parts, **tokens))
+
+
+def described() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 50, (2, 12))
+    ids[:, 2:6] = 55
+    return {"input_ids": ids, "token_type_ids": (ids == 55).long(), **image()}
+
+
+def pictured() -> dict[str, torch.Tensor]:
+    """The same for models that take several images a sequence."""
+    batch = described()
+    return {"input_ids": batch["input_ids"], "pixel_values": batch["pixel_values"].unsqueeze(1)}
+
+
+def siglip() -> t.SiglipModel:
+    text = {k: LM[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    text |= {"num_attention_heads": 6, "max_position_embeddings": 32, "pad_token_id": 0, "projection_size": 48}
+    return t.SiglipModel(t.SiglipConfig(text_config=text | ENDS, vision_config=VISION))
+
+
+def wav2vec(kind: str) -> Any:
+    sizes = {"conv_dim": (16, 16), "conv_stride": (4, 4), "conv_kernel": (8, 8), "feat_extract_norm": "layer"}
+    # Four groups of twelve channels are what PyTorch's convolution gets wrong in bfloat16 on CPUs.
+    positions = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
+    return encoder(kind, num_attention_heads=4, apply_spec_augment=False, layerdrop=0.0, **sizes, **positions)
+
+
+def falcon(**kwargs: Any) -> t.FalconForCausalLM:
+    return t.FalconForCausalLM(t.FalconConfig(**LM, **kwargs))
+
+
+def smolvlm(kind: str) -> Any:
+    """A vision tower in front of a Llama."""
+    text = {"model_type": "llama", **LM, "num_key_value_heads": 2}
+    parts = {"text_config": text, "vision_config": VISION | {"patch_size": 8}, "scale_factor": 2}
+    config = getattr(t, f"{kind}Config")(**parts, image_token_id=55, pad_token_id=0)
+    return getattr(t, f"{kind}ForConditionalGeneration")(config)
+
+
+def bigcode(**kwargs: Any) -> t.GPTBigCodeForCausalLM:
+    sizes = {"vocab_size": 60, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 128}
+    return t.GPTBigCodeForCausalLM(t.GPTBigCodeConfig(**sizes, **ENDS, **kwargs))
+
+
+def switch() -> t.SwitchTransformersForConditionalGeneration:
+    sizes = {"vocab_size": 60, "d_model": 48, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2}
+    ends = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    more = {"num_heads": 4, "num_experts": 2, "relative_attention_num_buckets": 8}
+    return t.SwitchTransformersForConditionalGeneration(t.SwitchTransformersConfig(**sizes, **ends, **more))
+
+
+def ast() -> t.ASTModel:
+    sizes = {k: v for k, v in VISION.items() if k != "image_size"}
+    clip = {"num_mel_bins": 16, "max_length": 32, "frequency_stride": 8, "time_stride": 8}
+    return t.ASTModel(t.ASTConfig(**sizes, **clip))
+
+
+def metaclip2() -> t.MetaClip2Model:
+    text, vision = LM | {"projection_dim": 16}, VISION | {"projection_dim": 16}
+    return t.MetaClip2Model(t.MetaClip2Config(text_config=text, vision_config=vision, projection_dim=16))
+
+
+def wave() -> dict[str, torch.Tensor]:
+    return {"input_values": torch.randn(2, 400)}
+
+
+def pair() -> dict[str, torch.Tensor]:
+    return text() | {"decoder_input_ids": torch.randint(3, 60, (2, 7))}
+
+
+LAYERS = ["sliding_attention", "full_attention"]
+
+GEMMA3 = {
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "sliding_window": 8,
+    "layer_types": LAYERS,
+    "query_pre_attn_scalar": 24,
+}
+
+ROUTED = {
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+
+def llava() -> t.LlavaForConditionalGeneration:
+    """A CLIP tower in front of a Llama; token 55 stands for a piece of the image."""
+    parts = {"vision_config": t.CLIPVisionConfig(**VISION), "text_config": t.LlamaConfig(**LM, num_key_value_heads=2)}
+    config = t.LlavaConfig(**parts, image_token_id=55, image_seq_length=16, vision_feature_layer=-1)
+    return t.LlavaForConditionalGeneration(config)
+
+
+def paligemma() -> t.PaliGemmaForConditionalGeneration:
+    """A SigLIP tower in front of a Gemma."""
+    text = t.GemmaConfig(**LM, num_key_value_heads=2, head_dim=8)
+    parts = {"vision_config": t.SiglipVisionConfig(**VISION, vision_use_head=False), "text_config": text}
+    return t.PaliGemmaForConditionalGeneration(t.PaliGemmaConfig(**parts, image_token_id=55, projection_dim=48))
+
+
+def sixteen() -> dict[str, torch.Tensor]:
+    """Sixteen pieces of an image in front of some words."""
+    ids = torch.randint(3, 50, (2, 24))
+    ids[:, 2:18] = 55
+    return {"input_ids": ids, **image()}
