@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import language
-from clover import refit
 from clover.basis import Basis, find_basis
 from clover.block import Block
 from clover.budget import Share
@@ -38,6 +37,7 @@ from clover.layerwise import stacks, walk
 from clover.lossbudget import twin
 from clover.plan import Plan
 from clover.pruning import find_bases, plan_ranks
+from clover.refit import fit
 from clover.sequential import Sample, inside, observe
 from clover.surgery import filled, install, operate
 from common import MODELS, SEED, record, text
@@ -93,15 +93,7 @@ def aimed(block: Block, basis: Basis, plan: Any, here: Tensor, there: Tensor) ->
     means = here.mean(0), there.mean(0)
     cross = ((there - means[1]).T @ (here - means[0])).double() / len(here)
 
-    def fit(whole: Tensor, cut: Tensor, kept: Tensor, layout: Any, covariance: Tensor, metric: Tensor) -> Any:
-        target = whole @ cross
-        fitted = refit._fit_output(target, cut, kept, layout, covariance)
-        for _ in range(refit.ROUNDS):
-            kept = refit._fit_bases(target, fitted, kept, layout, covariance, metric)
-            fitted = refit._fit_output(target, fitted, kept, layout, covariance)
-        return fitted, kept
-
-    with mock.patch("clover.basis.refit", fit):
+    with mock.patch("clover.basis.refit", lambda whole, *rest: fit(whole @ cross, *rest)):
         attention, output = filled(block, basis, plan)
     with torch.no_grad():
         attention.o_proj.bias += block.projection("o").weight @ (means[1] - means[0])
@@ -109,10 +101,9 @@ def aimed(block: Block, basis: Basis, plan: Any, here: Tensor, there: Tensor) ->
 
 
 def main(shares: Sequence[float]) -> None:
-    language.SEQUENCES = SEQUENCES
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "smollm2")
     train, test = (tokenizer(text(split), return_tensors="pt").input_ids[0] for split in ("train", "test"))
-    model, batches = language.load(), language.calibration(train)
+    model, batches = language.load(), language.calibration(train, SEQUENCES)
     bases = find_bases(model, calibration=batches, seed=SEED)
     with outputs_of(blocks(model)) as seen, torch.no_grad():
         for batch in batches:

@@ -35,8 +35,8 @@ def load() -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(MODELS / "smollm2", dtype=torch.float32).eval()
 
 
-def calibration(tokens: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    starts = torch.linspace(0, len(tokens) - LENGTH, SEQUENCES).long().tolist()
+def calibration(tokens: torch.Tensor, sequences: int = SEQUENCES) -> list[dict[str, torch.Tensor]]:
+    starts = torch.linspace(0, len(tokens) - LENGTH, sequences).long().tolist()
     return [{"input_ids": tokens[s : s + LENGTH][None]} for s in starts]
 
 

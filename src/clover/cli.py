@@ -135,7 +135,7 @@ def prune(
     cuts = any((qk, vo, qk_threshold, vo_threshold))
     if max_loss is not None:
         given = any(value is not None for value in (qk, vo, qk_threshold, vo_threshold))
-        check_loss(max_loss, None if metric == "weights" else calibration, given)
+        check_loss(max_loss, None if metric == "weights" else calibration, given, "--max-loss")
         if stream:
             raise CloverError(f"--max-loss {max_loss:g} compares whole models; leave out it or --stream")
     elif not cuts and None in (qk, vo):

@@ -214,9 +214,9 @@ def _wide(x: Tensor) -> Tensor:
 def _turned(x: Tensor, matrix: Tensor, shift: Tensor | None) -> Tensor:
     """``x (I + matrix)`` for each block, plus a shift ``(b, 1, d)``.
 
-    Where products are exact to the dtype, the identity goes into the matrix and the result to its place at once: half
-    of the time. In half precision, or where a GPU shortens float32 (TF32), the identity would drown what ``matrix``
-    says; and a compiler has no place to write to, but fuses the sum.
+    Where products are exact to the dtype, the identity goes into the matrix and the result to its place at once, with
+    no further pass over the activations. In half precision, or where a GPU shortens float32 (TF32), the identity would
+    drown what ``matrix`` says; and a compiler has no place to write to, but fuses the sum.
     """
     b, d, _ = matrix.shape
     blocks = x.reshape(-1, b, d).transpose(0, 1)

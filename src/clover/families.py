@@ -27,6 +27,7 @@ _OLMO2 = replace(_QWEN3, norm_spans_heads=True)
 _GLM = replace(_LLAMA, neighbours=True)
 _COHERE = replace(_GLM, table="neighbours")
 _MOE = replace(_LLAMA, up=(), gate=())  # experts are stacked in one tensor
+_NORMED_MOE = replace(_MOE, norms=("q_norm", "k_norm"))
 _TRANSLATOR = replace(_BART, cross=("encoder_attn",))
 _VIT = Family(positional=("hidden_states", "attention_mask"), up=("mlp.fc1",))
 _CLIP = replace(_BART, scale="scale", up=("mlp.fc1",))
@@ -75,11 +76,11 @@ FAMILIES: dict[str, Family] = {
     "MixtralAttention": _MOE,
     "PhimoeAttention": _MOE,
     "Qwen2MoeAttention": _MOE,
-    "Qwen3MoeAttention": replace(_MOE, norms=("q_norm", "k_norm")),
-    "OlmoeAttention": replace(_MOE, norms=("q_norm", "k_norm"), norm_spans_heads=True, unless=_CLIP_QKV),
+    "Qwen3MoeAttention": _NORMED_MOE,
+    "OlmoeAttention": replace(_NORMED_MOE, norm_spans_heads=True, unless=_CLIP_QKV),
     "FlexOlmoAttention": replace(_OLMO2, up=(), gate=()),
-    "Dots1Attention": replace(_MOE, norms=("q_norm", "k_norm")),
-    "Glm4MoeAttention": replace(_MOE, norms=("q_norm", "k_norm")),
+    "Dots1Attention": _NORMED_MOE,
+    "Glm4MoeAttention": _NORMED_MOE,
     "Ernie4_5_MoeAttention": replace(_GLM, up=(), gate=()),
     "GptOssAttention": replace(_MOE, sinks="sinks", table="once"),
     "GPTNeoXAttention": Family(

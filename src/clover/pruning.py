@@ -147,18 +147,18 @@ def apply(model: PreTrainedModel, bases: list[Basis], plan: Plan) -> None:
     adopt(model, plan)
 
 
-def check_loss(max_loss: float, calibration: object, others: bool) -> None:
-    """Whether a bound on the loss can be worked with.
+def check_loss(max_loss: float, calibration: object, others: bool, name: str = "max_loss") -> None:
+    """Whether a bound on the loss can be worked with; ``name`` is what the caller gave it as.
 
     Raises:
         CloverError: no number that can be a bound, no calibration data for the metric, or other rules beside it.
     """
     check_bound(max_loss)
     if others:
-        raise CloverError(f"max_loss {max_loss} decides about Q-K and V-O by itself; leave out it or the other rules")
+        raise CloverError(f"{name} {max_loss:g} decides about Q-K and V-O by itself; leave out it or the other rules")
     if calibration is None:
         raise CloverError(
-            f"max_loss {max_loss} needs calibration data to measure on; give some (--calibration FILE), "
+            f"{name} {max_loss:g} needs calibration data to measure on; give some (--calibration FILE), "
             "and not the metric weights"
         )
 

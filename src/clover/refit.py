@@ -97,7 +97,18 @@ def refit(
     Returns:
         The fitted projection and bases. At full rank they are what came in.
     """
-    target = whole @ covariance
+    return fit(whole @ covariance, cut, bases, layout, covariance, metric)
+
+
+def fit(
+    target: Float[Tensor, "M z"],
+    cut: Float[Tensor, "M columns"],
+    bases: Float[Tensor, "kept e"],
+    layout: Layout,
+    covariance: Float[Tensor, "z z"],
+    metric: Float[Tensor, "M M"],
+) -> tuple[Float[Tensor, "M columns"], Float[Tensor, "kept e"]]:
+    """As ``refit``, to any output ``y``: ``target`` is ``E[y z^T]``, of ``y`` and the head outputs, both centred."""
     fitted = _fit_output(target, cut, bases, layout, covariance)
     for _ in range(ROUNDS):
         bases = _fit_bases(target, fitted, bases, layout, covariance, metric)

@@ -173,10 +173,10 @@ def lean(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 @contextmanager
 def contiguous_head(model: Any) -> Iterator[None]:
-    """Let the output embeddings see contiguous states; changes nothing but the time.
+    """While it lasts, the output embeddings see contiguous states, ``(batch, tokens, width)``; only the time changes.
 
     ``logits_to_keep`` slices the states, and torch multiplies a sliced batch by a frozen weight as a batch of
-    products, each with a copy of the weight: half of the time of a step.
+    products, each with a copy of the weight.
     """
     head = model.get_output_embeddings()
     if head is None:
