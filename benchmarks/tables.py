@@ -25,6 +25,7 @@ from tables_of_quality import (
     language,
     loss_bound,
     loss_rank,
+    peers_at_half,
     peft_suite,
     speech,
     speech_parts,
@@ -40,6 +41,7 @@ SECTIONS: dict[str, tuple[Section, str]] = {
     "Speech": (speech, "speech-(dense|vanilla|weights|calibrated)"),
     "Speech: the other parts of the model": (speech_parts, "speech-(decoder|cross|thresholds)"),
     "Embeddings": (embedding, "embedding-"),
+    "Peers": (peers_at_half, "frontier-smollm2-(.*-500|dense)"),
     "Frontier: this project and its peers": (frontier, "frontier-"),
     "Speed": (speed, "speed-(smollm2|encoder)"),
     "Long contexts": (decode, "decode-.*"),
@@ -59,6 +61,7 @@ SECTIONS: dict[str, tuple[Section, str]] = {
 """Title -> (what makes the section, pattern of the result files that it reads)."""
 README = (
     "Language",
+    "Peers",
     "Speech",
     "Speed",
     "Decomposition",

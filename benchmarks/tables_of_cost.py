@@ -46,7 +46,7 @@ def decode(results: Results) -> str:
         header += ["bound of multiply-adds"] if bound else []
         body = [
             [
-                cut.replace(".5%", ".5 %").replace(".0%", " %"),
+                cut if " %" in cut else cut.replace("%", " %"),
                 *(f"{r[k]:.2f}" for k in keys),
                 *([f"{bound[cut]:.2f}"] if bound else []),
             ]

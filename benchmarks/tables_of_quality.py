@@ -121,6 +121,20 @@ def _frontier_table(model: str, methods: dict[str, dict[float, dict]]) -> str:
     return f"### {title}\n\n{table(header, rows)}\n\n![{PLOTTED[model]}](frontier-{model}.svg)"
 
 
+def peers_at_half(results: Results, model: str = "smollm2") -> str:
+    """One table for the front page: what half of both costs, and what it leaves."""
+    dense = results[f"frontier-{model}-dense"]["result"]["value"]
+    rows = []
+    for method, title in ARMS.items():
+        if r := result(results, f"frontier-{model}-{method}-500"):
+            left = (percent(r[f"{what}_left"], 0) for what in ("cache", "attention_parameters"))
+            rows.append((r["value"] / dense, title, *left))
+    about = f"{PLOTTED[model]}, half of Q-K and of V-O removed without training, same tokens and same evaluation."
+    found = [[title, f"{over:.2f}" if over < 100 else "> 100", *left] for over, title, *left in sorted(rows)]
+    header = "Method | perplexity over dense | cache left | attention parameters left"
+    return f"{about}\n\n{table(header, found)}"
+
+
 def streaming_quality(results: Results) -> str:
     rows = []
     for name, cut in CUTS.items():
@@ -147,8 +161,8 @@ def behind(results: Results) -> str:
     return f"{about}\n\n{table(' | '.join(['Calibrated', *(percent(float(s)) for s in shares)]), rows)}"
 
 
-def commonsense(results: Results, profile: str = "smollm2-texts") -> str:
-    r = results[f"commonsense-{profile}"]["result"]
+def commonsense(results: Results) -> str:
+    r = results["commonsense-smollm2-texts"]["result"]
     base, p = r["base"], r["profile"]
     rows = [["untuned", "", "", f"{base['mean']:.2f}", "", f"{base['forgetting']['value']:.2f}"]]
     for key, title in METHODS.items():
@@ -158,7 +172,7 @@ def commonsense(results: Results, profile: str = "smollm2-texts") -> str:
     about = (
         f"SmolLM2-135M-Instruct tuned for {p['steps']} steps of {p['batch']} examples of the commonsense mixture, "
         f"{len(p['seeds'])} seeds; {p['test_questions']} test questions of each of the eight sets, scored by "
-        f"{p['score']} of the {p.get('candidates', 'labels')}. Perplexity: WikiText-2, to see what was forgotten."
+        f"{p['score']} of the {p['candidates']}. Perplexity: WikiText-2, to see what was forgotten."
     )
     header = "Method | parameters | learning rate | mean of eight sets | standard error | perplexity"
     ours = r["clover"]
