@@ -250,3 +250,26 @@ def sixteen() -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 50, (2, 24))
     ids[:, 2:18] = 55
     return {"input_ids": ids, **image()}
+
+
+def qwen_vl(kind: str, **text: Any) -> Any:
+    """A tower that reads images of any size as one row of patches, in front of a Qwen; rotations by three positions."""
+    positions = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    words = LM | {"num_key_value_heads": 2, "rope_parameters": positions, **text}
+    patches = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    widths = {"hidden_size": 32, "embed_dim": 32, "intermediate_size": 64, "out_hidden_size": 48, "mlp_ratio": 2}
+    tokens = {"image_token_id": 55, "video_token_id": 56, "vision_start_token_id": 57, "vision_end_token_id": 58}
+    sees = patches | widths | ({"hidden_size": 48} if kind == "Qwen2VL" else {})
+    if kind.startswith("Qwen3"):
+        sees |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    config = getattr(t, f"{kind}Config")(text_config=words, vision_config=sees, **tokens)
+    return getattr(t, f"{kind}ForConditionalGeneration")(config)
+
+
+def patched() -> dict[str, torch.Tensor]:
+    """One image of four by four patches, which make four pieces, in each of two sequences."""
+    ids = torch.randint(3, 50, (2, 12))
+    ids[:, 2], ids[:, 3:7], ids[:, 7] = 57, 55, 58
+    grid = torch.tensor([[1, 4, 4], [1, 4, 4]])
+    kinds = (ids == 55).long()
+    return {"input_ids": ids, "mm_token_type_ids": kinds, "pixel_values": torch.randn(32, 96), "image_grid_thw": grid}

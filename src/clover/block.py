@@ -53,6 +53,8 @@ class Family:
     """A logit for each head that takes attention and gives no value."""
     position_bias: str | None = None
     """Table of a bias by distance that the first block holds, computes and returns, and that the others are handed."""
+    causal: bool = True
+    """Whether a token sees none that come after it, where the module doesn't say so (``is_causal``)."""
     kept: tuple[str, ...] = ()
     """What else the class's own methods need, and the rewritten block takes over."""
     dropout: str = "attention_dropout"
@@ -67,6 +69,12 @@ class Family:
     gate: tuple[str, ...] = ()
     unless: Mapping[str, str] = field(default_factory=dict)
     """Paths of settings with which the row is not true -> why."""
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether a module has the projections that this row names."""
+        core = self.core + "." if self.core else ""
+        inputs = [self.fused] if self.fused else [self.q, self.k, self.v]
+        return all(_has(module, path) for path in (self.o, *(core + name for name in inputs)))
 
     def angles(self, table: tuple[Tensor, Tensor], tokens: Any) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each pair, ``(batch or 1, tokens, pairs)``, from what the model hands to its blocks.

@@ -33,7 +33,7 @@ from transformers.models.auto import modeling_auto
 
 from clover.block import Block
 from clover.errors import CloverError
-from clover.families import FAMILIES, blocks
+from clover.families import blocks, is_attention
 from clover.plan import Plan
 from clover.surgery import install, skeleton
 
@@ -108,9 +108,7 @@ class _ModelMixin:
 def _contradiction(model: PreTrainedModel, info: dict[str, Any]) -> str | None:
     """What in the tensors, as ``from_pretrained`` reports on them, contradicts the plan."""
     prefix = f"{model.base_model_prefix}."
-    attention = [
-        n for n, module in model.named_modules() if hasattr(module, "clover") or type(module).__name__ in FAMILIES
-    ]
+    attention = [n for n, module in model.named_modules() if hasattr(module, "clover") or is_attention(module)]
 
     def inside(keys: Iterable[str]) -> list[str]:
         blocks = tuple(f"{name}." for name in attention)

@@ -259,8 +259,7 @@ class _Turn(torch.autograd.Function):
                 grad_transform = grad_transform - total * _wide(bias).view(b, 1, d)
             if ctx.invertible:
                 eye = torch.eye(d, dtype=transform.dtype, device=transform.device)
-                inverse, _ = torch.linalg.solve_ex(eye + transform, grad_transform.mT)
-                grad_transform = inverse.mT
+                grad_transform, _ = torch.linalg.solve_ex((eye + transform).mT, grad_transform, left=False)
         if needs_y:
             grad_y = _turned(grad, transform, None)
         if needs_bias and total is not None:

@@ -2,14 +2,18 @@
 
 A row (see ``clover.block.Family``) says where a block keeps its projections, sizes and dropouts, and how its
 ``forward`` is called. The algorithm knows nothing of it. To add a family, add a row (CONTRIBUTING.md has the recipe).
+A class that is the code of one in the table under a new name needs none.
 """
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
+from clover.alike import alike
 from clover.block import Block, Family
 from clover.errors import CloverError, UnsupportedModelError
 
@@ -45,7 +49,11 @@ FAMILIES: dict[str, Family] = {
     "MistralAttention": _LLAMA,
     "MinistralAttention": _LLAMA,
     "Qwen2Attention": _LLAMA,
+    "Qwen2VLAttention": _LLAMA,
+    "Qwen2_5_VLAttention": _LLAMA,
     "Qwen3Attention": _QWEN3,
+    "Qwen3VLTextAttention": _QWEN3,
+    "Qwen3VLMoeTextAttention": _NORMED_MOE,
     "GemmaAttention": _LLAMA,
     "Gemma2Attention": _GEMMA2,
     "Gemma3Attention": _QWEN3,
@@ -135,6 +143,10 @@ FAMILIES: dict[str, Family] = {
     "BertGenerationAttention": _BERT,
     "ElectraAttention": _BERT,
     "LayoutLMAttention": replace(_BERT, dropout="attention_dropout"),
+    "MPNetSelfAttention": Family(
+        q="q", k="k", v="v", o="o", head_dim="attention_head_size", heads="num_attention_heads", scale=None,
+        dropout="dropout", causal=False, positional=("hidden_states", "attention_mask", "position_bias"), up=(),
+    ),
     "DistilBertSelfAttention": Family(
         q="q_lin", k="k_lin", v="v_lin", o="out_lin", heads="n_heads", head_dim="attention_head_size",
         dropout="dropout", up=("ffn.lin1",),
@@ -185,11 +197,10 @@ REFUSED: dict[str, str] = {
 }
 """Classes that a row can't describe -> why."""
 
-APART = {
-    *(f"{kind}Layer{which}Attention" for kind in ("T5", "MT5", "SwitchTransformers") for which in ("Self", "Cross")),
-    "MultiheadAttention",
-}
-"""Called attention, but only holding a block of the table, or, as the pooling head of a vision model, staying dense."""
+APART = {"MultiheadAttention"}
+"""Called attention, but, as the pooling head of a vision model, staying dense."""
+PACKED = "cu_seqlens"
+"""What the ``forward`` of a vision tower takes that reads images of many sizes as one row. Such a tower stays dense."""
 
 
 def blocks(model: nn.Module, part: str = "all") -> list[Block]:
@@ -215,7 +226,7 @@ def blocks(model: nn.Module, part: str = "all") -> list[Block]:
             covered.append(name + ".")
         elif kind.__name__ in REFUSED:
             raise _refused(name, kind, REFUSED[kind.__name__])
-        elif kind.__name__.endswith("Attention") and kind.__name__ not in APART and not name.startswith(tuple(covered)):
+        elif _needs_a_row(kind) and not name.startswith(tuple(covered)) and not _holds_a_block(module):
             raise _unsupported(f"{type(model).__name__} has attention of class {kind.__name__}")
     if not found:
         raise _unsupported(f"{type(model).__name__} has no attention block of a known class")
@@ -230,14 +241,37 @@ def blocks(model: nn.Module, part: str = "all") -> list[Block]:
 
 def is_attention(module: nn.Module) -> bool:
     """Whether a row describes the class of this module."""
-    return type(module).__name__ in FAMILIES and type(module).__module__.startswith("transformers.")
+    return _row_of(module) is not None
+
+
+def _row_of(module: nn.Module) -> Family | None:
+    """The row of a class of transformers: its own, or that of a class in the table whose code it is."""
+    kind: Any = type(module)
+    if not kind.__module__.startswith("transformers."):
+        return None
+    if kind.__name__ in FAMILIES or kind.__name__ in REFUSED or not _needs_a_row(kind):
+        return FAMILIES.get(kind.__name__)
+    fitting = tuple(name for name, family in FAMILIES.items() if family.fits(module))
+    return FAMILIES.get(alike(kind, fitting) or "") if fitting else None
+
+
+def _needs_a_row(kind: Any) -> bool:
+    """Whether a class is called attention and is none of those that stay as they are."""
+    named = kind.__name__.endswith("Attention") and kind.__name__ not in APART
+    return named and PACKED not in inspect.signature(kind.forward).parameters
+
+
+def _holds_a_block(module: nn.Module) -> bool:
+    """Whether a class called attention puts norms or a residual around one."""
+    return any(is_attention(child) for child in module.children())
 
 
 def block_of(model: nn.Module, name: str, module: nn.Module) -> Block:
     """The block of an attention module, see ``is_attention``; ``name`` is its path in ``model``."""
-    family = FAMILIES[type(module).__name__]
+    family = _row_of(module)
+    assert family is not None
     core = module.get_submodule(family.core)
-    part = "decoder" if getattr(core, "is_causal", True) else "encoder"
+    part = "decoder" if getattr(core, "is_causal", family.causal) else "encoder"
     if name.rpartition(".")[2] in family.cross:
         part = "cross"
     return Block(name, part, family, module, getattr(core, "config", None) or model.config)

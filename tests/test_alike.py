@@ -1,0 +1,104 @@
+"""Classes that no row names, but whose code is that of one that a row names."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+import clover
+from clover.alike import alike, code
+from clover.errors import UnsupportedModelError
+from clover.families import FAMILIES, blocks
+from families import outputs
+from tiny import causal, encoder, image, text, vision
+
+BATCH = dict[str, torch.Tensor]
+TWINS: dict[str, tuple[Callable[[], Any], Callable[[], BATCH]]] = {
+    "Jais2Attention": (lambda: causal("Jais2"), text),
+    "MarkupLMAttention": (lambda: encoder("MarkupLM", xpath_unit_hidden_size=8), text),
+    "PixioAttention": (lambda: vision("Pixio"), image),
+}
+LINES = """
+import torch
+from torch import nn
+
+
+def double(x):
+    return 2 * x
+
+
+class FirstAttention(nn.Module):
+    '''Words that don't count.'''
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(size, size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return double(self.q_proj(hidden_states))
+"""
+
+
+@pytest.mark.parametrize("kind", TWINS)
+def test_a_class_without_a_row(kind: str, tmp_path: Path) -> None:
+    assert kind not in FAMILIES
+    make, batch = TWINS[kind]
+    torch.manual_seed(1)
+    model, given = make().double().eval(), batch()
+    given = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
+    dense = outputs(model, given)
+    assert kind in {type(block.module).__name__ for block in blocks(model)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        clover.prune(model, qk=0.25, vo=0.25, calibration=[given])
+    cut = outputs(model, given)
+    assert not torch.equal(cut, dense)
+    clover.save(model, tmp_path / "out")
+    assert torch.equal(outputs(clover.load(tmp_path / "out", dtype=torch.float64), given), cut)
+
+
+def test_a_model_with_one_class_that_is_no_twin() -> None:
+    sizes = {"vocab_size": 60, "d_model": 48, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    model = t.LongT5ForConditionalGeneration(t.LongT5Config(**sizes, encoder_attention_type="local"))
+    with pytest.raises(UnsupportedModelError, match="LongT5LayerLocalSelfAttention"):
+        blocks(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({}, True),
+        ({"double(": "twice(", "First": "Second", "Words": "Others"}, True),
+        ({": torch.Tensor": ""}, True),
+        ({"2 * x": "3 * x"}, False),
+        ({"(size, size)": "(size, size, bias=False)"}, False),
+        ({"self.q_proj(": "(self.q_proj)("}, True),
+        ({"hidden_states": "states"}, False),
+    ],
+    ids=["copy", "renamed", "annotations", "helper", "argument", "brackets", "signature"],
+)
+def test_what_counts_as_the_same_code(tmp_path: Path, changes: dict[str, str], same: bool) -> None:
+    digests = []
+    for i, pairs in enumerate(({}, changes)):
+        text = LINES
+        for old, new in pairs.items():
+            assert old in text
+            text = text.replace(old, new)
+        file = tmp_path / f"{i}.py"
+        file.write_text(text)
+        digests.append(code("SecondAttention" if "Second" in text else "FirstAttention", file))
+    assert (digests[0] == digests[1]) == same
+
+
+def test_every_row_knows_its_own_class() -> None:
+    """The files are found, and a class is its own twin."""
+    assert alike(LlamaAttention, ("BartAttention", "LlamaAttention")) == "LlamaAttention"
+    assert alike(LlamaAttention, ("BartAttention", "Qwen2Attention")) is None
+    assert alike(type("LlamaAttention", (), {"__module__": "nowhere"}), ("LlamaAttention",)) is None
