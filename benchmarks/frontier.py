@@ -2,7 +2,8 @@
 
     python benchmarks/frontier.py MODEL [METHOD ...] [--ratios R ...] [--choice]
 
-MODEL: smollm2 (perplexity of the first 24,576 tokens of WikiText-2 test, windows of 1024), whisper-encoder,
+MODEL: smollm2 (perplexity of the first 24,576 tokens of WikiText-2 test, windows of 1024), gemma3 (made by gemma3.py;
+the first 8,192 tokens; norms fix its Q-K, so the share goes from V-O alone), whisper-encoder,
 whisper-decoder, whisper-cross (word error rate of the test split), minilm (cosine to the dense embeddings, every
 fourth batch of embedding.py's paragraphs).
 METHOD: dense, clover, clover-weights and those of peers.py (all when left out). --choice scores 32 questions of each of
@@ -37,7 +38,7 @@ import speech
 from clover.basis import Basis, find_basis
 from clover.budget import Share
 from clover.calibrate import Moments, calibrate
-from clover.data import calibration_batches
+from clover.data import calibration_batches, text_tokens
 from clover.evaluate import embedding_cosine, multiple_choice, perplexity
 from clover.export import pad
 from clover.families import Block, blocks
@@ -48,7 +49,9 @@ from facts import Facts, watching
 from peers import METHODS, Cut
 
 RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
-FIRST, QUESTIONS = 24_576, 32
+FIRST = {"smollm2": 24_576, "gemma3": 8_192}
+SEQUENCES = {"smollm2": 32, "gemma3": 16}
+QUESTIONS = 32
 SCRATCH = Path(os.environ.get("CLOVER_SCRATCH", tempfile.gettempdir()))
 OURS = ("clover", "clover-weights")
 
@@ -58,8 +61,8 @@ OURS = ("clover", "clover-weights")
 
 @cache
 def dense(name: str) -> Any:
-    if name == "smollm2":
-        return language.load()
+    if name in FIRST:
+        return language.load(name)
     return embedding.dense() if name == "minilm" else speech.dense()
 
 
@@ -68,18 +71,19 @@ def part(name: str) -> str:
 
 
 @cache
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(MODELS / "smollm2")
+def tokenizer(name: str) -> Any:
+    return AutoTokenizer.from_pretrained(MODELS / name)
 
 
 @cache
-def tokens(split: str) -> Tensor:
-    return tokenizer()(text(split), return_tensors="pt").input_ids[0]
+def tokens(name: str, split: str) -> tuple[Tensor, int | None]:
+    return text_tokens(text(split), tokenizer(name))
 
 
 def calibration(name: str) -> list[dict[str, Tensor]]:
-    if name == "smollm2":
-        return language.calibration(tokens("train"))
+    if name in FIRST:
+        train, start = tokens(name, "train")
+        return language.calibration(train, SEQUENCES[name], start)
     if name == "minilm":
         return list(embedding.calibration())
     return list(calibration_batches(speech.MANIFEST, dense(name), processor=speech.processor(), split="calibration"))
@@ -133,8 +137,9 @@ def _merge(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 
 def quality(name: str, model: Any) -> dict:
-    if name == "smollm2":
-        return perplexity(model.to(torch.bfloat16), tokens("test"), limit=FIRST).to_dict()
+    if name in FIRST:
+        test, start = tokens(name, "test")
+        return perplexity(model.to(torch.bfloat16), test, limit=FIRST[name], start=start).to_dict()
     if name == "minilm":
         return embedding_cosine(dense(name), model, embedding.paragraphs()[::4]).to_dict()
     return speech.wer(model.to(torch.bfloat16))
@@ -144,7 +149,9 @@ def choice(_: str, model: Any) -> dict:
     """Share of right answers, by likelihood, of each commonsense set and on average."""
     model = model.to(torch.bfloat16)
     scores = {
-        file.name.partition(".")[0]: multiple_choice(model, tokenizer(), read_questions(file), limit=QUESTIONS).value
+        file.name.partition(".")[0]: multiple_choice(
+            model, tokenizer("smollm2"), read_questions(file), limit=QUESTIONS
+        ).value
         for file in sorted((DATA / "commonsense").glob("*.test.jsonl.gz"))
     }
     return {"task": "choice", "value": sum(scores.values()) / len(scores), "sets": scores, "questions": QUESTIONS}
@@ -173,7 +180,8 @@ def _ours(name: str, method: str, share: float) -> tuple[Any, dict]:
     bases, granularity = measured(name)[0], "head"
     if method == "clover-weights":  # the paper's: no data, one rank for all heads
         bases, granularity = [find_basis(b) for b in blocks(dense(name), part(name))], "model"
-    plan = plan_ranks(bases, Share(share), Share(share), granularity=granularity)  # type: ignore[arg-type]
+    qk = Share(0.0 if bases[0].block.normed else share)
+    plan = plan_ranks(bases, qk, Share(share), granularity=granularity)  # type: ignore[arg-type]
     model = copy.deepcopy(dense(name))
     apply(model, bases, plan)
     size = clover.summary(model)
@@ -235,7 +243,9 @@ def _dense(name: str, *_: Any) -> tuple[Any, dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["smollm2", "whisper-encoder", "whisper-decoder", "whisper-cross", "minilm"])
+    parser.add_argument(
+        "model", choices=["smollm2", "gemma3", "whisper-encoder", "whisper-decoder", "whisper-cross", "minilm"]
+    )
     parser.add_argument("methods", nargs="*", metavar="METHOD")
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS, metavar="R")
     parser.add_argument("--choice", action="store_true", help="commonsense questions instead of perplexity")

@@ -31,13 +31,18 @@ SHARES = {
 SEQUENCES, LENGTH = 32, 512
 
 
-def load() -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(MODELS / "smollm2", dtype=torch.float32).eval()
+def load(name: str = "smollm2") -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32).eval()
 
 
-def calibration(tokens: torch.Tensor, sequences: int = SEQUENCES) -> list[dict[str, torch.Tensor]]:
-    starts = torch.linspace(0, len(tokens) - LENGTH, sequences).long().tolist()
-    return [{"input_ids": tokens[s : s + LENGTH][None]} for s in starts]
+def calibration(
+    tokens: torch.Tensor, sequences: int = SEQUENCES, start: int | None = None
+) -> list[dict[str, torch.Tensor]]:
+    """Windows at even distances, each behind the token that the model wants in front of any text, if it wants one."""
+    front = tokens.new_tensor([] if start is None else [start])
+    room = LENGTH - len(front)
+    places = torch.linspace(0, len(tokens) - room, sequences).long().tolist()
+    return [{"input_ids": torch.cat([front, tokens[at : at + room]])[None]} for at in places]
 
 
 def main(first: int | None, names: list[str]) -> None:

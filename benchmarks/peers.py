@@ -3,6 +3,8 @@
 A method gets the facts of all blocks and the share to remove, and gives each block back at its original sizes with the
 low-rank result multiplied out: numerically the small model, without a runtime for each. What it would store and cache
 is counted beside. Each is written for this comparison; what differs from the paper stands in its docstring.
+Where norms of queries and keys fix Q-K, the share goes from V-O alone, for every method; those that can't cut V-O alone
+take as many parameters elsewhere.
 """
 
 from __future__ import annotations
@@ -114,13 +116,25 @@ def _output_gram(heads: Heads) -> Tensor:
     return torch.einsum("gnme,gnmf->gef", heads.o, heads.o)
 
 
+def _qk(f: Facts, share: float) -> float:
+    """The share of Q-K that goes."""
+    return 0.0 if f.block.normed else share
+
+
+def _of_all(f: Facts, share: float) -> float:
+    """The share of all weights that goes."""
+    h = f.heads
+    fixed = h.q.numel() + h.k.numel() if f.block.normed else 0
+    return share * (1 - fixed / (h.parameters() - _biases(h)))
+
+
 def norms(facts: Sequence[Facts], share: float) -> list[Cut]:
     """Norm pruning: dimensions of least ``||w_q|| ||w_k||`` and ``||w_v|| ||w_o||`` go, as many in each head."""
     cuts = []
     for f in facts:
         h = f.heads
         score = (h.q.square().sum((1, -1)) * h.k.square().sum(-1)).sqrt()
-        cut, qk = _select(h, score, share)
+        cut, qk = _select(h, score, _qk(f, share))
         vo = _keep(h.v.shape[1], share)
         cut = _map_v(cut, _mask((h.v.square().sum(-1) * h.o.square().sum((1, 2))).sqrt(), vo))
         cuts.append(Cut(cut, **_even(h, qk, vo)))
@@ -141,6 +155,9 @@ def svd_llm(facts: Sequence[Facts], share: float) -> list[Cut]:
         new = {}
         for name, weight in flat.items():
             m, n = weight.shape
+            if f.block.normed and name in "qk":
+                new[name], stored = weight, stored + m * n
+                continue
             rank = max(1, math.floor((1 - share) * m * n / (m + n)))
             basis = torch.linalg.eigh(weight @ moments[name] @ weight.T).eigenvectors[:, -rank:]
             new[name], stored = basis @ (basis.T @ weight), stored + rank * (m + n)
@@ -162,8 +179,9 @@ def a3(facts: Sequence[Facts], share: float) -> list[Cut]:
 def _a3_block(f: Facts, share: float) -> Cut:
     h = f.heads
     query, key = _grams(f)
-    if h.rotary:
-        cut, qk = _select(h, (query.diagonal(dim1=-2, dim2=-1) * key.diagonal(dim1=-2, dim2=-1)).sqrt(), share)
+    if h.rotary or f.block.normed:
+        score = (query.diagonal(dim1=-2, dim2=-1) * key.diagonal(dim1=-2, dim2=-1)).sqrt()
+        cut, qk = _select(h, score, _qk(f, share))
     else:
         qk = _keep(h.k.shape[1], share)
         cut = _map_qk(h, to_k=_cut_product(query, key, qk))
@@ -184,7 +202,8 @@ def modegpt(facts: Sequence[Facts], share: float) -> list[Cut]:
     for f, mine in zip(facts, _allocate([float(f.mean("influence")) for f in facts], share), strict=True):
         h = f.heads
         query, key = _grams(f)
-        cut, qk = _select(h, (query.diagonal(dim1=-2, dim2=-1) * key.diagonal(dim1=-2, dim2=-1)).sqrt(), mine)
+        score = (query.diagonal(dim1=-2, dim2=-1) * key.diagonal(dim1=-2, dim2=-1)).sqrt()
+        cut, qk = _select(h, score, _qk(f, mine))
         vo = _keep(h.v.shape[1], mine)
         cut = _map_v(cut, _cut_product(_output_gram(h), f.mean("value"), vo))
         cuts.append(Cut(cut, **_even(h, qk, vo)))
@@ -215,9 +234,12 @@ def kq_svd(facts: Sequence[Facts], share: float) -> list[Cut]:
     for f in facts:
         h = f.heads
         d, e = h.k.shape[1], h.v.shape[1]
-        qk, vo = _keep(d, share), _keep(e, share)
-        behind = _cut_product(*_grams(f), qk)
+        qk, vo = _keep(d, _qk(f, share)), _keep(e, share)
         cut = _map_v(h, _cut_product(_output_gram(h), f.mean("value"), vo))
+        if f.block.normed:
+            cuts.append(Cut(cut, **_even(h, d, vo)))
+            continue
+        behind = _cut_product(*_grams(f), qk)
         sizes = _even(h, d, vo) if h.rotary else _even(h, qk, vo)
         if h.rotary:
             sizes |= {"parameters": sizes["parameters"] + 2 * len(h.k) * d * qk, "cached": len(h.k) * (qk + vo)}
@@ -241,6 +263,9 @@ def palu(facts: Sequence[Facts], share: float, group: int = 4) -> list[Cut]:
         new, parameters, cached = {}, h.q.numel() + _biases(h), 0
         for name, rank in (("k", k_rank), ("v", v_rank)):
             weight = getattr(h, name)
+            if f.block.normed and name == "k":
+                parameters, cached = parameters + weight.numel(), cached + weight[..., 0].numel()
+                continue
             parts = []
             for heads in weight.split(group):
                 flat = heads.flatten(0, 1)
@@ -257,7 +282,8 @@ def palu(facts: Sequence[Facts], share: float, group: int = 4) -> list[Cut]:
 
 def _palu_ranks(facts: Sequence[Facts], share: float, most: float = 0.95) -> list[tuple[float, float]]:
     """Share of the rank that K and V of each block keep; their mean is ``1 - share``."""
-    names = [f"{w}_fisher" for w in "kv"]
+    normed = facts[0].block.normed
+    names = ["v_fisher"] if normed else ["k_fisher", "v_fisher"]
     known = all(name in f.sums for f in facts for name in names)
     fisher = [float(f.mean(name)) if known else 1.0 for f in facts for name in names]
     kept = torch.tensor(fisher, dtype=torch.float64)
@@ -269,6 +295,8 @@ def _palu_ranks(facts: Sequence[Facts], share: float, most: float = 0.95) -> lis
             break
         kept = torch.where(full, most, weight / weight[~full].sum() * (target - most * int(full.sum())))
     kept = kept.clamp(0.02, max(most, 1 - share))
+    if normed:
+        return [(1.0, rank) for rank in kept.tolist()]
     return list(zip(kept[::2].tolist(), kept[1::2].tolist(), strict=True))
 
 
@@ -286,7 +314,7 @@ def flap(facts: Sequence[Facts], share: float) -> list[Cut]:
         scores.append((score - score.mean()) / score.std().clamp_min(1e-12))
     flat = torch.cat(scores)
     gone = torch.zeros(len(flat), dtype=torch.bool)
-    gone[flat.argsort()[: round(share * len(flat))]] = True
+    gone[flat.argsort()[: round(_of_all(facts[0], share) * len(flat))]] = True
     return [_drop(f, mask) for f, mask in zip(facts, gone.split([len(s) for s in scores]), strict=True)]
 
 
@@ -300,7 +328,7 @@ def wanda_sp(facts: Sequence[Facts], share: float) -> list[Cut]:
         h = f.heads
         norm = f.mean("output").diagonal().sqrt().view(*h.o.shape[:2], -1)
         score = (h.o.abs().sum(2) * norm).sum((1, 2))
-        owed += share * len(score)
+        owed += _of_all(f, share) * len(score)
         count = min(int(owed + 1e-9), len(score))
         owed -= count
         gone = torch.zeros(len(score), dtype=torch.bool)
@@ -332,7 +360,7 @@ def slicegpt(facts: Sequence[Facts], share: float) -> list[Cut]:
         h = f.heads
         weights, cross = h.parameters() - _biases(h), f.sums["source"].ne(f.sums["input"]).any()
         square = h.q.shape[-1] ** 2 + h.o.shape[2] ** 2 + bool(cross) * h.k.shape[-1] ** 2
-        gone = 1 - (1 - share) * weights / (weights + square)
+        gone = 1 - (1 - _of_all(f, share)) * weights / (weights + square)
         x, source = (_leading(f.mean(name), gone) for name in ("input", "source"))
         flat = _flat_o(h)
         out = _leading(flat @ f.mean("output") @ flat.T, gone)

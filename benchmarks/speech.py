@@ -3,7 +3,9 @@
     python benchmarks/speech.py [GROUP ...]     (all when left out)
 
 GROUP: dense; vanilla, weights and calibrated (the encoder at the paper's shares and beyond); thresholds (the paper's
-rule, encoder); decoder and cross (calibrated sweeps). One result file each, with a row for every pruned model.
+rule, encoder); decoder and cross (calibrated sweeps); divided (totals of the encoder that are divided between Q-K and
+V-O by what a cut of either loses on a third of the calibration clips, kept out of the bases that decide). One result
+file each, with a row for every pruned model.
 Calibrated on the manifest's calibration split, float32.
 """
 
@@ -23,6 +25,7 @@ from clover.data import calibration_batches
 from clover.evaluate import word_error_rate
 from clover.families import blocks
 from clover.files import read_manifest
+from clover.lossbudget import gauge, keep_apart
 from clover.pruning import apply, find_bases, plan_ranks
 from common import DATA, MODELS, SEED, chosen, record
 
@@ -31,6 +34,7 @@ PAPER, BEYOND = (0.5601, 0.3682), (0.75, 0.50)
 ENCODER = [PAPER, BEYOND]
 SWEEP = [(0.25, 0.25), (0.50, 0.50), PAPER, BEYOND]
 THRESHOLDS = (5e-3, 6e-3)
+TOTALS, NATS = (0.5, 0.625, 0.75), 0.1
 LIMIT: int | None = None  # test utterances; None is all
 
 
@@ -94,6 +98,12 @@ def thresholds() -> list[dict]:
     return [{"qk_threshold": qk, "vo_threshold": vo, **pruned("encoder", "weights", Threshold(qk), Threshold(vo))}]
 
 
+def divided() -> list[dict]:
+    used, kept_out = keep_apart(calibration_batches(MANIFEST, dense(), processor=processor(), split="calibration"))
+    forecast = gauge(dense(), find_bases(dense(), part="encoder", calibration=used, seed=SEED), kept_out, NATS)
+    return [{"total": total, **sweep("encoder", "activations", [forecast.shares(total)])[0]} for total in TOTALS]
+
+
 GROUPS = {
     "dense": lambda: wer(dense()),
     "vanilla": lambda: [norm_pruned(qk, vo) for qk, vo in ENCODER],
@@ -101,6 +111,7 @@ GROUPS = {
     "calibrated": lambda: sweep("encoder", "activations", ENCODER),
     "thresholds": thresholds,
     "decoder": lambda: sweep("decoder", "activations", SWEEP),
+    "divided": divided,
     "cross": lambda: sweep("cross", "activations", SWEEP),
 }
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from cells import Results
 from common import RESULTS, ROOT
-from tables_of_cost import decode, decomposition, memory, speed, streaming, tuning_cost
+from tables_of_cost import decode, decomposition, memory, runtimes, speed, streaming, tuning_cost
 from tables_of_quality import (
     behind,
     commonsense,
@@ -39,12 +39,13 @@ Section = Callable[[Results], str]
 SECTIONS: dict[str, tuple[Section, str]] = {
     "Language": (language, "language-(dense|vo|qk|both)"),
     "Speech": (speech, "speech-(dense|vanilla|weights|calibrated)"),
-    "Speech: the other parts of the model": (speech_parts, "speech-(decoder|cross|thresholds)"),
+    "Speech: the other parts of the model": (speech_parts, "speech-(decoder|cross|divided|thresholds)"),
     "Embeddings": (embedding, "embedding-"),
     "Peers": (peers_at_half, "frontier-smollm2-(.*-500|dense)"),
     "Frontier: this project and its peers": (frontier, "frontier-"),
     "Speed": (speed, "speed-(smollm2|encoder)"),
     "Long contexts": (decode, "decode-.*"),
+    "Other runtimes": (runtimes, "runtimes-"),
     "Memory": (memory, "speed-memory"),
     "Decomposition": (decomposition, "decompose-"),
     "Streaming": (streaming, "streaming-(weights|seventy|calibrated|whisper|processes)"),

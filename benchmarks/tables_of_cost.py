@@ -56,6 +56,36 @@ def decode(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def runtimes(results: Results) -> str:
+    """Pruned models outside of PyTorch: how fast, and how near to PyTorch."""
+    words, speech = result(results, "runtimes-smollm2"), result(results, "runtimes-whisper")
+    if not words:
+        raise KeyError("runtimes-smollm2")
+    timed = {"prefill": "SmolLM2, prefill", **{k: f"SmolLM2, {k}" for k in words if k.startswith("decode at ")}}
+    seconds = {title: words[key] for key, title in timed.items()}
+    if speech:
+        seconds["Whisper-base encoder"] = speech["encoder"]
+    if outside := words["openvino"]:
+        key = next(k for k in outside if k.startswith("one token"))
+        seconds[f"SmolLM2 in OpenVINO, {key}"] = outside[key]
+    rows = [
+        [title, cut, f"{1e3 * run['dense']:.1f}", f"{1e3 * run[cut]:.1f}", f"{run['dense'] / run[cut]:.2f}"]
+        for title, run in seconds.items()
+        for cut in run
+        if cut != "dense"
+    ]
+    worst = max(d for r in (words, speech) for w in r.get("written", {}).values() for d in w["difference"].values())
+    same = [f"{t['identical']} of {t['clips']}" for t in speech.get("transcripts", {}).values()]
+    about = (
+        f"ONNX Runtime {words['protocol']['onnxruntime']}, float32, batch 1, in turns in one process. Full rank is the "
+        "dense model in this project's attention: what the graph's form does by itself. Largest difference of any "
+        f"output to PyTorch's when written: {worst:.1e}."
+    )
+    if same:
+        about += f" Transcripts equal to PyTorch's, dense and by cut: {', '.join(same)}."
+    return f"{about}\n\n{table('What | removed | dense ms | pruned ms | ratio', rows)}"
+
+
 def memory(results: Results) -> str:
     r = results["speed-memory"]["result"]
     names = {"file_bytes": "parameters on disk", "cache_bytes": "KV-cache", "peak_rss_bytes": "peak memory"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 from clover import evaluate as ev
+from clover.data import text_tokens
 from clover.errors import CloverError
 from clover.files import Question, Utterance
 
@@ -80,26 +82,31 @@ class Typist(nn.Module):
 # --- perplexity ---
 
 
-def slow_perplexity(model: Any, tokens: torch.Tensor, window: int, stride: int) -> tuple[float, int]:
+def slow_perplexity(model: Any, tokens: torch.Tensor, window: int, stride: int, front: list[int]) -> tuple[float, int]:
     """Score every token by itself, in the first window that holds it and something before it."""
     nats = []
     for target in range(1, len(tokens)):
         start = next((s for s in range(0, target, stride) if s < target < s + window), None)
         if start is not None:
-            logits = model(tokens[None, start:target]).logits[0, -1]
+            read = torch.cat([torch.tensor(front, dtype=torch.long), tokens[start:target]])
+            logits = model(read[None]).logits[0, -1]
             nats.append(-logits.log_softmax(-1)[tokens[target]].item())
     return math.exp(sum(nats) / len(nats)), len(nats)
 
 
-@given(n=st.integers(2, 24), window=st.integers(2, 30), data=st.data())
-def test_perplexity_is_that_of_its_protocol(llama: Any, n: int, window: int, data: st.DataObject) -> None:
-    stride = data.draw(st.integers(1, window))
+@given(n=st.integers(2, 24), window=st.integers(3, 30), front=st.sampled_from([[], [7]]), data=st.data())
+def test_perplexity_is_that_of_its_protocol(
+    llama: Any, n: int, window: int, front: list[int], data: st.DataObject
+) -> None:
+    room = window - len(front)
+    stride = data.draw(st.integers(1, room))
     tokens = torch.randint(60, (n,), generator=torch.Generator().manual_seed(n))
     with torch.inference_mode():
-        value, scored = slow_perplexity(llama, tokens, window, stride)
-    score = ev.perplexity(llama, tokens, window=window, stride=stride)
+        value, scored = slow_perplexity(llama, tokens, room, stride, front)
+    score = ev.perplexity(llama, tokens, window=window, stride=stride, start=next(iter(front), None))
     assert score.value == pytest.approx(value, rel=1e-4)
-    assert score.protocol == {"window": window, "stride": stride, "tokens": n, "scored": scored, "dtype": "float32"}
+    told = {"window": window, "stride": stride, "tokens": n, "scored": scored, "dtype": "float32"}
+    assert score.protocol == told | ({"start": 7} if front else {})
 
 
 def test_perplexity_of_an_untrained_guess_and_limit(llama: Any) -> None:
@@ -271,6 +278,21 @@ def test_evaluate_perplexity(language_folder: Path, llama: Any, tokenizer: Any, 
     tokens = tokenizer((tmp_path / "t.txt").read_text(), return_tensors="pt").input_ids[0]
     assert score.value == pytest.approx(ev.perplexity(llama, tokens, window=64, limit=150).value, rel=1e-5)
     assert score.to_dict().keys() == {"task", "value", "protocol"} and json.dumps(score.to_dict())
+
+
+def test_a_token_in_front_of_any_text(tokenizer: Any) -> None:
+    """It belongs to every window, not to the text."""
+    plain, none = text_tokens(TEXT, tokenizer)
+    assert none is None
+
+    class Starting:
+        bos_token_id = 1
+
+        def __call__(self, text: str, **_: Any) -> Any:
+            return SimpleNamespace(input_ids=[1, *tokenizer(text).input_ids])
+
+    tokens, start = text_tokens(TEXT, Starting())
+    assert start == 1 and torch.equal(tokens, plain) and tokens.dtype == torch.int64
 
 
 def test_evaluate_choice(language_folder: Path, tmp_path: Path) -> None:

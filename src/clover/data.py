@@ -96,6 +96,18 @@ def load_processor(model_or_name: nn.Module | str | Path, kind: str) -> Any:
     return loaded
 
 
+def text_tokens(text: str, tokenizer: Any) -> tuple[torch.Tensor, int | None]:
+    """Token ids of a text, ``(n,)`` int64, and the token that the tokenizer puts in front of any text, taken off it.
+
+    A model that was trained to see that token first (LLaMA, Gemma) reads a piece without it as if it made no sense.
+    """
+    ids = tokenizer(text, verbose=False).input_ids
+    start = tokenizer.bos_token_id
+    if start is None or ids[:1] != [start]:
+        return torch.tensor(ids, dtype=torch.long), None
+    return torch.tensor(ids[1:], dtype=torch.long), start
+
+
 def audio_features(files: Sequence[Path], extractor: Any) -> torch.Tensor:
     """Log-mel features of whole audio files, float32, shape ``(files, mel, frames)``.
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from clover.budget import Share
 from clover.checkpoint import check_writable, load, ready, save
 from clover.cost import compare_throughput, writes_text
-from clover.data import calibration_batches, load_processor, max_positions
+from clover.data import calibration_batches, load_processor, max_positions, text_tokens
 from clover.errors import CloverError
 from clover.evaluate import perplexity
 from clover.progress import console
@@ -78,8 +78,7 @@ def run(model: str | None = None, out: str | os.PathLike[str] = "clover-demo") -
         apply(pruned, bases, plan_ranks(bases, Share(SHARE), Share(SHARE)))
 
         _say("3/4 measuring perplexity and speed")
-        tokens = torch.tensor(tokenizer(held_out.read_text(encoding="utf-8"), verbose=False).input_ids)
-        measurements, protocol = _compare(dense, pruned, tokens)
+        measurements, protocol = _compare(dense, pruned, *text_tokens(held_out.read_text(encoding="utf-8"), tokenizer))
 
         _say("4/4 saving the model and the report")
         sizes = summary(pruned.to(dtype))
@@ -107,10 +106,11 @@ def texts() -> tuple[str, str]:
     return "\n\n".join(prose[:middle]), "\n\n".join(prose[middle:])
 
 
-def _compare(dense: Any, pruned: Any, tokens: torch.Tensor) -> tuple[dict, dict]:
+def _compare(dense: Any, pruned: Any, tokens: torch.Tensor, start: int | None) -> tuple[dict, dict]:
     """Perplexity and speed of both models, by name, and how they were measured."""
     positions = max_positions(dense) or SCORED
-    scores = [perplexity(m, tokens, window=min(1024, positions), limit=SCORED) for m in (dense, pruned)]
+    window = min(1024, positions)
+    scores = [perplexity(m, tokens, window=window, limit=SCORED, start=start) for m in (dense, pruned)]
     new = min(32, positions // 4)
     context = min(512, positions - new)
     rates = compare_throughput({"before": dense, "after": pruned}, context=context, new_tokens=new, repeats=3)

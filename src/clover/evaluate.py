@@ -14,7 +14,7 @@ from torch import nn
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from clover.cost import accepts, compare_throughput, encoder, sizes, throughput, writes_text
-from clover.data import audio_features, is_multilingual, load_processor, max_positions
+from clover.data import audio_features, is_multilingual, load_processor, max_positions, text_tokens
 from clover.errors import CloverError
 from clover.files import Question, Utterance, extra, file_kind, read_manifest, read_questions, read_text
 from clover.progress import track
@@ -47,7 +47,13 @@ class Score:
 
 @torch.inference_mode()
 def perplexity(
-    model: nn.Module, tokens: torch.Tensor, *, window: int = 1024, stride: int | None = None, limit: int | None = None
+    model: nn.Module,
+    tokens: torch.Tensor,
+    *,
+    window: int = 1024,
+    stride: int | None = None,
+    limit: int | None = None,
+    start: int | None = None,
 ) -> Score:
     """Perplexity of a causal language model on one long text.
 
@@ -58,28 +64,32 @@ def perplexity(
     Args:
         tokens: token ids of the whole text, shape ``(n,)``, integer.
         window: tokens a window, context included.
-        stride: tokens between window starts, 1 to ``window``.
+        stride: tokens between window starts, 1 to ``window`` (less one, if there is a ``start``).
         limit: read at most this many tokens.
+        start: a token that the model wants in front of any text (see ``clover.data.text_tokens``): every window begins
+            with it, and it is never scored.
 
     Raises:
         ValueError: fewer than two tokens, or a stride outside ``1..window``.
     """
-    stride = window if stride is None else stride
-    if not 1 <= stride <= window:
-        raise ValueError(f"stride is {stride}; it must lie between 1 and the window, {window}")
-    tokens = tokens[:limit].to(next(model.parameters()).device)
+    front = tokens.new_tensor([] if start is None else [start])
+    room = window - len(front)
+    stride = room if stride is None else stride
+    if not 1 <= stride <= room:
+        raise ValueError(f"stride is {stride}; it must lie between 1 and the window, {room}")
+    tokens, front = (t.to(next(model.parameters()).device) for t in (tokens[:limit], front))
     if len(tokens) < 2:
         raise ValueError(f"perplexity needs at least 2 tokens, got {len(tokens)}")
     total, count, scored = 0.0, 0, 0
-    for start in track(range(0, len(tokens) - 1, stride), "perplexity"):
-        piece = tokens[start : start + window]
-        fresh = len(piece) - max(scored - start, 1)  # targets that no earlier window has scored
+    for at in track(range(0, len(tokens) - 1, stride), "perplexity"):
+        piece = tokens[at : at + room]
+        fresh = len(piece) - max(scored - at, 1)  # targets that no earlier window has scored
         if fresh <= 0:
             break
-        nll = _negative_log_likelihood(model, piece)[-fresh:]
-        total, count, scored = total + nll.sum().item(), count + fresh, start + len(piece)
+        nll = _negative_log_likelihood(model, torch.cat([front, piece]))[-fresh:]
+        total, count, scored = total + nll.sum().item(), count + fresh, at + len(piece)
     protocol = {"window": window, "stride": stride, "tokens": len(tokens), "scored": count, "dtype": _dtype(model)}
-    return Score("perplexity", math.exp(total / count), protocol)
+    return Score("perplexity", math.exp(total / count), protocol | ({} if start is None else {"start": start}))
 
 
 def _negative_log_likelihood(model: Any, piece: torch.Tensor, chunk: int = 128) -> torch.Tensor:
@@ -302,10 +312,10 @@ def evaluate(
     tokenizer = load_processor(model_name_or_path, "AutoTokenizer")
     if task == "choice":
         return multiple_choice(model, tokenizer, content, limit)
-    tokens = torch.tensor(tokenizer(content, verbose=False).input_ids, dtype=torch.long)
+    tokens, start = text_tokens(content, tokenizer)
     if len(tokens) < 2:
         raise CloverError(f"{data} holds {len(tokens)} tokens; perplexity needs at least 2")
-    return perplexity(model, tokens, window=min(1024, max_positions(model) or 1024), limit=limit)
+    return perplexity(model, tokens, window=min(1024, max_positions(model) or 1024), limit=limit, start=start)
 
 
 def _body(model: Any) -> Any:

@@ -239,8 +239,16 @@ def suggest(
 
     A hint, which ``within`` would verify. Other arguments and errors are those of ``within``.
     """
-    forecast = _Trials(model, bases, [basis.costs() for basis in bases], kept_out, "head", None).gauge(TYPICAL)
+    forecast = gauge(model, bases, kept_out, TYPICAL)
     return [Suggestion(loss, *forecast.shares(forecast.reach(check_bound(loss)))) for loss in losses]
+
+
+def gauge(model: nn.Module, bases: Sequence[Basis], kept_out: Sequence[Any], nats: float) -> Forecast:
+    """The forecast whose prices are measured near a loss in nats, on a cut of Q-K and on one of V-O alone.
+
+    ``shares`` of it divides a total between Q-K and V-O. Other arguments and errors are those of ``within``.
+    """
+    return _Trials(model, bases, [basis.costs() for basis in bases], kept_out, "head", None).gauge(nats)
 
 
 class _Trials:

@@ -25,7 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 from clover.checkpoint import check_writable, load, ready, save
 from clover.config import CloverConfig
 from clover.cost import accepts, writes_text
-from clover.data import load_processor
+from clover.data import load_processor, text_tokens
 from clover.errors import CloverError
 from clover.files import file_kind, read_records, read_text
 from clover.progress import console
@@ -124,8 +124,10 @@ def examples(path: str | Path, tokenizer: Any, length: int) -> list[dict[str, li
         return [example(record, tokenizer, length) for _, record in read_records(path)]
     if kind != "text":
         raise CloverError(f"{path} holds {kind}; tuning takes a .txt or a .jsonl, each with or without .gz")
-    ids = tokenizer(read_text(path)).input_ids
-    windows = [ids[i : i + length] for i in range(0, len(ids), length)]
+    tokens, start = text_tokens(read_text(path), tokenizer)
+    front = [] if start is None else [start]
+    room = max(1, length - len(front))
+    windows = [front + piece.tolist() for piece in tokens.split(room)]
     found = [{"input_ids": w, "labels": list(w)} for w in windows if len(w) > 1]
     if not found:
         raise CloverError(f"{path} holds too little text to learn from; give at least two tokens")
