@@ -33,7 +33,7 @@ class Facts:
     @property
     def heads(self) -> Heads:
         """The block's weights, float64."""
-        return self.block.heads().double()
+        return self.block.heads().map(lambda t: t.detach().double())
 
     def mean(self, name: str) -> Tensor:
         """Mean of what was added under a name, second moments unless it says otherwise.

@@ -14,7 +14,7 @@ from clover.families import FAMILIES
 
 SOURCE = Path(__file__).resolve().parents[1] / "src/clover"
 ORDER = [
-    "errors", "progress", "plan", "decompose", "rotary", "heads", "alike", "block", "families", "spend", "budget",
+    "errors", "progress", "plan", "decompose", "heads", "rotary", "alike", "block", "families", "spend", "budget",
     "calibrate", "refit", "basis", "cache", "ragged", "portable", "eager", "attention", "surgery", "checkpoint",
     "lossbudget", "pruning", "export", "targets", "config", "cores", "tuner",
     "crew", "shards", "pieces", "draft", "packed", "layerwise", "layout", "sequential", "streaming",

@@ -82,8 +82,9 @@ class CloverAttention(nn.Module):
         held = {"q": heads.q_bias, "k": heads.k_bias, "v": heads.v_bias}
         self.biased = {which for which in "qkv" if kept[which] and held[which] is not None}
 
-        def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
-            return nn.Linear(inputs, outputs, bias=bias, dtype=dtype, device=device)
+        def linear(inputs: int, outputs: int, bias: bool) -> nn.Module:
+            # Not even drawn: for large weights that takes longer than to compute them.
+            return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, dtype=dtype, device=device)
 
         if self.is_cross:
             self.q_proj = linear(width, self.sizes[0], "q" in self.biased)

@@ -15,7 +15,7 @@ from clover.block import Block
 from clover.budget import Costs
 from clover.calibrate import Moments
 from clover.decompose import Bases, decompose, square_root, weight_gram
-from clover.heads import Heads
+from clover.heads import Heads, energies
 from clover.plan import BlockPlan, Group, Spectrum
 from clover.refit import Layout, refit
 from clover.rotary import eliminate, fit_gains, transforms, white_gram
@@ -30,6 +30,7 @@ class Basis:
 
     block: Block
     heads: Heads
+    """The block's own weights, not copied, in their dtype; what is made of them is computed in float64."""
     moments: Moments | None
     pair_gram: Float[Tensor, "kv n r r"]
     pair_order: Int[Tensor, "kv p"]
@@ -49,9 +50,8 @@ class Basis:
         pair_norm = (
             (q[..., :rotary].unflatten(-1, (2, -1)).sum((1, -2))) * k[:, :rotary].unflatten(-1, (2, -1)).sum(-2)
         ).sqrt()
-        queries, keys = _extended(heads.q, heads.q_bias)[:, :, rotary:], heads.k[:, rotary:]
-        q_plain = _row_energies(self.plain.t_a, weight_gram(queries).sum(1))
-        k_plain = _row_energies(self.plain.t_b, weight_gram(keys))
+        q_plain = _row_energies(self.plain.t_a, weight_gram(_unrotated(heads)).sum(1))
+        k_plain = _row_energies(self.plain.t_b, weight_gram(heads.k[:, rotary:]))
         v = _row_energies(self.value.t_a, weight_gram(heads.v))
         o = _row_energies(self.value.t_b, weight_gram(heads.o.mT).sum(1))
         return Costs(
@@ -67,7 +67,7 @@ class Basis:
     def spectrum(self) -> Spectrum:
         """Singular values beside the norms of the original directions, for people."""
         q, k = _energies(self.heads)
-        v, o = _squares(self.heads.v), _squares(self.heads.o.mT).sum(1)
+        v, o = energies(self.heads.v), energies(self.heads.o.mT).sum(1)
         return Spectrum(
             self.name, self.block.part,
             qk=_rows(torch.cat([self.pair_cost.sqrt(), self.plain.values], -1)), vo=_rows(self.value.values),
@@ -89,12 +89,12 @@ class Basis:
         for group in plan.groups:
             for head in group.heads:
                 t_q, t_k = self._qk_transforms(head, group)
-                parts["q"].append((t_q @ heads.q[head]).flatten(0, 1))
-                parts["k"].append(t_k @ heads.k[head])
+                parts["q"].append((t_q @ heads.q[head].double()).flatten(0, 1))
+                parts["k"].append(t_k @ heads.k[head].double())
                 if heads.q_bias is not None:
-                    parts["q_bias"].append((t_q @ heads.q_bias[head].unsqueeze(-1)).flatten())
+                    parts["q_bias"].append((t_q @ heads.q_bias[head].double().unsqueeze(-1)).flatten())
                 if heads.k_bias is not None:
-                    parts["k_bias"].append(t_k @ heads.k_bias[head])
+                    parts["k_bias"].append(t_k @ heads.k_bias[head].double())
         pieces = {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
         pieces |= self._output(plan)
         if heads.rotary:
@@ -134,18 +134,19 @@ class Basis:
         ranks = [(h, g.value) for g in plan.groups for h in g.heads]
         layout = Layout.of(ranks, n, heads.v.shape[1], len(heads.v), heads.v.device)
         bases = torch.cat([self.value.t_a[h, :r] for h, r in ranks])
-        cut = torch.cat([heads.o[h, i] @ self.value.t_b[h, :r].mT for h, r in ranks for i in range(n)], -1)
-        whole = heads.o.permute(2, 0, 1, 3).flatten(1)
-        bias = torch.zeros(len(cut), dtype=cut.dtype, device=cut.device) if heads.o_bias is None else heads.o_bias
+        cut = torch.cat([heads.o[h, i].double() @ self.value.t_b[h, :r].mT for h, r in ranks for i in range(n)], -1)
+        bias = cut.new_zeros(len(cut)) if heads.o_bias is None else heads.o_bias.double()
         if moments is not None and plan.vo_kept < plan.kv_heads * plan.vo:
+            whole = heads.o.permute(2, 0, 1, 3).flatten(1).double()
             cut, bases = refit(whole, cut, bases, layout, moments.output, moments.gradient)
             bias = bias + (whole - cut @ layout.spread(bases)) @ moments.mean
         rows = list(zip(bases.split([r for _, r in ranks]), (h for h, _ in ranks), strict=True))
-        found = {"v": torch.cat([basis @ heads.v[h] for basis, h in rows]), "o": cut}
-        if heads.v_bias is not None and self.block.sinks is not None:  # the weights of the values don't sum to 1
-            found["v_bias"] = torch.cat([basis @ heads.v_bias[h] for basis, h in rows])
-        elif heads.v_bias is not None:
-            bias = bias + cut @ (layout.spread(bases) @ heads.v_bias.unsqueeze(1).expand(-1, n, -1).flatten())
+        found = {"v": torch.cat([basis @ heads.v[h].double() for basis, h in rows]), "o": cut}
+        v_bias = None if heads.v_bias is None else heads.v_bias.double()
+        if v_bias is not None and self.block.sinks is not None:  # the weights of the values don't sum to 1
+            found["v_bias"] = torch.cat([basis @ v_bias[h] for basis, h in rows])
+        elif v_bias is not None:
+            bias = bias + cut @ (layout.spread(bases) @ v_bias.unsqueeze(1).expand(-1, n, -1).flatten())
         return found | ({"o_bias": bias} if plan.output_bias else {})
 
 
@@ -159,9 +160,8 @@ def find_basis(block: Block, moments: Moments | None = None) -> Basis:
     Raises:
         CloverError: weights that are not finite, or shapes that contradict the config.
     """
-    heads = block.heads()
+    heads = block.heads().map(Tensor.detach)
     heads.check_finite(block.name)
-    heads = heads.double()
     moments = moments and moments.to(heads.q.device)
     kv, n, _, _ = heads.q.shape
     rotary, e = heads.rotary, heads.v.shape[1]
@@ -172,7 +172,9 @@ def find_basis(block: Block, moments: Moments | None = None) -> Basis:
         query, key, pair = _ridged(moments.query), _ridged(moments.key), moments.pair
         per_head = moments.output.unflatten(0, (kv, n, e)).unflatten(-1, (kv, n, e))
         value = _ridged(torch.einsum("gnagnb->gab", per_head))
-    weight = heads.o if moments is None else square_root(_ridged(moments.gradient)).mT @ heads.o
+    weight = heads.o.double()
+    if moments is not None:
+        weight = square_root(_ridged(moments.gradient)).mT @ weight
     output = torch.einsum("gnme,gnmf->gef", weight, weight)
     if block.normed:  # nothing may be mixed or reordered in front of a norm; pairs keep their order
         order = torch.arange(heads.pairs, device=heads.q.device).expand(kv, -1)
@@ -185,26 +187,21 @@ def find_basis(block: Block, moments: Moments | None = None) -> Basis:
 
 def _weight_grams(heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
     """Q-K Grams under white input: of queries, of keys, of rotary features."""
-    rotary = heads.rotary
-    q = _extended(heads.q, heads.q_bias)
-    query = torch.einsum("gnax,gnbx->gab", q[:, :, rotary:], q[:, :, rotary:])
+    rotary, q = heads.rotary, _unrotated(heads)
+    query = torch.einsum("gnax,gnbx->gab", q, q)
     return query, weight_gram(heads.k[:, rotary:]), white_gram(heads.q[:, :, :rotary], heads.k[:, :rotary])
 
 
-def _extended(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``[W | b]``: the bias as the weight of an input that is always 1."""
-    return weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], -1)
+def _unrotated(heads: Heads) -> Float[Tensor, "kv n s x"]:
+    """Query rows that do not turn, float64, with the bias as the weight of an input that is always 1: ``[W | b]``."""
+    weight, bias = heads.q[:, :, heads.rotary :].double(), heads.q_bias
+    return weight if bias is None else torch.cat([weight, bias[:, :, heads.rotary :, None].double()], -1)
 
 
 def _energies(heads: Heads) -> tuple[Tensor, Tensor]:
     """Squared row norms of the query ``(kv, n, d)`` and key ``(kv, d)`` projections."""
-    q = _squares(heads.q)
-    return q if heads.q_bias is None else q + heads.q_bias**2, _squares(heads.k)
-
-
-def _squares(rows: Float[Tensor, "*batch d n"]) -> Float[Tensor, "*batch d"]:
-    """Squared norms of rows, without a copy as large as the weights."""
-    return torch.einsum("...dn,...dn->...d", rows, rows)
+    q = energies(heads.q)
+    return q if heads.q_bias is None else q + heads.q_bias.double() ** 2, energies(heads.k)
 
 
 def _row_energies(transform: Float[Tensor, "kv r d"], gram: Float[Tensor, "kv d d"]) -> Float[Tensor, "kv r"]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -35,10 +38,10 @@ class Heads:
         """Rotary pairs a head."""
         return self.rotary // 2
 
-    def double(self) -> Heads:
-        """The same in float64, detached from the model."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **{name: t.detach().double() for name, t in tensors.items()})
+    def map(self, change: Callable[[Tensor], Tensor]) -> Heads:
+        """The same with every tensor changed."""
+        changed: dict[str, Any] = {n: change(t) for n, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **changed)
 
     def parameters(self) -> int:
         """Number of weights and biases in the block."""
@@ -56,6 +59,16 @@ class Heads:
                 continue
             if tensor.is_meta:
                 raise CloverError(f"{name}: {field.name} is on the meta device; load the model's weights first")
-            if not all(piece.isfinite().all() for piece in tensor):  # by heads: no mask as large as the weights
+            if not finite(tensor):
                 bad = "NaN" if tensor.isnan().any() else "infinite values"
                 raise CloverError(f"{name}: the weights of {field.name} contain {bad}; repair or reload the checkpoint")
+
+
+def energies(rows: Float[Tensor, "kv *n d D"]) -> Float[Tensor, "kv *n d"]:
+    """Squared norms of rows, float64; by heads, for to copy all weights takes longer than the sums."""
+    return torch.stack([torch.einsum("...dn,...dn->...d", head, head) for head in map(Tensor.double, rows)])
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; reads once and makes no mask as large as the tensor."""
+    return not tensor.numel() or all(extreme.isfinite() for extreme in tensor.detach().aminmax())

@@ -31,7 +31,7 @@ def pack(basis: Basis) -> dict[str, Tensor]:
 
 def unpack(block: Block, packed: Mapping[str, Tensor], moments: Moments | None = None) -> Basis:
     """The basis again, beside the block that it is of."""
-    heads = block.heads().double()
+    heads = block.heads().map(Tensor.detach)
     here = {key: tensor.to(heads.q.device) for key, tensor in packed.items() if not key.startswith(COSTS)}
     values: dict[str, Any] = {key: tensor for key, tensor in here.items() if "." not in key}
     for name in {key.partition(".")[0] for key in here if "." in key}:

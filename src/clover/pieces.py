@@ -26,6 +26,7 @@ from clover.block import Block
 from clover.checkpoint import blank, workplace
 from clover.errors import CloverError
 from clover.families import blocks
+from clover.heads import finite
 from clover.plan import BlockPlan
 from clover.shards import DTYPES, Checkpoint, Entry
 from clover.surgery import filled
@@ -225,6 +226,6 @@ def cut(block: Block, basis: Basis, plan: BlockPlan, dtype: torch.dtype) -> dict
         made[f"{block.name}.{block.family.o}"] = output
     state = {f"{name}.{key}": t for name, m in made.items() for key, t in m.to(dtype).state_dict().items()}
     for name, tensor in state.items():
-        if not tensor.isfinite().all():
+        if not finite(tensor):
             raise CloverError(f"{name} overflows {dtype}; save the model in float32 or bfloat16 first")
     return state

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from clover.heads import energies
+
 RIDGE = 1e-3
 """Pull of the refitted gains towards 1, relative to the mean energy of a feature."""
 
@@ -31,8 +33,7 @@ def features(q: Float[Tensor, "*#batch m r"], k: Float[Tensor, "*#batch t r"]) -
 def white_gram(q: Float[Tensor, "kv n r D"], k: Float[Tensor, "kv r C"]) -> Float[Tensor, "kv n r r"]:
     """The Gram of ``features`` where no data is at hand: white input, query and key independent, any distance."""
     half = k.shape[1] // 2
-    energy = [torch.einsum("...dn,...dn->...d", t.double(), t.double()) for t in (q, k)]
-    q_energy, k_energy = (e[..., :half] + e[..., half:] for e in energy)
+    q_energy, k_energy = (e[..., :half] + e[..., half:] for e in map(energies, (q, k)))
     return torch.diag_embed(((q_energy * k_energy.unsqueeze(1)) / 2).repeat(1, 1, 2))
 
 

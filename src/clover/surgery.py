@@ -13,6 +13,7 @@ from clover.basis import Basis
 from clover.block import Block
 from clover.errors import CloverError
 from clover.families import blocks
+from clover.heads import finite
 from clover.plan import BlockPlan, Plan
 
 
@@ -48,7 +49,7 @@ def filled(block: Block, basis: Basis, plan: BlockPlan) -> tuple[CloverAttention
     attention.fill(basis.cut(plan), output)
     named = dict(attention.named_parameters()) | {f"o_proj.{n}": p for n, p in _parameters(output)}
     for name, parameter in named.items():
-        if not parameter.isfinite().all():
+        if not finite(parameter):
             raise CloverError(
                 f"{basis.name}: {name} overflows {parameter.dtype}; load the model in float32 or bfloat16"
             )
@@ -68,14 +69,9 @@ def skeleton(block: Block, plan: BlockPlan) -> tuple[CloverAttention, nn.Linear 
     attention.train(block.core.training)
     if not block.family.core:
         return attention, None
-    output = nn.Linear(
-        plan.queries * plan.vo_kept,
-        block.heads().o.shape[-2],
-        bias=plan.output_bias,
-        dtype=weight.dtype,
-        device=weight.device,
-    )
-    return attention, output
+    sizes = plan.queries * plan.vo_kept, block.heads().o.shape[-2]
+    kwargs = {"bias": plan.output_bias, "dtype": weight.dtype, "device": weight.device}
+    return attention, nn.utils.skip_init(nn.Linear, *sizes, **kwargs)
 
 
 def install(model: nn.Module, block: Block, attention: CloverAttention, output: nn.Linear | None) -> None:
