@@ -193,6 +193,10 @@ def tuning_cost(results: Results) -> str:
         "memory: all that a process of its own holds, weights included)."
     )
     text = f"{about}\n\n{table(' | '.join(['Method', 'parameters', *titles]), rows)}"
+    for other in (results[name] for name in sorted(results) if name.startswith("tuning-steps-")):
+        times = " and ".join(f"{other['result'][shape]['clover']['time_over_lora']:.3f}" for shape in shapes)
+        here, there = (e["machine"]["cpu"] for e in (results["tuning-steps"], other))
+        text += f"\n\nThis was on an {here}. On an {there} CLOVER's step took {times} of LoRA's."
     if start := result(results, "tuning-start"):
         text += (
             f"\n\nThe cores of SmolLM2 are made in {start['smollm2_seconds']:.1f} s, those of a model of LLaMA-2-7B's "

@@ -18,8 +18,11 @@ from hypothesis import strategies as st
 import clover
 from clover.budget import Costs, Limits, Share, make_plan
 from clover.errors import CloverError
+from clover.families import blocks
 from clover.files import read_manifest, read_questions
+from clover.heads import finite
 from clover.plan import Plan
+from clover.pruning import find_bases
 from families import build
 from test_budget import SEEDS, SHARES, costs
 
@@ -230,3 +233,20 @@ def test_measuring_a_loss_keeps_nothing() -> None:
     del model
     gc.collect()
     assert all(ref() is None for ref in alive)
+
+
+def test_bases_are_found_beside_the_weights_not_in_a_copy() -> None:
+    model, _ = build("llama-gqa", torch.float32)
+    for basis, block in zip(find_bases(model), blocks(model), strict=True):
+        for which in "qkvo":
+            weight, seen = block.projection(which).weight, getattr(basis.heads, which)
+            assert seen.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr() and not seen.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_one_number_that_is_not_finite_is_found(dtype: torch.dtype, bad: float) -> None:
+    tensor = torch.randn(3, 50, 7).to(dtype)[:, 1:]
+    assert finite(tensor) and finite(tensor[:0])
+    tensor[2, 31, 4] = bad
+    assert not finite(tensor)
