@@ -22,6 +22,7 @@ from clover.checkpoint import fresh_folder
 from clover.errors import CloverError
 from clover.files import extra
 from clover.graphs import Graph, graphs
+from clover.progress import track
 
 TOLERANCE = 1e-3
 """How far an output may lie from PyTorch's, in itself and relative to it."""
@@ -45,7 +46,8 @@ def export(model: PreTrainedModel, path: str | os.PathLike[str], *, beside: tupl
     """
     check_installed()
     with fresh_folder(path) as folder:
-        seen = {graph.name: _write(graph, folder / f"{graph.name}.onnx") for graph in graphs(model.eval())}
+        made = track(graphs(model.eval()), "export (minutes)")
+        seen = {graph.name: _write(graph, folder / f"{graph.name}.onnx") for graph in made}
         for thing in (model.config, getattr(model, "generation_config", None), *beside):
             if thing is not None:
                 thing.save_pretrained(folder)
