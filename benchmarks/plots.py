@@ -13,7 +13,7 @@ TITLES = {
     "wanda-sp": "Wanda-sp", "norms": "norm pruning",
 }  # fmt: skip
 MODELS = {
-    "smollm2": "SmolLM2-135M-Instruct, WikiText-2", "gemma3": "Gemma 3 270M, V-O alone, WikiText-2",
+    "smollm2": "SmolLM2-135M-Instruct, WikiText-2", "gemma3": "Gemma 3 270M, WikiText-2",
     "whisper-encoder": "Whisper-base, encoder",
     "whisper-decoder": "Whisper-base, decoder", "whisper-cross": "Whisper-base, cross-attention",
     "minilm": "all-MiniLM-L6-v2", "smollm2-choice": "SmolLM2-135M-Instruct, eight commonsense sets",

@@ -41,7 +41,7 @@ SECTIONS: dict[str, tuple[Section, str]] = {
     "Speech": (speech, "speech-(dense|vanilla|weights|calibrated)"),
     "Speech: the other parts of the model": (speech_parts, "speech-(decoder|cross|divided|thresholds)"),
     "Embeddings": (embedding, "embedding-"),
-    "Peers": (peers_at_half, "frontier-smollm2-(.*-500|dense)"),
+    "Peers": (peers_at_half, "frontier-(smollm2|gemma3)-(.*-500|dense)"),
     "Frontier: this project and its peers": (frontier, "frontier-"),
     "Speed": (speed, "speed-(smollm2|encoder)"),
     "Long contexts": (decode, "decode-.*"),

@@ -125,15 +125,22 @@ def _frontier_table(model: str, methods: dict[str, dict[float, dict]]) -> str:
     return f"### {title}\n\n{table(header, rows)}\n\n![{PLOTTED[model]}](frontier-{model}.svg)"
 
 
-def peers_at_half(results: Results, model: str = "smollm2") -> str:
-    """One table for the front page: what half of both costs, and what it leaves."""
+def peers_at_half(results: Results) -> str:
+    """Tables for the front page: what half of the directions costs, and what it leaves."""
+    halves = {"smollm2": "half of Q-K and of V-O", "gemma3": "half of V-O (norms fix its Q-K)"}
+    return "\n\n".join(
+        _half(results, model, what) for model, what in halves.items() if f"frontier-{model}-dense" in results
+    )
+
+
+def _half(results: Results, model: str, what: str) -> str:
     dense = results[f"frontier-{model}-dense"]["result"]["value"]
     rows = []
     for method, title in ARMS.items():
         if r := result(results, f"frontier-{model}-{method}-500"):
-            left = (percent(r[f"{what}_left"], 0) for what in ("cache", "attention_parameters"))
+            left = (percent(r[f"{size}_left"], 0) for size in ("cache", "attention_parameters"))
             rows.append((r["value"] / dense, title, *left))
-    about = f"{PLOTTED[model]}, half of Q-K and of V-O removed without training, same tokens and same evaluation."
+    about = f"{PLOTTED[model]}, {what} removed without training, same tokens and same evaluation."
     found = [[title, f"{over:.2f}" if over < 100 else "> 100", *left] for over, title, *left in sorted(rows)]
     header = "Method | perplexity over dense | cache left | attention parameters left"
     return f"{about}\n\n{table(header, found)}"
