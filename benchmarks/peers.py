@@ -112,6 +112,11 @@ def _grams(facts: Facts) -> tuple[Tensor, Tensor]:
     return facts.mean("query").sum(1), facts.mean("key")
 
 
+def _column_norms(query: Tensor, key: Tensor) -> Tensor:
+    """Product of the norms of each query and key column."""
+    return (query.diagonal(dim1=-2, dim2=-1) * key.diagonal(dim1=-2, dim2=-1)).sqrt()
+
+
 def _output_gram(heads: Heads) -> Tensor:
     return torch.einsum("gnme,gnmf->gef", heads.o, heads.o)
 
@@ -180,7 +185,7 @@ def _a3_block(f: Facts, share: float) -> Cut:
     h = f.heads
     query, key = _grams(f)
     if h.rotary or f.block.normed:
-        score = (query.diagonal(dim1=-2, dim2=-1) * key.diagonal(dim1=-2, dim2=-1)).sqrt()
+        score = _column_norms(query, key)
         cut, qk = _select(h, score, _qk(f, share))
     else:
         qk = _keep(h.k.shape[1], share)
@@ -202,7 +207,7 @@ def modegpt(facts: Sequence[Facts], share: float) -> list[Cut]:
     for f, mine in zip(facts, _allocate([float(f.mean("influence")) for f in facts], share), strict=True):
         h = f.heads
         query, key = _grams(f)
-        score = (query.diagonal(dim1=-2, dim2=-1) * key.diagonal(dim1=-2, dim2=-1)).sqrt()
+        score = _column_norms(query, key)
         cut, qk = _select(h, score, _qk(f, mine))
         vo = _keep(h.v.shape[1], mine)
         cut = _map_v(cut, _cut_product(_output_gram(h), f.mean("value"), vo))

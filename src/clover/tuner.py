@@ -24,6 +24,7 @@ from clover.config import NAME, CloverConfig, extend_enum
 from clover.cores import Core, fingerprint, turn
 from clover.errors import CloverError, UnsupportedModelError
 from clover.families import FAMILIES
+from clover.heads import finite
 from clover.targets import Slot, find_slots, in_features, out_features, rows_in_blocks
 
 
@@ -79,7 +80,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _start(self, adapter_name: str, slots: list[Slot], weight: Tensor, identity: bool) -> None:
-        if not weight.isfinite().all():
+        if not finite(weight):
             bad = "NaN" if weight.isnan().any() else "infinite values"
             raise CloverError(f"a weight of shape {tuple(weight.shape)} contains {bad}; repair the base model")
         for slot, core in zip(slots, self._cores(adapter_name), strict=True):
@@ -188,7 +189,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         for core, transform in self._transforms(names):
             rows = core.rows
             wide = wide.index_add(0, rows.flatten(), (transform.to(wide.dtype) @ wide[rows]).flatten(0, 1))
-        if check and not wide.isfinite().all():
+        if check and not finite(wide):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
         self._write(wide.to(weight.dtype))
         self.merged_adapters = names
