@@ -14,6 +14,7 @@ from tiny import (
     GEMMA3,
     LAYERS,
     LM,
+    MAMBA,
     ROUTED,
     VISION,
     ast,
@@ -32,12 +33,14 @@ from tiny import (
     llama,
     llava,
     metaclip2,
+    ministral3,
     moe,
     opt,
     pair,
     paligemma,
     patched,
     pictured,
+    pixtral,
     qwen_vl,
     rope,
     seq2seq,
@@ -104,6 +107,19 @@ CASES: dict[str, Case] = {
     "dinov3": (lambda: vision("DINOv3ViT", num_register_tokens=2), image),
     "wav2vec2": (lambda: wav2vec("Wav2Vec2"), wave),
     "siglip": (siglip, lambda: text() | image()),
+    "ministral3": (ministral3, text),
+    "granite-hybrid": (
+        lambda: moe(
+            "GraniteMoeHybrid",
+            shared_intermediate_size=32,
+            position_embedding_type="rope",
+            layer_types=["mamba", "attention"],
+            **MAMBA,
+        ),
+        text,
+    ),
+    "falcon-h1": (lambda: causal("FalconH1", key_multiplier=0.4, mamba_d_ssm=96, **MAMBA), text),
+    "lfm2": (lambda: causal("Lfm2", layer_types=["conv", "full_attention"]), text),
 }
 """A case for each row of the table, and for each option that changes the attention: the whole contract."""
 
@@ -156,6 +172,36 @@ COPIES: dict[str, Case] = {
     "unispeech-sat": (lambda: wav2vec("UniSpeechSat"), wave),
     "sew": (lambda: wav2vec("SEW"), wave),
     "gemma3-image": (gemma3_image, described),
+    "modernbert-decoder": (
+        lambda: t.ModernBertDecoderForCausalLM(
+            t.ModernBertDecoderConfig(**LM, local_attention=8, layer_types=LAYERS, cls_token_id=1, sep_token_id=2)
+        ),
+        text,
+    ),
+    "exaone4": (lambda: causal("Exaone4", sliding_window=8, layer_types=LAYERS), text),
+    "cohere2-moe": (
+        lambda: moe("Cohere2Moe", head_dim=8, sliding_window=8, layer_types=LAYERS, mlp_layer_types=["sparse"] * 2),
+        text,
+    ),
+    "minimax-m2": (lambda: moe("MiniMaxM2", head_dim=16, **rope(0.5)), text),
+    "granite-hybrid-still": (
+        lambda: moe(
+            "GraniteMoeHybrid",
+            shared_intermediate_size=32,
+            position_embedding_type="nope",
+            layer_types=["mamba", "attention"],
+            **MAMBA,
+        ),
+        text,
+    ),
+    "bamba": (lambda: causal("Bamba", attn_layer_indices=[1], **MAMBA, **rope(0.5)), text),
+    "jamba": (
+        lambda: causal("Jamba", attn_layer_period=2, attn_layer_offset=1, num_experts=2, use_mamba_kernels=False),
+        text,
+    ),
+    "pixtral": (pixtral, image),
+    "internvl": (lambda: t.InternVLVisionModel(t.InternVLVisionConfig(**VISION)), image),
+    "internvl-norm": (lambda: t.InternVLVisionModel(t.InternVLVisionConfig(**VISION, use_qk_norm=True)), image),
     "granite": (lambda: causal("Granite", attention_multiplier=0.3), text),
     "olmo": (lambda: causal("Olmo"), text),
     "olmo3": (lambda: causal("Olmo3", sliding_window=8, layer_types=LAYERS), text),
@@ -189,6 +235,10 @@ STILL = ("gpt2", "opt", "bloom", "gpt-bigcode", "gpt-bigcode-mha")
 """Language models that rotate nothing."""
 MIXED = ("smollm3", "cohere2")
 """Those that rotate in some of their layers."""
+GROWING = ("ministral3",)
+"""Those whose queries grow with their position, so that distances aren't all."""
+HYBRID = ("granite-hybrid", "lfm2")
+"""Those that attend in one of their two layers; the other keeps a state."""
 SINKS = ("gpt-oss",)
 """Models whose attention weights don't sum to 1."""
 EAGER = ("bloom", "gemma2", "gpt-oss")

@@ -16,9 +16,20 @@ from clover import CloverError, UnsupportedModelError
 from clover.export import pad
 from families import CASES, build, outputs, pruned
 
-NORMED = {"qwen3", "olmo2", "phi-norm", "qwen3-moe", "gemma3", "cohere-norm"}
+NORMED = {"qwen3", "olmo2", "lfm2", "phi-norm", "qwen3-moe", "gemma3", "cohere-norm"}
 """A norm stands between their Q-K projections and the logit."""
-NO_BIAS = {"mistral", "stablelm", "phi3", "phi3-partial", "mixtral", "falcon-mqa", "falcon-gqa", "t5"}
+NO_BIAS = {
+    "mistral",
+    "ministral3",
+    "lfm2",
+    "stablelm",
+    "phi3",
+    "phi3-partial",
+    "mixtral",
+    "falcon-mqa",
+    "falcon-gqa",
+    "t5",
+}
 """Their classes have no bias, and no switch for one."""
 
 

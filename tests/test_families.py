@@ -13,7 +13,7 @@ import clover
 from clover.attention import CloverAttention
 from clover.calibrate import Moments, calibrate
 from clover.families import blocks
-from families import CASES, COPIES, GENERATIVE, NARROW, SEQ2SEQ, build, outputs, pruned
+from families import CASES, COPIES, GENERATIVE, HYBRID, NARROW, SEQ2SEQ, build, outputs, pruned
 
 WIDTH = 48  # of every tiny model
 TEXT = [*GENERATIVE, "bert", "roberta", "distilbert", "modernbert"]
@@ -172,7 +172,7 @@ def test_cache_holds_what_the_summary_says(name: str) -> None:
 
 
 def _bytes_per_token(cache: DynamicCache) -> int:
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    tensors = [t for layer in cache.layers if hasattr(layer, "keys") for t in (layer.keys, layer.values)]
     return sum(t.nbytes // (t.shape[0] * t.shape[2]) for t in tensors)
 
 
@@ -206,7 +206,7 @@ def test_low_precision_models_calibrate_and_run(name: str, dtype: torch.dtype) -
         ours, truth = getattr(low, field), getattr(high, field)
         assert ours.dtype == torch.float64
         # What is left is the rounding of weights and activations; sums of 8 or 11 bits would be worse.
-        assert (ours - truth).norm() <= 0.05 * truth.norm()
+        assert (ours - truth).norm() <= (0.1 if name in HYBRID else 0.05) * truth.norm()
     model, batch = pruned(name, dtype=dtype)
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert outputs(model, batch).isfinite().all()

@@ -93,6 +93,18 @@ def seq2seq(kind: str, **kwargs: Any) -> Any:
 
 
 MODELS = {"Marian": "MarianMTModel"}
+MAMBA = {"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 4}
+
+
+def ministral3() -> Any:
+    """Queries grow after every fourth token."""
+    grown = {"llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 4}
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, **grown}
+    return causal("Ministral3", head_dim=16, rope_parameters=yarn)
+
+
+def pixtral() -> t.PixtralVisionModel:
+    return t.PixtralVisionModel(t.PixtralVisionConfig(**VISION))
 
 
 def whisper() -> t.WhisperForConditionalGeneration:

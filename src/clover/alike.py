@@ -1,8 +1,9 @@
 """Whether one attention class is another's code under a new name.
 
 transformers copies code from model to model and renames it. Two classes are alike if their syntax trees are, and those
-of all that they use from their own files, whatever it is called there. Annotations, docstrings and the decorators of
-the class itself don't count. Files are read, not imported.
+of all that they use from their own files, whatever it is called there. What does not decide how they compute does not
+count: annotations, docstrings, the decorators of the class itself, the order and the defaults of arguments, and of a
+constructor all but the classes that it uses; what it sets is read from the module. Files are read, not imported.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import copy
 import hashlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def code(name: str, file: Path, above: tuple[str, ...] = ()) -> str:
         above: definitions on the way here; one that uses itself, or these, is told by its place.
     """
     found, above = _definitions(file), (*above, name)
-    node = _Bare().visit(copy.deepcopy(found[name]))
+    node = _Bare(found).visit(copy.deepcopy(found[name]))
     node.name, node.decorator_list = "", []
     for used in ast.walk(node):
         if isinstance(used, ast.Name) and used.id in above:
@@ -66,10 +67,20 @@ def code(name: str, file: Path, above: tuple[str, ...] = ()) -> str:
 
 
 class _Bare(ast.NodeTransformer):
-    """Takes away what does not run: annotations and docstrings."""
+    """Takes away what does not decide how a class computes."""
+
+    def __init__(self, own: Container[str]) -> None:
+        self.own = own  # what the file defines itself
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
         node.returns = None
+        if node.name == "__init__":
+            used = [n for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in self.own]
+            node.args, node.body = ast.arguments([], [], None, [], [], None, []), [ast.Expr(n) for n in used]
+            return node
+        if node.name == "forward":
+            node.args.args[2:] = sorted(node.args.args[2:], key=lambda a: a.arg)  # after the module and the states
+            node.args.defaults = []
         return self._without_docstring(node)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> Any:

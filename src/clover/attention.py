@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from clover.block import Block, arguments, head_bias, norm_entries
+from clover.block import Block, arguments, growth_at, head_bias, norm_entries
 from clover.cache import grow
 from clover.eager import eager_attention
 from clover.plan import BlockPlan, Group
@@ -56,14 +56,13 @@ class CloverAttention(nn.Module):
         nn.Module.__init__(self)
         core, family = block.core, block.family
         self.clover = plan
-        self.family, self.config = family, block.config
+        self.family, self.config, self.positional = family, block.config, block.positional
         self.layer_idx: Any = getattr(core, "layer_idx", None)
-        self.is_causal = plan.part == "decoder"
-        self.is_cross = plan.part == "cross"
+        self.is_causal, self.is_cross = plan.part == "decoder", plan.part == "cross"
         self.num_key_value_groups = plan.queries
-        self.scaling, self.softcap = block.scale, block.softcap
-        self.attention_dropout = block.get(family.dropout)
-        self.output_dropout = block.get(family.output_dropout) if family.output_dropout else 0.0
+        self.scaling, self.growth, self.softcap = block.scale, block.growth, block.softcap
+        self.attention_dropout = block.dropout(family.dropout)
+        self.output_dropout = block.dropout(family.output_dropout)
         self.sliding_window = getattr(core, "sliding_window", getattr(block.config, "sliding_window", None))
         self.rotary = block.rotary
 
@@ -154,9 +153,11 @@ class CloverAttention(nn.Module):
             ``(batch, query heads, tokens, source)`` in the order of the original heads (zero for heads that are gone).
             Between them the position bias, in families whose blocks hand it on.
         """
-        call = arguments(self.family, self.is_cross, args, kwargs)
+        call = arguments(self.family, self.is_cross, self.positional, args, kwargs)
         x, seen = call["hidden_states"], self._seen(call)
         queries, keys, values = self._project(x, call)
+        if self.growth:
+            queries = queries * growth_at(self.growth, call["position_ids"]).unsqueeze(-1).to(queries.dtype)
         bias = head_bias(self.family, self, call, x.shape[1], keys.shape[1], seen)
         mask = self._mask(call.pop("attention_mask", None), bias, x.shape[1], keys.shape[1])
         residual = call.pop("residual", None)

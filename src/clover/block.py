@@ -5,7 +5,9 @@ Nothing here knows a model's name: ``families`` has a row of names for each clas
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,10 +36,12 @@ class Family:
     heads: str = "config.num_attention_heads"
     kv_heads: str | None = None
     head_dim: str = "head_dim"
-    scale: str | None = "scaling"
-    """Of the logits; without a name it is one over the square root of the head size."""
-    rotary: bool | str = False
-    """Rotated by position; or the path of what says so of each block."""
+    scale: tuple[str, ...] = ("scaling",)
+    """Factors of the logits; without one it is one over the square root of the head size."""
+    growth: tuple[str, str] | None = None
+    """Paths of ``b`` and ``n``, where a query at position ``p`` is multiplied by ``1 + b log(1 + floor(p / n))``."""
+    rotary: bool | Callable[[Any], Any] = False
+    """Rotated by position; or what says so of each block, given its core."""
     neighbours: bool = False
     """The columns of a rotary pair are neighbours, instead of half the rotated columns apart."""
     table: Literal["halves", "neighbours", "once"] = "halves"
@@ -57,11 +61,10 @@ class Family:
     """Whether a token sees none that come after it, where the module doesn't say so (``is_causal``)."""
     kept: tuple[str, ...] = ()
     """What else the class's own methods need, and the rewritten block takes over."""
-    dropout: str = "attention_dropout"
+    dropout: str | None = "attention_dropout"
     output_dropout: str | None = None
     cross: tuple[str, ...] = ()
     """Last name of a block that attends to another sequence."""
-    positional: tuple[str, ...] = ("hidden_states",)
     rename: Mapping[str, str] = field(default_factory=dict)
     """This class's argument names -> the ones that we use."""
     up: tuple[str, ...] = ("mlp.up_proj",)
@@ -71,10 +74,13 @@ class Family:
     """Paths of settings with which the row is not true -> why."""
 
     def fits(self, module: nn.Module) -> bool:
-        """Whether a module has the projections that this row names."""
-        core = self.core + "." if self.core else ""
+        """Whether a module has the projections and the settings that this row names."""
+        if not _has(module, self.core) or not _has(module, self.o):
+            return False
         inputs = [self.fused] if self.fused else [self.q, self.k, self.v]
-        return all(_has(module, path) for path in (self.o, *(core + name for name in inputs)))
+        settings = [self.heads, self.kv_heads, self.head_dim, *self.scale, *(self.growth or ()), self.dropout]
+        core = module.get_submodule(self.core)
+        return all(_has(core, path) for path in (*inputs, *settings, self.output_dropout) if path)
 
     def angles(self, table: tuple[Tensor, Tensor], tokens: Any) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each pair, ``(batch or 1, tokens, pairs)``, from what the model hands to its blocks.
@@ -109,11 +115,19 @@ class Block:
         return f"{self.name}.{self.family.core}" if self.family.core else self.name
 
     def get(self, path: str) -> Any:
-        """An attribute of the core by dotted path; dropout modules give their probability."""
-        value: Any = self.core
-        for part in path.split("."):
-            value = self.config if part == "config" else getattr(value, part)
-        return value.p if isinstance(value, nn.Dropout) else value
+        """An attribute of the core by dotted path."""
+        first, _, rest = path.partition(".")
+        return _follow(self.config, rest) if first == "config" else _follow(self.core, path)
+
+    def dropout(self, path: str | None) -> float:
+        """A probability, or that of a module; 0 without a path."""
+        value = self.get(path) if path else 0.0
+        return getattr(value, "p", 0.0) if isinstance(value, nn.Module) else value
+
+    @property
+    def positional(self) -> tuple[str, ...]:
+        """Names of the arguments of the core's ``forward`` in their order."""
+        return tuple(inspect.signature(type(self.core).forward).parameters)[1:]
 
     @property
     def queries(self) -> int:
@@ -130,7 +144,7 @@ class Block:
     def rotary(self) -> int:
         """Columns of a head that are rotated by position."""
         turns = self.family.rotary
-        if not (self.get(turns) if isinstance(turns, str) else turns):
+        if not (turns(self.core) if callable(turns) else turns):
             return 0
         rope = getattr(self.config, "rope_parameters", None) or {}
         return int(self.get(self.family.head_dim) * rope.get("partial_rotary_factor", 1.0))
@@ -138,7 +152,14 @@ class Block:
     @property
     def scale(self) -> float:
         """What the inner product of query and key is multiplied by."""
-        return self.get(self.family.scale) if self.family.scale else self.get(self.family.head_dim) ** -0.5
+        if not self.family.scale:
+            return self.get(self.family.head_dim) ** -0.5
+        return math.prod(self.get(path) for path in self.family.scale)
+
+    @property
+    def growth(self) -> tuple[float, float] | None:
+        """``b`` and ``n``, see ``Family``."""
+        return (self.get(self.family.growth[0]), self.get(self.family.growth[1])) if self.family.growth else None
 
     @property
     def softcap(self) -> float | None:
@@ -153,7 +174,7 @@ class Block:
     @property
     def norms(self) -> tuple[str, ...]:
         """Names of the norms of query and key."""
-        return tuple(name for name in self.family.norms if hasattr(self.core, name))
+        return tuple(n for n in self.family.norms if not isinstance(getattr(self.core, n, nn.Identity()), nn.Identity))
 
     @property
     def normed(self) -> bool:
@@ -253,12 +274,14 @@ class Block:
 
     def arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """One call of the core's ``forward`` in our argument names, whatever the class calls them."""
-        return arguments(self.family, self.part == "cross", args, kwargs)
+        return arguments(self.family, self.part == "cross", self.positional, args, kwargs)
 
 
-def arguments(family: Family, cross: bool, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Name the arguments of an attention ``forward`` as this project does."""
-    names = dict(zip(family.positional, args, strict=False)) | kwargs
+def arguments(
+    family: Family, cross: bool, positional: tuple[str, ...], args: tuple, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Name the arguments of an attention ``forward``, whose own names are ``positional``, as this project does."""
+    names = dict(zip(positional, args, strict=False)) | kwargs
     call: dict[str, Any] = {family.rename.get(name, name): value for name, value in names.items()}
     if not cross:
         call.pop("key_value_states", None)
@@ -282,6 +305,11 @@ def head_bias(family: Family, module: Any, call: dict[str, Any], queries: Any, k
     return bias
 
 
+def growth_at(growth: tuple[float, float], positions: Tensor) -> Tensor:
+    """What queries are multiplied by, see ``Family.growth``: ``(batch or 1, tokens)``, float32."""
+    return 1 + growth[0] * torch.log1p((positions / growth[1]).floor())
+
+
 def norm_entries(parameter: Tensor, heads: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Where ``heads`` and ``columns`` stand in a parameter of a norm seen as ``(heads, columns)``: index of both.
 
@@ -291,11 +319,17 @@ def norm_entries(parameter: Tensor, heads: Tensor, columns: Tensor) -> tuple[Ten
     return rows.unsqueeze(1), columns
 
 
+def _follow(value: Any, path: str) -> Any:
+    for part in filter(None, path.split(".")):
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
+    return value
+
+
 def _has(module: nn.Module, path: str) -> bool:
-    for part in path.split("."):
-        if not hasattr(module, part):
-            return False
-        module = getattr(module, part)
+    try:
+        _follow(module, path)
+    except (AttributeError, KeyError):
+        return False
     return True
 
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from clover.block import Block, head_bias
+from clover.block import Block, growth_at, head_bias
 from clover.errors import CloverError
 from clover.heads import Heads
 from clover.progress import track
@@ -191,6 +191,9 @@ class Watcher:
             if self.heads.rotary:
                 cos, sin = (t[min(b, len(t) - 1)].float() for t in angles)
                 q, k = _rotate(q, cos[rows], sin[rows]), _rotate(k, cos, sin)
+            if self.block.growth:
+                positions = call["position_ids"][min(b, len(call["position_ids"]) - 1), rows]
+                q = q * growth_at(self.block.growth, positions).unsqueeze(-1)
             bias = _bias(mask, by_head, b, rows, k.shape[-2], causal=self.block.part == "decoder").to(q.device)
             self._observe(q, k, bias.expand(self.heads.q.shape[0], self.heads.q.shape[1], -1, -1) if bias.shape[0] == 1
                           else bias.unflatten(0, self.heads.q.shape[:2]))  # fmt: skip

@@ -92,6 +92,12 @@ class _ModelMixin:
         rebuild(self, Plan.from_dict(config.clover))  # type: ignore[arg-type]
 
     @classmethod
+    def is_custom_code(cls) -> bool:
+        """As the original class says: of what it calls custom code, transformers leaves some constants unset."""
+        original: Any = next(base for base in cls.__mro__ if not issubclass(base, _ModelMixin))
+        return original.is_custom_code()
+
+    @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, but tensors that contradict the plan are an error, never a warning."""
         wants_info = kwargs.pop("output_loading_info", False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,7 @@ _BERT = Family(
 _BART = Family(o="out_proj", heads="num_heads", dropout="dropout", up=("fc1",))
 
 _QWEN3 = replace(_LLAMA, norms=("q_norm", "k_norm"))
+_BAMBA = replace(_LLAMA, up=("feed_forward.up_proj",), gate=("feed_forward.gate_proj",))
 _GEMMA2 = replace(_LLAMA, softcap="attn_logit_softcapping")
 _OLMO2 = replace(_QWEN3, norm_spans_heads=True)
 _GLM = replace(_LLAMA, neighbours=True)
@@ -33,8 +35,8 @@ _COHERE = replace(_GLM, table="neighbours")
 _MOE = replace(_LLAMA, up=(), gate=())  # experts are stacked in one tensor
 _NORMED_MOE = replace(_MOE, norms=("q_norm", "k_norm"))
 _TRANSLATOR = replace(_BART, cross=("encoder_attn",))
-_VIT = Family(positional=("hidden_states", "attention_mask"), up=("mlp.fc1",))
-_CLIP = replace(_BART, scale="scale", up=("mlp.fc1",))
+_VIT = Family(up=("mlp.fc1",))
+_CLIP = replace(_BART, scale=("scale",), up=("mlp.fc1",))
 _SPEECH = replace(_BART, up=("feed_forward.intermediate_dense",))
 _T5 = Family(
     q="q", k="k", v="v", o="o", heads="n_heads", head_dim="key_value_proj_dim", dropout="dropout",
@@ -43,11 +45,30 @@ _T5 = Family(
 )  # fmt: skip
 _CLIP_QKV = {"config.clip_qkv": "values are clipped (clip_qkv), and what is clipped can't be rotated"}
 
+
+def _is_global_or_slides(core: Any) -> bool:
+    return core.sliding_window is None or core.is_sliding
+
+
+def _slides_or_must(core: Any) -> bool:
+    return core.sliding_window is not None or core.force_rope
+
+
+def _says_rope(core: Any) -> bool:
+    return core.config.position_embedding_type == "rope"
+
+
 FAMILIES: dict[str, Family] = {
     # language
     "LlamaAttention": _LLAMA,
     "MistralAttention": _LLAMA,
     "MinistralAttention": _LLAMA,
+    "Ministral3Attention": replace(
+        _LLAMA,
+        growth=(
+            "config.rope_parameters.llama_4_scaling_beta", "config.rope_parameters.original_max_position_embeddings",
+        ),
+    ),
     "Qwen2Attention": _LLAMA,
     "Qwen2VLAttention": _LLAMA,
     "Qwen2_5_VLAttention": _LLAMA,
@@ -68,13 +89,15 @@ FAMILIES: dict[str, Family] = {
     "StableLmAttention": replace(
         _LLAMA, unless={"qk_layernorm": "each head's queries and keys go through a norm of their own (qk_layernorm)"},
     ),
-    "SmolLM3Attention": replace(_LLAMA, rotary="use_rope"),
+    "SmolLM3Attention": replace(_LLAMA, rotary=attrgetter("use_rope")),
     "Starcoder2Attention": replace(_LLAMA, output_dropout="residual_dropout", up=("mlp.c_fc",), gate=()),
     "OlmoAttention": replace(_LLAMA, unless=_CLIP_QKV),
     "Olmo2Attention": _OLMO2,
     "Olmo3Attention": _OLMO2,
     "CohereAttention": replace(_COHERE, norms=("q_norm", "k_norm")),
-    "Cohere2Attention": replace(_COHERE, rotary="sliding_window"),
+    "Cohere2Attention": replace(_COHERE, rotary=attrgetter("sliding_window")),
+    "Cohere2MoeAttention": replace(_COHERE, rotary=_slides_or_must, up=(), gate=()),
+    "Exaone4Attention": replace(_QWEN3, rotary=_is_global_or_slides),
     "GlmAttention": replace(_GLM, up=("mlp.gate_up_proj",), gate=()),
     "Glm4Attention": replace(_GLM, up=("mlp.gate_up_proj",), gate=()),
     "HeliumAttention": _GLM,
@@ -87,17 +110,31 @@ FAMILIES: dict[str, Family] = {
     "Qwen3MoeAttention": _NORMED_MOE,
     "OlmoeAttention": replace(_NORMED_MOE, norm_spans_heads=True, unless=_CLIP_QKV),
     "FlexOlmoAttention": replace(_OLMO2, up=(), gate=()),
+    "MiniMaxM2Attention": replace(_NORMED_MOE, norm_spans_heads=True),
     "Dots1Attention": _NORMED_MOE,
     "Glm4MoeAttention": _NORMED_MOE,
     "Ernie4_5_MoeAttention": replace(_GLM, up=(), gate=()),
     "GptOssAttention": replace(_MOE, sinks="sinks", table="once"),
+    "ModernBertDecoderAttention": replace(
+        _LLAMA, kv_heads=None, o="Wo", output_dropout="out_drop", up=("mlp.Wi",), gate=(),
+    ),
+    # language, beside state-space layers
+    "GraniteMoeHybridAttention": replace(_MOE, rotary=_says_rope),
+    "BambaAttention": _BAMBA,
+    "JambaAttention": replace(_BAMBA, rotary=False),
+    "FalconH1Attention": replace(_BAMBA, scale=("scaling", "key_multiplier")),
+    "Lfm2Attention": replace(
+        _LLAMA, o="out_proj", norms=("q_layernorm", "k_layernorm"), dropout=None, up=("feed_forward.w3",),
+        gate=("feed_forward.w1",),
+    ),
+    # language, fused
     "GPTNeoXAttention": Family(
         fused="query_key_value", interleaved=True, o="dense", head_dim="head_size", rotary=True,
         rename={"layer_past": "past_key_values"}, up=("mlp.dense_h_to_4h",),
     ),
     "FalconAttention": Family(
         fused="query_key_value", interleaved=True, o="dense", heads="num_heads", kv_heads="num_kv_heads",
-        scale="inv_norm_factor", rotary="config.rotary", dropout="attention_dropout",
+        scale=("inv_norm_factor",), rotary=attrgetter("config.rotary"), dropout="attention_dropout",
         rename={"layer_past": "past_key_values"}, up=("mlp.dense_h_to_4h",),
         unless={"config.alibi": "each implementation of its attention adds another bias by distance (alibi)"},
     ),
@@ -112,8 +149,8 @@ FAMILIES: dict[str, Family] = {
         rename={"layer_past": "past_key_values", "encoder_hidden_states": "key_value_states"}, up=("mlp.c_fc",),
     ),
     "BloomAttention": Family(
-        fused="query_key_value", interleaved=True, o="dense", heads="num_heads", scale="inv_norm_factor",
-        dropout="attention_dropout", output_dropout="hidden_dropout", positional=("hidden_states", "residual"),
+        fused="query_key_value", interleaved=True, o="dense", heads="num_heads", scale=("inv_norm_factor",),
+        dropout="attention_dropout", output_dropout="hidden_dropout",
         rename={"layer_past": "past_key_values"}, up=("mlp.dense_h_to_4h",),
     ),
     "OPTAttention": _BART,
@@ -144,15 +181,15 @@ FAMILIES: dict[str, Family] = {
     "ElectraAttention": _BERT,
     "LayoutLMAttention": replace(_BERT, dropout="attention_dropout"),
     "MPNetSelfAttention": Family(
-        q="q", k="k", v="v", o="o", head_dim="attention_head_size", heads="num_attention_heads", scale=None,
-        dropout="dropout", causal=False, positional=("hidden_states", "attention_mask", "position_bias"), up=(),
+        q="q", k="k", v="v", o="o", head_dim="attention_head_size", heads="num_attention_heads", scale=(),
+        dropout="dropout", causal=False, up=(),
     ),
     "DistilBertSelfAttention": Family(
         q="q_lin", k="k_lin", v="v_lin", o="out_lin", heads="n_heads", head_dim="attention_head_size",
         dropout="dropout", up=("ffn.lin1",),
     ),
     "ModernBertAttention": Family(
-        fused="Wqkv", o="Wo", rotary=True, scale=None, output_dropout="config.attention_dropout", up=("mlp.Wi",),
+        fused="Wqkv", o="Wo", rotary=True, scale=(), output_dropout="config.attention_dropout", up=("mlp.Wi",),
     ),
     "EuroBertAttention": _LLAMA,
     "NomicBertAttention": replace(_LLAMA, kv_heads=None),
@@ -172,6 +209,14 @@ FAMILIES: dict[str, Family] = {
     "MetaClip2Attention": _CLIP,
     "SiglipAttention": _CLIP,
     "Siglip2Attention": _CLIP,
+    "PixtralAttention": replace(
+        _CLIP, o="o_proj", scale=("scaling",), rotary=True, up=("feed_forward.up_proj",),
+        gate=("feed_forward.gate_proj",),
+    ),
+    "InternVLVisionAttention": replace(
+        _CLIP, o="projection_layer", dropout="attention_dropout", output_dropout="projection_dropout",
+        norms=("q_norm", "k_norm"), norm_spans_heads=True,
+    ),
     "SmolVLMVisionAttention": _CLIP,
     "Idefics3VisionAttention": _CLIP,
     "Wav2Vec2Attention": _SPEECH,

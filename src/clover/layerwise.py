@@ -212,7 +212,8 @@ def _record(
 
 def forward(model: nn.Module, batch: Any) -> Any:
     """Run a model on a batch, without a cache."""
-    off = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
+    known = "use_cache" in signature(model.forward).parameters or getattr(model.config, "use_cache", False)
+    off = {"use_cache": False} if known else {}
     return model(**off | dict(batch)) if isinstance(batch, Mapping) else model(batch, **off)
 
 

@@ -109,28 +109,35 @@ class Pieces:
         """Give the tensors of a module, but not of its children, their values."""
         device, dtype = workplace(self.model.dtype)
         prefix = f"{name}." if name else ""
-        fresh = False
         for tensors in (vars(module)["_parameters"], vars(module)["_buffers"]):
             for key, tensor in tensors.items():
                 if tensor is None or not tensor.is_meta:
                     continue
                 value = self._value(prefix + key, tensor.dtype)
-                known = value is not None
-                if value is None:  # a buffer that no checkpoint holds, such as frequencies of positions
-                    value, fresh = torch.empty_like(tensor, device=device), True
+                if value is None:
+                    value = self.constants[prefix + key].to(device)
                 else:
                     value = value.to(device, dtype if value.is_floating_point() else value.dtype)
-                value = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
-                vars(value)["_is_hf_initialized"] = known
-                tensors[key] = value
-        if fresh:
-            self._owner(name)._init_weights(module)
+                tensors[key] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
 
-    def _owner(self, name: str) -> PreTrainedModel:
-        """The innermost model that holds a module: an image tower inside a language model has constants of its own."""
-        parts = name.split(".")
-        outwards = (self.model.get_submodule(".".join(parts[:end])) for end in range(len(parts), -1, -1))
-        return next(m for m in outwards if isinstance(m, PreTrainedModel))
+    @cached_property
+    def constants(self) -> dict[str, Tensor]:
+        """Buffers that no checkpoint holds, such as frequencies of positions, as the model's own code sets them.
+
+        Raises:
+            CloverError: its code leaves one as it is.
+        """
+        model, found = copy.deepcopy(self.model), {}
+        for name, buffer in model.named_non_persistent_buffers():
+            parent, _, last = name.rpartition(".")
+            found[name] = vars(model.get_submodule(parent))["_buffers"][last] = torch.empty_like(buffer, device="cpu")
+        for module in model.modules():
+            vars(module).pop("_is_hf_initialized", None)
+        model.initialize_weights()
+        for name, buffer in found.items():
+            if not buffer._version:
+                raise CloverError(f"{type(model).__name__} leaves its buffer {name} unset; prune it in memory")
+        return found
 
     def _value(self, key: str, dtype: torch.dtype) -> Tensor | None:
         """A tensor of the model, if the checkpoint holds it."""
