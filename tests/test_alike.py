@@ -17,7 +17,7 @@ from clover.alike import alike, code
 from clover.errors import UnsupportedModelError
 from clover.families import FAMILIES, blocks
 from families import outputs
-from tiny import LAYERS, VISION, causal, encoder, gemma, image, text, vision
+from tiny import LAYERS, LM, VISION, causal, encoder, gemma, image, text, vision
 
 BATCH = dict[str, torch.Tensor]
 TWINS: dict[str, tuple[Callable[[], Any], Callable[[], BATCH]]] = {
@@ -26,9 +26,17 @@ TWINS: dict[str, tuple[Callable[[], Any], Callable[[], BATCH]]] = {
     "PixioAttention": (lambda: vision("Pixio"), image),
     "VaultGemmaAttention": (lambda: gemma("VaultGemma"), text),
     "CwmAttention": (lambda: causal("Cwm", head_dim=8, sliding_window=8, layer_types=LAYERS), text),
+    "NemotronHAttention": (lambda: nemotron_h(), text),
     "Aimv2Attention": (lambda: t.Aimv2VisionModel(t.Aimv2VisionConfig(**VISION)), image),
     "BeitAttention": (lambda: vision("Beit"), image),
 }
+
+
+def nemotron_h() -> Any:
+    sizes = {k: v for k, v in LM.items() if k != "num_hidden_layers"} | {"head_dim": 8, "num_key_value_heads": 2}
+    state = {"mamba_num_heads": 8, "mamba_head_dim": 12, "n_groups": 2, "ssm_state_size": 8, "chunk_size": 4}
+    kinds = ["mamba", "attention"]
+    return t.NemotronHForCausalLM(t.NemotronHConfig(**sizes, **state, layers_block_type=kinds))
 
 
 LINES = """

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from torch import Tensor, nn
@@ -75,11 +79,31 @@ class Layout:
             module.load_state_dict({key: shard.read(f"{name}.{key}") for key in module.state_dict()})
         install(layer, replace(block, name=block.name.removeprefix(f"{layer_name}.")), attention, output)
 
+    @contextmanager
+    def copying(self, made: Draft, we: Crew) -> Iterator[None]:
+        """Copy what is unchanged while the caller computes; the end of the block waits for it.
+
+        The disk is as slow as the decompositions, and neither needs the other. What fails there is raised at the end.
+        """
+        given_up = Event()
+
+        def copy(file: str) -> None:
+            self.shards[file].write(takewhile(lambda _: not given_up.is_set(), self.rest[file].items()))
+            if not given_up.is_set():
+                made.keep(DONE, file, {})
+
+        with ThreadPoolExecutor(1) as thread:
+            files = [thread.submit(copy, f) for f in we.share([f for f in self.rest if not made.has(DONE, f)])]
+            try:
+                yield
+                for file in track(files, "copy"):
+                    file.result()
+            except BaseException:
+                given_up.set()
+                raise
+
     def finish(self, made: Draft, we: Crew, beside: tuple[Any, ...]) -> None:
-        """Copy what is unchanged, write what lies beside the weights, and give the folder its name."""
-        for file in track(we.share([f for f in self.rest if not made.has(DONE, f)]), "copy"):
-            self.shards[file].write(self.rest[file].items())
-            made.keep(DONE, file, {})
+        """Write what lies beside the weights, and give the folder its name."""
         we.meet()
         if we.leads:
             write_config(self.model, made.out)

@@ -101,6 +101,12 @@ class Pieces:
                 self._load(name, module)
         return shell
 
+    def expect(self, block: Block) -> None:
+        """Let the system read a block's files ahead, while something else is computed."""
+        for key, name in self.names.items():
+            if key.startswith(self.inside(block)):
+                self.source.entries[name].expect()
+
     def real(self, block: Block) -> Block:
         """A block with its weights."""
         return replace(block, module=self.fill(block.name, block.module))

@@ -93,7 +93,8 @@ def prune_folder(
             plan = plan_costs(costs, *rules, granularity=granularity, limits=limits)
             layout = Layout.of(pieces, found, plan, made.out)
             layout.begin(made, we)
-            work.cut(plan, layout, made, we)
+            with layout.copying(made, we):
+                work.cut(plan, layout, made, we)
             layout.finish(made, we, beside)
             return summary(layout.model)
 
@@ -124,7 +125,10 @@ class Weights:
 
     def survey(self, made: Draft, we: Crew) -> None:
         """Keep the bases of all blocks, and what their directions cost, in the draft."""
-        for block in track(we.share([b for b in self.blocks if not made.has(BASES, b.name)]), "decompose"):
+        mine = we.share([b for b in self.blocks if not made.has(BASES, b.name)])
+        for block, coming in zip(track(mine, "decompose"), [*mine[1:], None], strict=False):
+            if coming is not None:
+                self.pieces.expect(coming)
             basis = find_basis(self.pieces.real(block))
             made.keep(BASES, block.name, pack(basis) | pack_costs(basis.costs()))
         we.meet()
