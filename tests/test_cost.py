@@ -10,7 +10,9 @@ import transformers as t
 
 import clover
 from clover import cost
-from clover.errors import CloverError
+from clover.errors import CloverError, UnsupportedModelError
+from clover.graphs import graphs
+from families import pruned as pruned_case
 
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -106,3 +108,16 @@ def test_a_pruned_model_is_counted_and_timed_beside_the_dense_one() -> None:
     assert after["attention_parameters"] == before["attention_parameters"] / 2
     speed = cost.compare_throughput({"dense": dense, "pruned": pruned}, context=8, new_tokens=2, repeats=1)
     assert speed["ratio"]["pruned"].keys() == speed["dense"].keys()
+
+
+@pytest.mark.parametrize("name", ["lfm2", "falcon-h1"])
+def test_models_that_keep_a_state_beside_their_cache(name: str) -> None:
+    model = pruned_case(name, dtype=torch.float32)[0]
+    assert cost.sizes(model)["kv_bytes_per_token"] == 4 * sum(
+        b.qk_kept + b.vo_kept for b in clover.plan_of(model).blocks
+    )
+    for decode_only in (True, False):
+        options = {"context": 8, "new_tokens": 2, "batch": 2, "repeats": 2, "decode_only": decode_only}
+        assert cost.compare_throughput({"pruned": model}, **options)["pruned"]["decode_tokens_per_second"] > 0
+    with pytest.raises(UnsupportedModelError, match=r"LinearAttention.*Layer, whose state a graph"):
+        graphs(model)

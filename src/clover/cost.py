@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import time
 from collections.abc import Callable, Mapping
@@ -54,7 +55,8 @@ def _cache_bytes(model: Any, tokens: int = 4) -> int | None:
         cache = cache.self_attention_cache
     else:
         cache = model(input_ids=ids, use_cache=True).past_key_values
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // tokens
+    attends = [layer for layer in cache.layers if hasattr(layer, "keys")]  # others keep a state that does not grow
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in attends) // tokens
 
 
 def throughput(
@@ -159,14 +161,18 @@ def _decoder(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int) -> Ca
     """What times the writing of tokens behind a context that is read here, and forgets them again."""
     ids = inputs["input_ids"]
     cache = DynamicCache(config=model.config)
-    for piece in ids[:1].split(512, 1):
+    states = any(hasattr(layer, "recurrent_states") for layer in cache.layers)  # which can't be copied or taken back
+    for piece in (ids if states else ids[:1]).split(512, 1):
         last = model(input_ids=piece, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-    cache.batch_repeat_interleave(len(ids))
-    last = last.expand(len(ids), 1)
+    if not states:
+        cache.batch_repeat_interleave(len(ids))
+        last = last.expand(len(ids), 1)
 
     def run() -> dict[str, float]:
-        _, seconds = _clock(model, lambda: _write(model, cache, last, new_tokens))
-        cache.crop(-new_tokens)
+        mine = copy.deepcopy(cache) if states else cache
+        _, seconds = _clock(model, lambda: _write(model, mine, last, new_tokens))
+        if not states:
+            cache.crop(-new_tokens)
         return {"decode_tokens_per_second": len(ids) * new_tokens / seconds}
 
     return run

@@ -18,6 +18,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from clover.cost import accepts, random_inputs, writes_text
+from clover.errors import UnsupportedModelError
 
 Shape = tuple[int | str, ...]
 """Sizes of a tensor; a string names one that is free."""
@@ -222,7 +223,15 @@ def _cache(tensors: tuple[Tensor, ...]) -> Cache:
 
 
 def _cached(cache: Any) -> list[Tensor]:
-    """Keys and values of all layers, in turns."""
+    """Keys and values of all layers, in turns.
+
+    Raises:
+        UnsupportedModelError: a layer keeps another state.
+    """
+    if stateful := [type(layer).__name__ for layer in cache.layers if hasattr(layer, "recurrent_states")]:
+        raise UnsupportedModelError(
+            f"the cache has a {stateful[0]}, whose state a graph with keys and values can't carry; run it in PyTorch"
+        )
     return [t for layer in cache.layers for t in (layer.keys, layer.values)]
 
 
