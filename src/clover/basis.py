@@ -44,25 +44,32 @@ class Basis:
 
     def costs(self) -> Costs:
         """What cutting each direction costs, for the planner."""
-        heads, rotary = self.heads, self.heads.rotary
+        heads = self.heads
         half_square = 0.5 * self.block.scale**2 if self.moments else 1.0  # nats, or the published units
-        q, k = _energies(heads)
-        pair_norm = (
-            (q[..., :rotary].unflatten(-1, (2, -1)).sum((1, -2))) * k[:, :rotary].unflatten(-1, (2, -1)).sum(-2)
-        ).sqrt()
-        q_plain = _row_energies(self.plain.t_a, weight_gram(_unrotated(heads)).sum(1))
-        k_plain = _row_energies(self.plain.t_b, weight_gram(heads.k[:, rotary:]))
-        v = _row_energies(self.value.t_a, weight_gram(heads.v))
-        o = _row_energies(self.value.t_b, weight_gram(heads.o.mT).sum(1))
+        pair_norm, plain_norm, value_norm = self._norms()
         return Costs(
             name=self.name, part=self.block.part, queries=self.block.queries,
             pair_cost=half_square * self.pair_cost, pair_norm=pair_norm.gather(1, self.pair_order),
-            plain_cost=half_square * self.plain.values**2, plain_norm=(q_plain * k_plain).sqrt(),
-            value_cost=self.value.values**2, value_norm=(v * o).sqrt(),
+            plain_cost=half_square * self.plain.values**2, plain_norm=plain_norm,
+            value_cost=self.value.values**2, value_norm=value_norm,
             output_bias=heads.o_bias is not None or heads.v_bias is not None or self.moments is not None,
             parameters=heads.parameters(), fixed_qk=self.block.normed,
             keeps_heads=self.block.normed and self.block.family.norm_spans_heads,
         )  # fmt: skip
+
+    def _norms(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Products of the norms in the weights of the two sides: of each pair, plain direction and value direction."""
+        heads, rotary = self.heads, self.heads.rotary
+        if self.moments is None:  # by the weights they are what was decomposed, see ``decompose`` and ``white_gram``
+            pair = 2 * self.pair_gram.diagonal(dim1=-2, dim2=-1)[..., : heads.pairs].sum(1)
+            return pair.sqrt(), self.plain.values, self.value.values
+        q, k = _energies(heads)
+        pair = (q[..., :rotary].unflatten(-1, (2, -1)).sum((1, -2))) * k[:, :rotary].unflatten(-1, (2, -1)).sum(-2)
+        q_plain = _row_energies(self.plain.t_a, weight_gram(_unrotated(heads)).sum(1))
+        k_plain = _row_energies(self.plain.t_b, weight_gram(heads.k[:, rotary:]))
+        v = _row_energies(self.value.t_a, weight_gram(heads.v))
+        o = _row_energies(self.value.t_b, weight_gram(heads.o.mT).sum(1))
+        return pair.sqrt(), (q_plain * k_plain).sqrt(), (v * o).sqrt()
 
     def spectrum(self) -> Spectrum:
         """Singular values beside the norms of the original directions, for people."""
@@ -75,7 +82,7 @@ class Basis:
         )  # fmt: skip
 
     def cut(self, plan: BlockPlan) -> dict[str, Tensor]:
-        """The weights and biases of the block at the ranks of ``plan``, float64, see ``CloverAttention.fill``.
+        """The weights of the block at the ranks of ``plan``, in its dtype, and biases, see ``CloverAttention.fill``.
 
         At full rank the block's function is unchanged. With moments, values and output projection are refitted over all
         heads to the uncut block's output, and the output bias takes up the mean of what was cut.
@@ -89,8 +96,8 @@ class Basis:
         for group in plan.groups:
             for head in group.heads:
                 t_q, t_k = self._qk_transforms(head, group)
-                parts["q"].append((t_q @ heads.q[head].double()).flatten(0, 1))
-                parts["k"].append(t_k @ heads.k[head].double())
+                parts["q"].append((t_q @ heads.q[head].double()).flatten(0, 1).to(heads.q.dtype))
+                parts["k"].append((t_k @ heads.k[head].double()).to(heads.k.dtype))
                 if heads.q_bias is not None:
                     parts["q_bias"].append((t_q @ heads.q_bias[head].double().unsqueeze(-1)).flatten())
                 if heads.k_bias is not None:
@@ -141,7 +148,8 @@ class Basis:
             cut, bases = refit(whole, cut, bases, layout, moments.output, moments.gradient)
             bias = bias + (whole - cut @ layout.spread(bases)) @ moments.mean
         rows = list(zip(bases.split([r for _, r in ranks]), (h for h, _ in ranks), strict=True))
-        found = {"v": torch.cat([basis @ heads.v[h].double() for basis, h in rows]), "o": cut}
+        values = [(basis @ heads.v[h].double()).to(heads.v.dtype) for basis, h in rows]
+        found = {"v": torch.cat(values), "o": cut.to(heads.o.dtype)}
         v_bias = None if heads.v_bias is None else heads.v_bias.double()
         if v_bias is not None and self.block.sinks is not None:  # the weights of the values don't sum to 1
             found["v_bias"] = torch.cat([basis @ v_bias[h] for basis, h in rows])
