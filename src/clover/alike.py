@@ -1,4 +1,4 @@
-"""Whether one attention class is another's code under a new name.
+"""Whether one attention class computes as another, under a new name.
 
 transformers copies code from model to model and renames it. Two classes are alike if their syntax trees are, and those
 of all that they use from their own files, whatever it is called there. What does not decide how they compute does not

@@ -2,7 +2,7 @@
 
 A row (see ``clover.block.Family``) says where a block keeps its projections, sizes and dropouts, and how its
 ``forward`` is called. The algorithm knows nothing of it. To add a family, add a row (CONTRIBUTING.md has the recipe).
-A class that is the code of one in the table under a new name needs none.
+A class that computes as one in the table, under a new name and with a constructor of its own, needs none (``alike``).
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ def _loss(text: str) -> float:
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub name.")]
 Share = Annotated[
-    float | None, typer.Option(metavar="R", callback=_share, help="Share of these directions to remove, 0 to 1.")
+    float | None,
+    typer.Option(metavar="R", callback=_share, help="Share of these directions to remove, at least 0, less than 1."),
 ]
 Threshold = Annotated[
     float | None, typer.Option(metavar="T", callback=_threshold, help="Instead: remove norm products of at most T.")
