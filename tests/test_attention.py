@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import clover
 from clover.attention import CloverAttention
@@ -173,6 +174,25 @@ def weights(model: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     fields = ("encoder_attentions", "decoder_attentions", "cross_attentions", "attentions")
     parts = [out] if "text_model_output" not in out else [out["text_model_output"], out["vision_model_output"]]
     return [w for part in parts for f in fields for w in part.get(f) or ()]
+
+
+WINDOWS = ["mistral", "qwen2", "exaone4", "qwen2-moe", "phimoe", "starcoder2", "gemma3", "olmo3", "mixtral", "cohere2"]
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_implementations_are_told_the_window_of_each_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that take no mask (flash attention) know it from nothing else."""
+    model, batch = build(name, torch.float32)
+    sdpa, told = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+
+    def note(module: Any, *args: Any, **kwargs: Any) -> Any:
+        told.append(kwargs.get("sliding_window"))
+        return sdpa(module, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", note)
+    outputs(model, batch)
+    outputs(clover.orthogonalize(model), batch)
+    assert len(told) == 4 and told[:2] == told[2:]
 
 
 @pytest.mark.parametrize("name", CASES)

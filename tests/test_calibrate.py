@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as partial_rope
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rope
 
+import clover
 from clover.calibrate import SOFTMAX_WEIGHT, Moments, calibrate
 from clover.errors import CloverError
 from clover.families import blocks
-from families import build
+from families import build, outputs
 
 ALL = 1000
 """More queries than any sequence here has."""
@@ -345,3 +346,22 @@ def test_activations_that_are_not_finite_are_refused(bad: float) -> None:
     with pytest.raises(CloverError, match=r"layers\.0\.self_attn: .* not finite; check the data, or use float32"):
         calibrate(model, blocks(model), [batch])
     assert hook_count(model) == 0
+
+
+@pytest.mark.parametrize("name", ["layoutlm", "sew", "plbart", "marian", "bert"])
+def test_full_rank_is_exact_though_moments_are_sums_of_float32(name: str) -> None:
+    """Rounding leaves moments with eigenvalues below zero, above all of outputs that hardly vary."""
+    model, batch = build(name, torch.float32)
+    if name == "bert":
+        for layer in model.encoder.layer:
+            layer.attention.self.value.bias.data.mul_(100)
+    before = outputs(model, batch)
+    clover.prune(model, qk=0.0, vo=0.0, calibration=[batch])
+    assert (outputs(model, batch) - before).norm() < 1e-4 * before.norm()
+
+
+def test_a_table_that_contradicts_the_config() -> None:
+    model, batch = build("llama-gqa", torch.float32)
+    model.config.rope_parameters["partial_rotary_factor"] = 0.5  # which Llama's own table does not know
+    with pytest.raises(CloverError, match=r"the model rotates 4 pairs of a head, but its config says 2"):
+        clover.prune(model, vo=0.25, calibration=[batch])

@@ -99,7 +99,7 @@ def test_attention_in_no_list_of_layers() -> None:
 # --- what comes out ---
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, "llava", "qwen3-vl", "marian"])
 def test_better_than_by_weights(name: str, tmp_path: Path) -> None:
     model, batches, source = prepared(name, tmp_path / "dense", torch.float32)
     said = prune_folder(source, tmp_path / "calibrated", vo=0.4, calibration=batches)

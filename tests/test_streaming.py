@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +21,12 @@ import torch
 from transformers import AutoModel
 
 import clover
+from clover import streaming
 from clover.checkpoint import ready
 from clover.crew import Crew
 from clover.draft import Draft, draft, hidden
 from clover.errors import CloverError
-from clover.shards import Checkpoint
+from clover.shards import Checkpoint, Shard
 from clover.streaming import prune_folder
 from families import CASES, MERGED, build
 
@@ -336,3 +339,28 @@ def test_output_that_exists(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(CloverError, match="out exists"):
         prune_folder(llama, tmp_path / "out", **CUT)
+
+
+def test_a_piece_that_nobody_wrote_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("llama-gqa", torch.float32)[0].save_pretrained(tmp_path / "dense")
+    monkeypatch.setattr(streaming.Weights, "cut", lambda *_: None)
+    with pytest.raises(CloverError, match=r"self_attn was not written to .*; give the same command again"):
+        prune_folder(tmp_path / "dense", tmp_path / "out", vo=0.25)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_fails_while_copying_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("llama-gqa", torch.float32)[0].save_pretrained(tmp_path / "dense")
+    write = Shard.write
+
+    def fail(self: Shard, items: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, items)
+
+    with monkeypatch.context() as patch, pytest.raises(CloverError, match=r"No space left on device; free space"):
+        patch.setattr(Shard, "write", fail)
+        prune_folder(tmp_path / "dense", tmp_path / "out", vo=0.25)
+    assert not (tmp_path / "out").exists()
+    prune_folder(tmp_path / "dense", tmp_path / "out", vo=0.25, resume=True)
+    assert (tmp_path / "out").exists()

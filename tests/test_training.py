@@ -317,8 +317,33 @@ def test_an_adapter_for_another_model_is_not_merged(llama: Path, text: Path, tmp
         for parameter in other.parameters():
             parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(CloverError, match=r"does not fit .*other: .* tuned on another base model"):
+    with pytest.raises(CloverError, match=r"can't be merged into .*other: .* tuned on another base model"):
         merge(str(tmp_path / "other"), tmp_path / "adapter", tmp_path / "merged")
     with pytest.raises(CloverError, match=r"has no adapter_config\.json"):
         merge(str(llama), tmp_path / "other", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("damage", ["no weights", "cut off", "config", "another architecture"])
+def test_a_damaged_adapter_is_told_in_one_sentence(damage: str, llama: Path, text: Path, tmp_path: Path) -> None:
+    adapter, model = tmp_path / "adapter", llama
+    tune(str(llama), adapter, text, Recipe(**SMALL))
+    weights = adapter / "adapter_model.safetensors"
+    if damage == "no weights":
+        weights.unlink()
+    elif damage == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "config":
+        (adapter / "adapter_config.json").write_text("{")
+    else:
+        model = tmp_path / "gpt2"
+        build("gpt2")[0].save_pretrained(model)
+    with pytest.raises(CloverError, match="can't be merged into"):
+        merge(str(model), adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_no_example_is_longer_than_asked() -> None:
+    long = training.answered("a question " * 10, "an answer " * 300, tokenizer(), 64)
+    assert len(long["input_ids"]) == len(long["labels"]) == 64
+    assert long["labels"][0] == training.IGNORED and long["labels"][1] != training.IGNORED

@@ -390,3 +390,13 @@ def test_pairs_reach_across_the_layer_where_they_can(name: str) -> None:
     slots = [s for found in find_slots(model, 16).values() for s in found]
     assert {s.partner is None for s in slots if s.part == "qk"} == alone
     assert all(s.partner is not None for s in slots if s.part == "vo")
+
+
+@pytest.mark.parametrize("name", ["lfm2", "bamba", "llama-gqa"])
+def test_only_layers_with_attention_are_tuned(name: str) -> None:
+    """Other layers of a model may hold modules of the same names."""
+    model, _ = build(name, torch.float32)
+    found = find_slots(model, 16)
+    tuned = get_peft_model(model, CloverConfig(block_size=16)).base_model.model
+    wrapped = {n for n, module in tuned.named_modules() if isinstance(module, CloverLayer)}
+    assert wrapped == {n for n, slots in found.items() if any(s.part in ("qk", "vo", "up") for s in slots)}

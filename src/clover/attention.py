@@ -63,7 +63,7 @@ class CloverAttention(nn.Module):
         self.scaling, self.growth, self.softcap = block.scale, block.growth, block.softcap
         self.attention_dropout = block.dropout(family.dropout)
         self.output_dropout = block.dropout(family.output_dropout)
-        self.sliding_window = getattr(core, "sliding_window", getattr(block.config, "sliding_window", None))
+        self.sliding_window = family.window(core)
         self.rotary = block.rotary
 
         heads, n = block.heads(), plan.queries
@@ -251,7 +251,7 @@ class CloverAttention(nn.Module):
 
     def _angles(self, position_embeddings: Any, tokens: Any, idle: bool) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the frequencies, with an angle of zero at the end for columns that do not turn."""
-        cos, sin = self.family.angles(position_embeddings, tokens)
+        cos, sin = self.family.angles(position_embeddings, tokens, self.rotary // 2)
         if idle:
             cos, sin = nn.functional.pad(cos, (0, 1), value=1.0), nn.functional.pad(sin, (0, 1))
         return cos, sin

@@ -60,9 +60,9 @@ class Basis:
     def _norms(self) -> tuple[Tensor, Tensor, Tensor]:
         """Products of the norms in the weights of the two sides: of each pair, plain direction and value direction."""
         heads, rotary = self.heads, self.heads.rotary
-        if self.moments is None:  # by the weights they are what was decomposed, see ``decompose`` and ``white_gram``
+        if self.moments is None and heads.q_bias is None:  # what was decomposed, see ``decompose`` and ``white_gram``
             pair = 2 * self.pair_gram.diagonal(dim1=-2, dim2=-1)[..., : heads.pairs].sum(1)
-            return pair.sqrt(), self.plain.values, self.value.values
+            return pair.sqrt(), self.plain.values.clone(), self.value.values.clone()
         q, k = _energies(heads)
         pair = (q[..., :rotary].unflatten(-1, (2, -1)).sum((1, -2))) * k[:, :rotary].unflatten(-1, (2, -1)).sum(-2)
         q_plain = _row_energies(self.plain.t_a, weight_gram(_unrotated(heads)).sum(1))
@@ -218,10 +218,13 @@ def _row_energies(transform: Float[Tensor, "kv r d"], gram: Float[Tensor, "kv d 
 
 
 def _ridged(gram: Tensor) -> Tensor:
+    """A moment of positive definite form; sums in float32 may leave one that is not."""
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1) if gram.shape[-1] else gram.new_zeros(gram.shape[:-2])
-    return gram + CALIBRATION_RIDGE * mean[..., None, None] * torch.eye(
-        gram.shape[-1], dtype=gram.dtype, device=gram.device
-    )
+    ridge, eye = CALIBRATION_RIDGE * mean, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    failed = torch.linalg.cholesky_ex(gram + ridge[..., None, None] * eye).info > 0
+    if failed.any():
+        ridge = torch.where(failed, ridge - torch.linalg.eigvalsh(gram)[..., 0].clamp_max(0), ridge)
+    return gram + ridge[..., None, None] * eye
 
 
 def _rows(values: Tensor) -> tuple[tuple[float, ...], ...]:

@@ -19,6 +19,11 @@ from clover.errors import CloverError
 from clover.heads import Heads
 
 
+def own_window(core: Any) -> int | None:
+    """The sliding window that a module says it has."""
+    return getattr(core, "sliding_window", None)
+
+
 @dataclass(frozen=True)
 class Family:
     """Names inside one attention class. Dotted names are paths from the attention module (or from ``core``)."""
@@ -46,6 +51,8 @@ class Family:
     """The columns of a rotary pair are neighbours, instead of half the rotated columns apart."""
     table: Literal["halves", "neighbours", "once"] = "halves"
     """Where the model's table of the rotation has the two entries of an angle, or that it has one only."""
+    window: Callable[[Any], int | None] = own_window
+    """Given its core: how far back a block sees, as it tells implementations that mask nothing by themselves."""
     norms: tuple[str, ...] = ()
     """Norms of query and key between projection and logit, where a block has them: Q-K then can't be rotated or cut
     exactly."""
@@ -82,14 +89,22 @@ class Family:
         core = module.get_submodule(self.core)
         return all(_has(core, path) for path in (*inputs, *settings, self.output_dropout) if path)
 
-    def angles(self, table: tuple[Tensor, Tensor], tokens: Any) -> tuple[Tensor, Tensor]:
+    def angles(self, table: tuple[Tensor, Tensor], tokens: Any, pairs: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each pair, ``(batch or 1, tokens, pairs)``, from what the model hands to its blocks.
 
         A table shorter than the sequence is that of its last tokens: those before (class tokens) do not turn.
+
+        Raises:
+            CloverError: the table has another number of pairs than the config says.
         """
         width = table[0].shape[-1]
         pick = {"halves": slice(width // 2), "neighbours": slice(0, width, 2), "once": slice(width)}[self.table]
         cos, sin = (t[..., pick] for t in table)
+        if cos.shape[-1] != pairs:
+            raise CloverError(
+                f"the model rotates {cos.shape[-1]} pairs of a head, but its config says {pairs}; correct "
+                "partial_rotary_factor in config.json"
+            )
         cos, sin = (t.unsqueeze(0) if t.dim() == 2 else t for t in (cos, sin))
         still = (0, 0, tokens - cos.shape[1], 0)
         return nn.functional.pad(cos, still, value=1.0), nn.functional.pad(sin, still)

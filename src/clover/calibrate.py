@@ -181,7 +181,8 @@ class Watcher:
         source = x if call.get("key_value_states") is None else call["key_value_states"]
         mask = call.get("attention_mask")
         by_head = head_bias(self.block.family, self.block.core, call, x.shape[1], source.shape[1], 0)
-        angles = self.block.family.angles(call["position_embeddings"], x.shape[1]) if self.heads.rotary else ()
+        pairs = self.heads.pairs
+        angles = self.block.family.angles(call["position_embeddings"], x.shape[1], pairs) if pairs else ()
         for b, valid in enumerate(_valid(x, self.masks)):
             rows = self._sample(valid)
             if not len(rows):

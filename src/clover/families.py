@@ -18,7 +18,33 @@ from clover.alike import alike
 from clover.block import Block, Family
 from clover.errors import CloverError, UnsupportedModelError
 
+
+def _is_global_or_slides(core: Any) -> bool:
+    return core.sliding_window is None or core.is_sliding
+
+
+def _slides_or_must(core: Any) -> bool:
+    return core.sliding_window is not None or core.force_rope
+
+
+def _says_rope(core: Any) -> bool:
+    return core.config.position_embedding_type == "rope"
+
+
+def _of_config(core: Any) -> int | None:
+    return getattr(core.config, "sliding_window", None)
+
+
+def _if_it_slides(core: Any) -> int | None:
+    return core.sliding_window if core.is_sliding else None
+
+
+def _none(_: Any) -> None:
+    return None
+
+
 _LLAMA = Family(kv_heads="config.num_key_value_heads", rotary=True, gate=("mlp.gate_proj",))
+_SLIDING = replace(_LLAMA, window=_of_config)
 _BERT = Family(
     q="query", k="key", v="value", o="output.dense", core="self", heads="num_attention_heads",
     head_dim="attention_head_size", dropout="dropout", cross=("crossattention",),
@@ -45,26 +71,13 @@ _T5 = Family(
 )  # fmt: skip
 _CLIP_QKV = {"config.clip_qkv": "values are clipped (clip_qkv), and what is clipped can't be rotated"}
 
-
-def _is_global_or_slides(core: Any) -> bool:
-    return core.sliding_window is None or core.is_sliding
-
-
-def _slides_or_must(core: Any) -> bool:
-    return core.sliding_window is not None or core.force_rope
-
-
-def _says_rope(core: Any) -> bool:
-    return core.config.position_embedding_type == "rope"
-
-
 FAMILIES: dict[str, Family] = {
     # language
     "LlamaAttention": _LLAMA,
-    "MistralAttention": _LLAMA,
+    "MistralAttention": _SLIDING,
     "MinistralAttention": _LLAMA,
     "Ministral3Attention": replace(
-        _LLAMA,
+        _SLIDING,
         growth=(
             "config.rope_parameters.llama_4_scaling_beta", "config.rope_parameters.original_max_position_embeddings",
         ),
@@ -90,25 +103,25 @@ FAMILIES: dict[str, Family] = {
         _LLAMA, unless={"qk_layernorm": "each head's queries and keys go through a norm of their own (qk_layernorm)"},
     ),
     "SmolLM3Attention": replace(_LLAMA, rotary=attrgetter("use_rope")),
-    "Starcoder2Attention": replace(_LLAMA, output_dropout="residual_dropout", up=("mlp.c_fc",), gate=()),
+    "Starcoder2Attention": replace(_SLIDING, output_dropout="residual_dropout", up=("mlp.c_fc",), gate=()),
     "OlmoAttention": replace(_LLAMA, unless=_CLIP_QKV),
     "Olmo2Attention": _OLMO2,
     "Olmo3Attention": _OLMO2,
     "CohereAttention": replace(_COHERE, norms=("q_norm", "k_norm")),
     "Cohere2Attention": replace(_COHERE, rotary=attrgetter("sliding_window")),
     "Cohere2MoeAttention": replace(_COHERE, rotary=_slides_or_must, up=(), gate=()),
-    "Exaone4Attention": replace(_QWEN3, rotary=_is_global_or_slides),
+    "Exaone4Attention": replace(_QWEN3, rotary=_is_global_or_slides, window=_if_it_slides),
     "GlmAttention": replace(_GLM, up=("mlp.gate_up_proj",), gate=()),
     "Glm4Attention": replace(_GLM, up=("mlp.gate_up_proj",), gate=()),
     "HeliumAttention": _GLM,
     "Ernie4_5Attention": _GLM,
     "PhiAttention": replace(_LLAMA, o="dense", norms=("q_layernorm", "k_layernorm"), up=("mlp.fc1",), gate=()),
-    "Phi3Attention": replace(_LLAMA, fused="qkv_proj", up=("mlp.gate_up_proj",), gate=()),
-    "MixtralAttention": _MOE,
+    "Phi3Attention": replace(_SLIDING, fused="qkv_proj", up=("mlp.gate_up_proj",), gate=()),
+    "MixtralAttention": replace(_SLIDING, up=(), gate=()),
     "PhimoeAttention": _MOE,
-    "Qwen2MoeAttention": _MOE,
+    "Qwen2MoeAttention": replace(_MOE, window=_none),
     "Qwen3MoeAttention": _NORMED_MOE,
-    "OlmoeAttention": replace(_NORMED_MOE, norm_spans_heads=True, unless=_CLIP_QKV),
+    "OlmoeAttention": replace(_NORMED_MOE, norm_spans_heads=True, window=_of_config, unless=_CLIP_QKV),
     "FlexOlmoAttention": replace(_OLMO2, up=(), gate=()),
     "MiniMaxM2Attention": replace(_NORMED_MOE, norm_spans_heads=True),
     "Dots1Attention": _NORMED_MOE,

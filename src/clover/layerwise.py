@@ -212,7 +212,9 @@ def _record(
 
 def forward(model: nn.Module, batch: Any) -> Any:
     """Run a model on a batch, without a cache."""
-    known = "use_cache" in signature(model.forward).parameters or getattr(model.config, "use_cache", False)
+    config: Any = model.config
+    parts = (config, *(getattr(config, name, None) for name in config.sub_configs))
+    known = "use_cache" in signature(model.forward).parameters or any(getattr(p, "use_cache", False) for p in parts)
     off = {"use_cache": False} if known else {}
     return model(**off | dict(batch)) if isinstance(batch, Mapping) else model(batch, **off)
 

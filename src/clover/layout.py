@@ -20,6 +20,7 @@ from clover.block import Block
 from clover.checkpoint import adopt, rebuild, write_config
 from clover.crew import Crew
 from clover.draft import Draft
+from clover.errors import CloverError
 from clover.pieces import Pieces
 from clover.plan import BlockPlan, Plan
 from clover.progress import track
@@ -40,6 +41,8 @@ class Layout:
     shards: dict[str, Shard]
     rest: dict[str, dict[str, Entry]]
     """What each file takes over unchanged."""
+    blocks: tuple[str, ...]
+    """Names of those that are cut."""
 
     @classmethod
     def of(cls, pieces: Pieces, found: Sequence[Block], plan: Plan, folder: Path) -> Layout:
@@ -54,7 +57,8 @@ class Layout:
         for block in found:
             inside = pieces.inside(block)
             tensors[pieces.home(block)] |= {k: form(t) for k, t in model.state_dict().items() if k.startswith(inside)}
-        return cls(pieces, model, {f: Shard(folder / f, of) for f, of in tensors.items()}, rest)
+        shards = {f: Shard(folder / f, of) for f, of in tensors.items()}
+        return cls(pieces, model, shards, rest, tuple(b.name for b in found))
 
     def begin(self, made: Draft, we: Crew) -> None:
         """Take the room for all files; those of an earlier run stay as they are."""
@@ -93,7 +97,7 @@ class Layout:
                 made.keep(DONE, file, {})
 
         with ThreadPoolExecutor(1) as thread:
-            files = [thread.submit(copy, f) for f in we.share([f for f in self.rest if not made.has(DONE, f)])]
+            files = [thread.submit(copy, f) for f in we.share(list(self.rest)) if not made.has(DONE, f)]
             try:
                 yield
                 for file in track(files, "copy"):
@@ -103,9 +107,15 @@ class Layout:
                 raise
 
     def finish(self, made: Draft, we: Crew, beside: tuple[Any, ...]) -> None:
-        """Write what lies beside the weights, and give the folder its name."""
+        """Write what lies beside the weights, and give the folder its name.
+
+        Raises:
+            CloverError: a piece is not there.
+        """
         we.meet()
         if we.leads:
+            if missing := [piece for piece in (*self.rest, *self.blocks) if not made.has(DONE, piece)]:
+                raise CloverError(f"{missing[0]} was not written to {made.out}; give the same command again")
             write_config(self.model, made.out)
             for thing in beside:
                 thing.save_pretrained(made.out)

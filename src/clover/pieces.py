@@ -128,22 +128,28 @@ class Pieces:
 
     @cached_property
     def constants(self) -> dict[str, Tensor]:
-        """Buffers that no checkpoint holds, such as frequencies of positions, as the model's own code sets them.
+        """What no checkpoint need hold, such as frequencies of positions, as the model's own code sets it.
 
         Raises:
             CloverError: its code leaves one as it is.
         """
         model, found = copy.deepcopy(self.model), {}
-        for name, buffer in model.named_non_persistent_buffers():
-            parent, _, last = name.rpartition(".")
-            found[name] = vars(model.get_submodule(parent))["_buffers"][last] = torch.empty_like(buffer, device="cpu")
-        for module in model.modules():
+        for path, module in model.named_modules():
             vars(module).pop("_is_hf_initialized", None)
+            for tensors in (vars(module)["_parameters"], vars(module)["_buffers"]):
+                for key, tensor in tensors.items():
+                    name = f"{path}.{key}".lstrip(".")
+                    if tensor is None or name in self.merged or self._source_name(name) is not None:
+                        continue
+                    made = torch.empty_like(tensor, device="cpu")
+                    tensors[key] = found[name] = nn.Parameter(made) if isinstance(tensor, nn.Parameter) else made
         model.initialize_weights()
-        for name, buffer in found.items():
-            if not buffer._version:
-                raise CloverError(f"{type(model).__name__} leaves its buffer {name} unset; prune it in memory")
-        return found
+        for name, tensor in found.items():
+            if tensor.numel() and not tensor._version:
+                raise CloverError(
+                    f"{type(model).__name__} leaves {name} unset, and {self.source.folder} lacks it; prune it in memory"
+                )
+        return {name: tensor.detach() for name, tensor in found.items()}
 
     def _value(self, key: str, dtype: torch.dtype) -> Tensor | None:
         """A tensor of the model, if the checkpoint holds it."""
@@ -153,8 +159,12 @@ class Pieces:
 
         if key in self.merged:
             return self.merged[key].value(key, read, self.model)
-        name = self.names.get(key) or self.names.get(self.model.all_tied_weights_keys.get(key, ""))
+        name = self._source_name(key)
         return None if name is None else read(name)
+
+    def _source_name(self, key: str) -> str | None:
+        """Under which name the checkpoint holds a tensor of the model, or the one that it is tied to."""
+        return self.names.get(key) or self.names.get(self.model.all_tied_weights_keys.get(key, ""))
 
     def untouched(self, gone: tuple[str, ...]) -> Iterator[tuple[str, Entry]]:
         """What is copied as it lies, by its name in what is written: all tensors whose names don't begin so."""
@@ -221,7 +231,10 @@ def _match(model: PreTrainedModel, source: Checkpoint) -> tuple[dict[str, str], 
             continue
         converter = by_pattern[pattern]
         if len(converter.target_patterns) > 1:
-            raise CloverError(f"{name} in {source.folder} is in an old layout; load and save the model once")
+            raise CloverError(
+                f"{name} in {source.folder} holds several tensors of the model, which streaming can't take apart; "
+                "prune it in memory"
+            )
         merged.setdefault(key, Merged(converter, {})).parts[apply_renamings(name, renamings)] = name, pattern
     return names, merged
 

@@ -125,7 +125,7 @@ class Weights:
 
     def survey(self, made: Draft, we: Crew) -> None:
         """Keep the bases of all blocks, and what their directions cost, in the draft."""
-        mine = we.share([b for b in self.blocks if not made.has(BASES, b.name)])
+        mine = [b for b in we.share(self.blocks) if not made.has(BASES, b.name)]
         for block, coming in zip(track(mine, "decompose"), [*mine[1:], None], strict=False):
             if coming is not None:
                 self.pieces.expect(coming)
@@ -136,7 +136,7 @@ class Weights:
     def cut(self, plan: Plan, layout: Layout, made: Draft, we: Crew) -> None:
         """Write the cut of every block."""
         plans = {block.name: block for block in plan.blocks}
-        for block in track(we.share([b for b in self.blocks if not made.has(DONE, b.name)]), "cut"):
+        for block in track([b for b in we.share(self.blocks) if not made.has(DONE, b.name)], "cut"):
             real = self.pieces.real(block)
             basis = unpack(real, made.load(BASES, block.name))
             layout.write(block, cut(real, basis, plans[block.name], self.pieces.model.dtype))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, set_seed
@@ -144,6 +145,7 @@ def answered(question: str, text: str, tokenizer: Any, length: int) -> dict[str,
     prompt = tokenizer(question).input_ids
     answer = tokenizer(text, add_special_tokens=False).input_ids
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    answer = answer[: max(1, length - 1 - len(end))]
     prompt = prompt[-max(1, length - len(answer) - len(end)) :]  # of a long prompt, its end names the choices
     return {"input_ids": prompt + answer + end, "labels": [IGNORED] * len(prompt) + answer + end}
 
@@ -375,11 +377,13 @@ def merge(model: str, adapter: str | Path, out: str | Path) -> Path:
         raise CloverError(f"{adapter} is no adapter: it has no adapter_config.json")
     base = load(model)
     try:
-        adapted: Any = PeftModel.from_pretrained(base, str(adapter))
-    except RuntimeError as error:
-        raise CloverError(f"{adapter} does not fit {model}: {' '.join(str(error).split())}") from error
-    beside = tuple(p for p in (_tokenizer(model),) if p is not None)
-    return save(adapted.merge_and_unload(safe_merge=True), out, beside=beside)
+        adapted: Any = PeftModel.from_pretrained(base, str(adapter), local_files_only=True)
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except CloverError:
+        raise
+    except (RuntimeError, ValueError, TypeError, OSError, SafetensorError) as error:
+        raise CloverError(f"{adapter} can't be merged into {model}: {' '.join(str(error).split())}") from error
+    return save(merged, out, beside=tuple(p for p in (_tokenizer(model),) if p is not None))
 
 
 def _tokenizer(model: str) -> Any:

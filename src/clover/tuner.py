@@ -245,7 +245,11 @@ class CloverModel(BaseTuner):
                     f"{type(self.model).__name__} has no {' or '.join(peft_config.parts)} of a known class to tune; "
                     f"name modules in target_modules, or use one of {', '.join(sorted(FAMILIES))}"
                 )
-            peft_config.target_modules = {_suffix(name) for name in wanted}
+            short = tuple({_suffix(name) for name in wanted})
+            meant = {
+                n for n, _ in self.model.named_modules() if n in short or n.endswith(tuple(f".{s}" for s in short))
+            }
+            peft_config.target_modules = set(short) if meant <= wanted else wanted
         return peft_config
 
     def fold(self, adapter_name: str = "default") -> None:
