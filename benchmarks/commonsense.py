@@ -36,7 +36,8 @@ from transformers import AutoTokenizer
 import clover
 from clover.evaluate import continuations, multiple_choice, perplexity
 from clover.files import Question, read_questions
-from clover.training import METHODS, Recipe, adapter_config, answered, train
+from clover.recipe import METHODS, Recipe, adapter_config
+from clover.training import answered, train
 from common import DATA, MODELS, RESULTS, record, text, timed
 
 SETS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")

@@ -29,7 +29,8 @@ import clover
 import language
 from clover.attention import CloverAttention
 from clover.evaluate import perplexity
-from clover.training import Recipe, adapter_config, mean_loss, train
+from clover.recipe import Recipe, adapter_config
+from clover.training import mean_loss, train
 from common import MODELS, SEED, record, text
 
 LENGTH, BATCH = 256, 2

@@ -19,7 +19,7 @@ ORDER = [
     "lossbudget", "pruning", "export", "targets", "config", "cores", "tuner",
     "crew", "shards", "pieces", "draft", "packed", "layerwise", "layout", "sequential", "streaming",
     "files", "data", "cost", "graphs", "onnx", "bench", "evaluate", "curve", "report",
-    "demo", "training", "show", "options", "cli",
+    "demo", "recipe", "training", "show", "options", "cli",
 ]  # fmt: skip
 """A module may import only from modules to its left."""
 ALGORITHM = ORDER[: ORDER.index("files")]

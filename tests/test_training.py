@@ -15,11 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import clover
 from clover import CloverError, training
+from clover.recipe import METHODS, Recipe, adapter_config
 from clover.training import (
     IGNORED,
-    METHODS,
-    Recipe,
-    adapter_config,
     collate,
     contiguous_head,
     example,

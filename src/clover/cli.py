@@ -218,7 +218,10 @@ def tune(
     ],
     method: Annotated[str, typer.Option(help="clover, lora, dora or pissa, all on the same modules.")] = "clover",
     steps: Annotated[int, typer.Option(metavar="N", help="Optimiser steps.")] = 100,
-    lr: Annotated[float, typer.Option(metavar="X", help="Largest learning rate.")] = 1e-3,
+    lr: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Largest learning rate.", show_default="3e-4; LoRA, DoRA 1e-3; PiSSA 1e-4"),
+    ] = None,
     batch: Annotated[int, typer.Option(metavar="N", help="Examples a step.")] = 8,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the order of the data and of LoRA's start.")] = 0,
     length: Annotated[int, typer.Option(metavar="N", help="Tokens at most in an example.")] = 512,
@@ -240,7 +243,7 @@ def tune(
     from clover.files import extra
 
     extra("peft", "tune")
-    from clover.training import Recipe
+    from clover.recipe import Recipe
     from clover.training import tune as run
 
     if rank is not None and match_parameters:

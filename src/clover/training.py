@@ -11,100 +11,26 @@ import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from clover.checkpoint import check_writable, load, ready, save
-from clover.config import CloverConfig
-from clover.cost import accepts, writes_text
+from clover.cost import accepts
 from clover.data import load_processor, text_tokens
 from clover.errors import CloverError
 from clover.files import file_kind, read_records, read_text
 from clover.progress import console
-from clover.targets import find_slots, in_features, out_features
+from clover.recipe import Recipe, adapter_config
 
-METHODS = ("clover", "lora", "dora", "pissa")
 IGNORED = -100  # what transformers' losses leave out
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One run, whole: with the same recipe, data and base another run gives the same adapter."""
-
-    method: str = "clover"
-    steps: int = 100
-    lr: float = 1e-3
-    batch: int = 8
-    """Examples a step, in each process."""
-    seed: int = 0
-    warmup: int = 10
-    """Steps over which the learning rate rises; it then falls to zero along a line."""
-    length: int = 512
-    """Tokens at most in an example."""
-    parts: tuple[str, ...] = ("qk", "vo", "up")
-    core: str = "full"
-    rank: int | None = None
-    """Of the LoRA methods; None takes the rank nearest to CLOVER's number of parameters."""
-
-    def check(self) -> None:
-        """Refuse what can't be run.
-
-        Raises:
-            CloverError: names the value and its remedy.
-        """
-        if self.method not in METHODS:
-            raise CloverError(f"method {self.method!r} is unknown; choose among {', '.join(METHODS)}")
-        for name in ("steps", "batch", "length"):
-            if getattr(self, name) < 1:
-                raise CloverError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 < self.lr < math.inf:
-            raise CloverError(f"lr is {self.lr}; it must be a positive finite number")
-        if self.rank is not None and self.rank < 1:
-            raise CloverError(f"rank is {self.rank}; it must be at least 1")
-
-
-def adapter_config(model: nn.Module, recipe: Recipe, block_size: int = 64) -> PeftConfig:
-    """The peft config of a recipe's method; the LoRA family gets CLOVER's modules.
-
-    Raises:
-        CloverError: an unknown method, or a model without anything to tune.
-    """
-    recipe.check()
-    task = "CAUSAL_LM" if writes_text(model) else None
-    ours = CloverConfig(parts=recipe.parts, core=recipe.core, block_size=block_size, task_type=task)
-    if recipe.method == "clover":
-        return ours
-    found = find_slots(model, block_size)
-    chosen = {name: [s for s in slots if s.part in recipe.parts] for name, slots in found.items()}
-    chosen = {name: slots for name, slots in chosen.items() if slots}
-    if not chosen:
-        raise CloverError(f"{type(model).__name__} has no {' or '.join(recipe.parts)} to tune; choose other parts")
-    rank = recipe.rank or matching_rank(model, chosen, diagonal=recipe.core == "diagonal")
-    return LoraConfig(
-        r=rank, lora_alpha=rank if recipe.method == "pissa" else 2 * rank, target_modules=sorted(chosen),
-        use_dora=recipe.method == "dora", init_lora_weights="pissa" if recipe.method == "pissa" else True,
-        task_type=task,
-    )  # fmt: skip
-
-
-def matching_rank(model: nn.Module, chosen: dict[str, list[Any]], diagonal: bool = False) -> int:
-    """The LoRA rank whose number of parameters on these modules is nearest to that of CLOVER's cores."""
-    modules = dict(model.named_modules())
-    cores = sum(s.rows.numel() * (1 if diagonal else s.rows.shape[1]) for slots in chosen.values() for s in slots)
-    widths = 0
-    for name in chosen:
-        module: Any = modules[name]
-        widths += in_features(module) + out_features(module)
-    return max(1, round(cores / widths))
 
 
 # --- data ---
@@ -228,7 +154,7 @@ def train(
     """
     quiet = not console.is_terminal
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=recipe.steps, learning_rate=recipe.lr, seed=recipe.seed,
+        output_dir=str(folder), max_steps=recipe.steps, learning_rate=recipe.rate, seed=recipe.seed,
         per_device_train_batch_size=recipe.batch, warmup_steps=min(recipe.warmup, recipe.steps // 2),
         lr_scheduler_type="linear", weight_decay=0.0, logging_steps=1, logging_nan_inf_filter=False,
         save_strategy="steps" if save_every else "no", save_steps=save_every or recipe.steps, save_total_limit=1,
@@ -301,7 +227,7 @@ def tune(
     config = adapter_config(base, recipe)
     processes = PartialState(cpu=_on_cpu())
     with processes.main_process_first():
-        draft = _draft(target, {"model": model, "data": str(data), **asdict(recipe)})
+        draft = _draft(target, {"model": model, "data": str(data), **recipe.to_dict()})
     set_seed(recipe.seed)
     before = None if held_out is None else mean_loss(base, held_out)
     adapted = get_peft_model(base, config)
@@ -311,7 +237,7 @@ def tune(
         shutil.rmtree(draft, ignore_errors=True)  # there is nothing to go on from
         raise
     result = {
-        **asdict(recipe),
+        **recipe.to_dict(),
         "trainable_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         "loss": sum(e["loss"] for e in log[-10:]) / len(log[-10:]),
     }
