@@ -218,7 +218,12 @@ def healing(results: Results) -> str:
         f"trained on {r['tokens']:,} tokens of WikiText-2 train; the first {r['protocol']['tokens']:,} of test."
     )
     header = "Trained | loss from | parameters | rate chosen after steps | perplexity | over dense"
-    return f"{about}\n\n{table(header, rows)}"
+    again = {
+        key: entry for key in arms for name, entry in sorted(results.items()) if name.startswith(f"healing-{key}-epyc")
+    }
+    said = ", ".join(f"{arms[key]} {entry['result']['over_dense']:.3f}" for key, entry in again.items())
+    more = "".join(f"Run again on an {e['machine']['cpu']}: {said} times dense." for e in list(again.values())[:1])
+    return f"{about}\n\n{table(header, rows)}\n\n{more}".rstrip()
 
 
 def healing_speech(results: Results) -> str:
