@@ -31,20 +31,20 @@ def _says_rope(core: Any) -> bool:
     return core.config.position_embedding_type == "rope"
 
 
-def _of_config(core: Any) -> int | None:
+def _configs_window(core: Any) -> int | None:
     return getattr(core.config, "sliding_window", None)
 
 
-def _if_it_slides(core: Any) -> int | None:
+def _window_where_sliding(core: Any) -> int | None:
     return core.sliding_window if core.is_sliding else None
 
 
-def _none(_: Any) -> None:
+def _no_window(_: Any) -> None:
     return None
 
 
 _LLAMA = Family(kv_heads="config.num_key_value_heads", rotary=True, gate=("mlp.gate_proj",))
-_SLIDING = replace(_LLAMA, window=_of_config)
+_SLIDING = replace(_LLAMA, window=_configs_window)
 _BERT = Family(
     q="query", k="key", v="value", o="output.dense", core="self", heads="num_attention_heads",
     head_dim="attention_head_size", dropout="dropout", cross=("crossattention",),
@@ -110,7 +110,7 @@ FAMILIES: dict[str, Family] = {
     "CohereAttention": replace(_COHERE, norms=("q_norm", "k_norm")),
     "Cohere2Attention": replace(_COHERE, rotary=attrgetter("sliding_window")),
     "Cohere2MoeAttention": replace(_COHERE, rotary=_slides_or_must, up=(), gate=()),
-    "Exaone4Attention": replace(_QWEN3, rotary=_is_global_or_slides, window=_if_it_slides),
+    "Exaone4Attention": replace(_QWEN3, rotary=_is_global_or_slides, window=_window_where_sliding),
     "GlmAttention": replace(_GLM, up=("mlp.gate_up_proj",), gate=()),
     "Glm4Attention": replace(_GLM, up=("mlp.gate_up_proj",), gate=()),
     "HeliumAttention": _GLM,
@@ -119,9 +119,9 @@ FAMILIES: dict[str, Family] = {
     "Phi3Attention": replace(_SLIDING, fused="qkv_proj", up=("mlp.gate_up_proj",), gate=()),
     "MixtralAttention": replace(_SLIDING, up=(), gate=()),
     "PhimoeAttention": _MOE,
-    "Qwen2MoeAttention": replace(_MOE, window=_none),
+    "Qwen2MoeAttention": replace(_MOE, window=_no_window),
     "Qwen3MoeAttention": _NORMED_MOE,
-    "OlmoeAttention": replace(_NORMED_MOE, norm_spans_heads=True, window=_of_config, unless=_CLIP_QKV),
+    "OlmoeAttention": replace(_NORMED_MOE, norm_spans_heads=True, window=_configs_window, unless=_CLIP_QKV),
     "FlexOlmoAttention": replace(_OLMO2, up=(), gate=()),
     "MiniMaxM2Attention": replace(_NORMED_MOE, norm_spans_heads=True),
     "Dots1Attention": _NORMED_MOE,
