@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,12 +33,17 @@ NEW_TOKENS, REPEATS = 16, 5
 RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 
 
-@contextmanager
-def cuts(ratios: Iterable[float]) -> Iterator[dict[str, str]]:
+@cache
+def measured() -> tuple[Any, Any]:
+    """The model and its bases, which take minutes."""
     model = language.load()
     tokens = AutoTokenizer.from_pretrained(MODELS / "smollm2")(text("train"), return_tensors="pt").input_ids[0]
-    bases = find_bases(model, calibration=language.calibration(tokens), seed=SEED)
-    with cut_all(model, bases, {f"{ratio:.1%}": (ratio, ratio) for ratio in ratios}) as folders:
+    return model, find_bases(model, calibration=language.calibration(tokens), seed=SEED)
+
+
+@contextmanager
+def cuts(ratios: Iterable[float]) -> Iterator[dict[str, str]]:
+    with cut_all(*measured(), {f"{ratio:.1%}": (ratio, ratio) for ratio in ratios}) as folders:
         yield folders
 
 
