@@ -23,9 +23,11 @@ def speed(results: Results) -> str:
 
 def decode(results: Results) -> str:
     rows = [
-        [f"{r['context']:,}", str(r["batch"]), *(f"{r[k]:.3g}" for k in ("dense", "50 %", "ratio", "bound"))]
-        for r in result(results, "decode-contexts").get("rows", [])
-    ]
+        [entry["machine"]["cpu"], f"{r['context']:,}", str(r["batch"]),
+         *(f"{r[k]:.3g}" for k in ("dense", "50 %", "ratio", "bound"))]
+        for name, entry in sorted(results.items()) if name.startswith("decode-contexts")
+        for r in entry["result"]["rows"]
+    ]  # fmt: skip
     if not rows:
         raise KeyError("decode-contexts")
     about = (
@@ -34,7 +36,7 @@ def decode(results: Results) -> str:
         "since transformers' default cache copies all keys and values for each token, and a pruned model's grows in "
         "place."
     )
-    parts = [f"{about}\n\n{table('Context | batch | dense | pruned | ratio | bound', rows)}"]
+    parts = [f"{about}\n\n{table('Processor | context | batch | dense | pruned | ratio | bound', rows)}"]
     swept = {
         f"SmolLM2 at a context of {c}": run for c, run in result(results, "decode-sweep").get("contexts", {}).items()
     }
