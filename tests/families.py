@@ -28,6 +28,7 @@ from tiny import (
     gemma,
     gemma3_image,
     gpt2,
+    granite_hybrid,
     heard,
     image,
     llama,
@@ -108,16 +109,7 @@ CASES: dict[str, Case] = {
     "wav2vec2": (lambda: wav2vec("Wav2Vec2"), wave),
     "siglip": (siglip, lambda: text() | image()),
     "ministral3": (ministral3, text),
-    "granite-hybrid": (
-        lambda: moe(
-            "GraniteMoeHybrid",
-            shared_intermediate_size=32,
-            position_embedding_type="rope",
-            layer_types=["mamba", "attention"],
-            **MAMBA,
-        ),
-        text,
-    ),
+    "granite-hybrid": (lambda: granite_hybrid("rope"), text),
     "falcon-h1": (lambda: causal("FalconH1", key_multiplier=0.4, mamba_d_ssm=96, **MAMBA), text),
     "lfm2": (lambda: causal("Lfm2", layer_types=["conv", "full_attention"]), text),
 }
@@ -184,16 +176,7 @@ COPIES: dict[str, Case] = {
         text,
     ),
     "minimax-m2": (lambda: moe("MiniMaxM2", head_dim=16, **rope(0.5)), text),
-    "granite-hybrid-still": (
-        lambda: moe(
-            "GraniteMoeHybrid",
-            shared_intermediate_size=32,
-            position_embedding_type="nope",
-            layer_types=["mamba", "attention"],
-            **MAMBA,
-        ),
-        text,
-    ),
+    "granite-hybrid-still": (lambda: granite_hybrid("nope"), text),
     "bamba": (lambda: causal("Bamba", attn_layer_indices=[1], **MAMBA, **rope(0.5)), text),
     "jamba": (
         lambda: causal("Jamba", attn_layer_period=2, attn_layer_offset=1, num_experts=2, use_mamba_kernels=False),

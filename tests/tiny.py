@@ -148,6 +148,12 @@ def vision(kind: str, **kwargs: Any) -> Any:
     return getattr(t, f"{kind}Model")(getattr(t, f"{kind}Config")(**(VISION | kwargs)))
 
 
+def granite_hybrid(positions: str) -> Any:
+    """A state-space layer, then attention that rotates where ``positions`` is ``rope``."""
+    kinds = {"layer_types": ["mamba", "attention"], "position_embedding_type": positions}
+    return moe("GraniteMoeHybrid", shared_intermediate_size=32, **kinds, **MAMBA)
+
+
 def gemma3_image() -> t.Gemma3ForConditionalGeneration:
     """A SigLIP tower in front of a Gemma 3; token 55 stands for a piece of the image."""
     tokens = {"image_token_id": 55, "boi_token_id": 56, "eoi_token_id": 57, "mm_tokens_per_image": 4}

@@ -58,7 +58,11 @@ class Basis:
         )  # fmt: skip
 
     def _norms(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Products of the norms in the weights of the two sides: of each pair, plain direction and value direction."""
+        """Norms of the two sides' weights, multiplied, float64.
+
+        Returns:
+            Those of pairs ``(kv, p)``, of plain directions ``(kv, s)`` and of value directions ``(kv, e)``.
+        """
         heads, rotary = self.heads, self.heads.rotary
         if self.moments is None and heads.q_bias is None:  # what was decomposed, see ``decompose`` and ``white_gram``
             pair = 2 * self.pair_gram.diagonal(dim1=-2, dim2=-1)[..., : heads.pairs].sum(1)

@@ -76,8 +76,8 @@ class Span(NamedTuple):
 def kernel_size(qk: int, value: int, dtype: torch.dtype) -> int:
     """Columns that a fused attention kernel is given of a head.
 
-    It wants one size for all, and whole tiles, half as wide in float32: on CPUs 24 columns take three quarters of the
-    time of 23, and 16 two thirds of that of 8.
+    It wants one size for all, and whole tiles, half as wide in float32: an odd size takes longer than a larger one of
+    whole tiles, and in half precision its fallbacks cost far more than a few zero columns.
     """
     tile = TILE if dtype.itemsize < 4 else TILE // 2
     return max(TILE, -(-max(qk, value) // tile) * tile)

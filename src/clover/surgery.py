@@ -67,9 +67,8 @@ def skeleton(block: Block, plan: BlockPlan) -> tuple[CloverAttention, nn.Linear 
     # Whatever looks for the original class (output recorders, device maps) still finds it.
     attention = type(f"Clover{kind.__name__}", (CloverAttention, kind), {})(block, plan, weight.dtype, weight.device)
     attention.train(block.core.training)
-    vars(attention)["_is_hf_initialized"] = (
-        True  # what transformers knows of the original class is not true of this one
-    )
+    # How transformers initialises the original class is not true of this one, whose weights all come from elsewhere.
+    vars(attention)["_is_hf_initialized"] = True
     if not block.family.core:
         return attention, None
     sizes = plan.queries * plan.vo_kept, block.heads().o.shape[-2]
