@@ -8,10 +8,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 TILE = 16
 """Columns that matrix units of CPUs and GPUs like to work on at once."""
+LONG = 512
+"""Tokens that are worth a thread of their own in a sum over all tokens."""
 
 
 class Padding(NamedTuple):
@@ -96,6 +99,25 @@ def take(x: Tensor, which: Tensor) -> Tensor:
 def joined(parts: list[Tensor]) -> Tensor:
     """Columns of all parts in one tensor."""
     return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+
+def weighted_sum(
+    weights: Float[Tensor, "batch rows tokens"], values: Float[Tensor, "batch tokens columns"]
+) -> Float[Tensor, "batch rows columns"]:
+    """``weights @ values`` of few rows over many tokens.
+
+    CPUs share out the rows and columns of a product but never its sum, and for one sequence leave most of it to one
+    thread; so the tokens are shared out here.
+    """
+    tokens = weights.shape[-1]
+    if torch.compiler.is_compiling() or len(weights) > 1 or tokens < LONG or weights.device.type != "cpu":
+        return torch.bmm(weights, values)
+    threads = min(torch.get_num_threads(), tokens // LONG)
+    each = tokens // threads
+    shared = each * threads
+    w, v = weights[0, :, :shared].unflatten(-1, (threads, each)).transpose(0, 1), values[0, :shared]
+    total = torch.bmm(w, v.unflatten(0, (threads, each))).sum(0, keepdim=True)
+    return total if shared == tokens else total + torch.bmm(weights[..., shared:], values[:, shared:])
 
 
 def padded(x: Tensor, size: int) -> Tensor:
