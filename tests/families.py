@@ -32,6 +32,8 @@ from tiny import (
     heard,
     image,
     llama,
+    llama4,
+    llama4_vision,
     llava,
     metaclip2,
     ministral3,
@@ -109,6 +111,8 @@ CASES: dict[str, Case] = {
     "wav2vec2": (lambda: wav2vec("Wav2Vec2"), wave),
     "siglip": (siglip, lambda: text() | image()),
     "ministral3": (ministral3, text),
+    "llama4": (llama4, text),
+    "hunyuan": (lambda: causal("HunYuanDenseV1", head_dim=16), text),
     "granite-hybrid": (lambda: granite_hybrid("rope"), text),
     "falcon-h1": (lambda: causal("FalconH1", key_multiplier=0.4, mamba_d_ssm=96, **MAMBA), text),
     "lfm2": (lambda: causal("Lfm2", layer_types=["conv", "full_attention"]), text),
@@ -182,6 +186,8 @@ COPIES: dict[str, Case] = {
         lambda: causal("Jamba", attn_layer_period=2, attn_layer_offset=1, num_experts=2, use_mamba_kernels=False),
         text,
     ),
+    "nanochat": (lambda: causal("NanoChat"), text),
+    "llama4-vision": (llama4_vision, image),
     "pixtral": (pixtral, image),
     "internvl": (lambda: t.InternVLVisionModel(t.InternVLVisionConfig(**VISION)), image),
     "internvl-norm": (lambda: t.InternVLVisionModel(t.InternVLVisionConfig(**VISION, use_qk_norm=True)), image),
@@ -216,9 +222,9 @@ SEQ2SEQ = ("whisper", "bart", "t5")
 GENERATIVE = [n for n in CASES if n not in (*ENCODERS, *SEQ2SEQ)]
 STILL = ("gpt2", "opt", "bloom", "gpt-bigcode", "gpt-bigcode-mha")
 """Language models that rotate nothing."""
-MIXED = ("smollm3", "cohere2")
+MIXED = ("smollm3", "cohere2", "llama4")
 """Those that rotate in some of their layers."""
-GROWING = ("ministral3",)
+GROWING = ("ministral3", "llama4")
 """Those whose queries grow with their position, so that distances aren't all."""
 HYBRID = ("granite-hybrid", "lfm2")
 """Those that attend in one of their two layers; the other keeps a state."""

@@ -10,6 +10,7 @@ import torch
 
 import clover
 from clover.bench import compare_runtime
+from clover.cost import compare_throughput, random_inputs
 from clover.errors import CloverError
 from clover.show import show_runtime
 from commands import run, succeed
@@ -45,13 +46,34 @@ def test_bench_runtime(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[st
     assert "decode tokens/s" in capsys.readouterr().out
 
 
-def test_an_encoder_is_run_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "contexts"), [("bert", ["8", "16"]), ("vit", [""]), ("wav2vec2", [""])])
+def test_an_encoder_reads_a_context_or_what_has_its_own_size(
+    name: str, contexts: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("clover.bench._peak", lambda *_: 1)
-    build("bert", torch.float32)[0].save_pretrained(tmp_path / "bert")
-    result = compare_runtime(str(tmp_path / "bert"), str(tmp_path / "bert"), repeats=1)
-    assert list(result["contexts"]) == [""] and set(result["contexts"][""]) == {
-        "items_per_second", "weight_bytes", "peak_bytes",
-    }  # fmt: skip
+    build(name, torch.float32)[0].save_pretrained(tmp_path / name)
+    seen: list[int] = []
+
+    def watch(models: Any, context: int, **options: Any) -> Any:
+        seen.append(random_inputs(models["dense"], 1, context).get("input_ids", torch.zeros(1, 0)).shape[1])
+        return compare_throughput(models, context=context, **options)
+
+    monkeypatch.setattr("clover.bench.compare_throughput", watch)
+    result = compare_runtime(str(tmp_path / name), str(tmp_path / name), contexts=(8, 16), repeats=1)
+    assert list(result["contexts"]) == contexts and seen == [int(c or 0) for c in contexts]
+    for figures in result["contexts"].values():
+        assert set(figures) == {"items_per_second", "weight_bytes", "peak_bytes"}
+
+
+def test_a_model_that_reads_what_nobody_knows() -> None:
+    class Reader(torch.nn.Module):
+        config, dtype, device = None, torch.float32, torch.device("cpu")
+
+        def forward(self, smells: torch.Tensor) -> torch.Tensor:
+            return smells
+
+    with pytest.raises(CloverError, match="Reader reads smells; pass inputs for it"):
+        random_inputs(Reader(), 1, 4)
 
 
 def test_models_of_different_kinds_are_not_compared(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import transformers as t
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+import families
 from clover import data, files
 from clover.errors import CloverError
 
@@ -276,6 +277,33 @@ def test_questions_calibrate_as_text(tmp_path: Path) -> None:
     path = questions_file(tmp_path / "q.jsonl", *[{"instruction": "w1 w2", "answer": "w3", "output": "w4"}] * 20)
     (batch,) = data.calibration_batches(path, llama(), processor=tokenizer(), length=12, sequences=2)
     assert batch["input_ids"].shape == (2, 12) and batch["input_ids"][0, :6].tolist() == [5, 6, 8, 5, 6, 8]
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "marian", "m2m100"])
+def test_a_decoder_reads_the_same_text_a_token_later(name: str, tmp_path: Path) -> None:
+    model, _ = families.build(name, torch.float32)
+    (batch,) = data.calibration_batches(text_file(tmp_path, 200), model, processor=tokenizer(), length=9, sequences=2)
+    ids, later = batch["input_ids"], batch["decoder_input_ids"]
+    assert ids.shape == later.shape == (2, 9) and torch.equal(later[:, 1:], ids[:, :-1])
+    assert set(later[:, 0].tolist()) == {model.config.decoder_start_token_id}
+    model(**batch)
+
+
+@pytest.mark.parametrize("name", ["llava", "paligemma", "gemma3-image"])
+def test_models_of_images_that_write_take_text(name: str, tmp_path: Path) -> None:
+    model, _ = families.build(name, torch.float32)
+    (batch,) = data.calibration_batches(text_file(tmp_path, 200), model, processor=tokenizer(), length=9, sequences=2)
+    model(**batch)
+    with pytest.raises(CloverError, match="reads text; give it that"):
+        data.calibration_batches(tmp_path, model)
+
+
+def test_models_of_raw_sound(manifest: Path) -> None:
+    model, _ = families.build("wav2vec2", torch.float32)
+    extractor = t.Wav2Vec2FeatureExtractor(sampling_rate=8000)
+    batches = data.calibration_batches(manifest, model, processor=extractor, split="test")
+    assert all(batch.keys() == {"input_values"} and batch["input_values"].shape[0] == 1 for batch in batches)
+    model(**batches[0])
 
 
 def test_speech_is_teacher_forced(manifest: Path) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
+import families
 from clover import evaluate as ev
 from clover.data import text_tokens
 from clover.errors import CloverError
@@ -107,6 +108,30 @@ def test_perplexity_is_that_of_its_protocol(
     assert score.value == pytest.approx(value, rel=1e-4)
     told = {"window": window, "stride": stride, "tokens": n, "scored": scored, "dtype": "float32"}
     assert score.protocol == told | ({"start": 7} if front else {})
+
+
+BEHIND = {
+    "gemma2": {"final_logit_softcapping": 0.5}, "granite": {"logits_scaling": 3.0}, "cohere": {"logit_scale": 0.3},
+    "nanochat": {"final_logit_softcapping": 0.5}, "falcon-h1": {"lm_head_multiplier": 0.3}, "hyperclovax": {},
+    "modernbert-decoder": {}, "llama-gqa": {}, "gpt2": {}, "bloom": {}, "mixtral": {}, "gpt-oss": {},
+}  # fmt: skip
+"""Families, among them those whose own forward does something behind the output embeddings: a cap, a scale, a layer."""
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_logits_are_those_that_the_model_gives(name: str) -> None:
+    model, _ = families.build(name, torch.float32)
+    for setting, value in BEHIND[name].items():
+        assert hasattr(model.config, setting)
+        setattr(model.config, setting, value)
+        for owner in (model, model.model):
+            if hasattr(owner, setting):
+                setattr(owner, setting, value)
+    tokens = torch.randint(3, 60, (14,), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        value, _ = slow_perplexity(model, tokens, 9, 5, [])
+    assert ev.perplexity(model, tokens, window=9, stride=5).value == pytest.approx(value, rel=1e-4)
+    assert "forward" not in vars(ev._body(model)), "its own forward is back"
 
 
 def test_perplexity_of_an_untrained_guess_and_limit(llama: Any) -> None:

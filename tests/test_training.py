@@ -80,6 +80,29 @@ def test_of_a_long_prompt_the_end_is_kept() -> None:
     assert made["input_ids"] == tokenizer()("w3 w4 w5").input_ids
 
 
+def test_of_a_long_prompt_the_beginning_of_any_text_is_kept() -> None:
+    """LLaMA and Gemma read a text without its first token as if it made no sense."""
+    made = tokenizer(brackets=True)
+    made.bos_token = "[CLS]"
+    whole = example({"instruction": "w1 w2 w3 w4", "output": "w5"}, made, 16)["input_ids"]
+    kept = example({"instruction": "w1 w2 w3 w4", "output": "w5"}, made, 4)["input_ids"]
+    assert kept == [made.bos_token_id, *whole[-3:]] and whole[0] == made.bos_token_id
+
+
+def test_what_an_instruction_is_about_is_part_of_the_question(tmp_path: Path) -> None:
+    records = [
+        {"instruction": "w1", "input": "w2 w3", "output": "w4"},
+        {"instruction": "w1", "input": "", "output": "w4"},
+    ]
+    (tmp_path / "alpaca.jsonl").write_text("\n".join(map(json.dumps, records)))
+    first, second = examples(tmp_path / "alpaca.jsonl", tokenizer(), 8)
+    assert first["input_ids"] == tokenizer()("w1 w2 w3 w4").input_ids
+    assert second["input_ids"] == tokenizer()("w1 w4").input_ids
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"instruction": "w1", "input": ["w2"], "output": "w4"}))
+    with pytest.raises(CloverError, match="must be a JSON object with strings"):
+        examples(tmp_path / "bad.jsonl", tokenizer(), 8)
+
+
 def test_a_text_is_learned_whole(text: Path) -> None:
     windows = examples(text, tokenizer(), 64)
     assert [len(w["input_ids"]) for w in windows] == [64] * 6 + [16]
@@ -198,6 +221,14 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(
             steps.append(state.global_step)
 
     monkeypatch.setattr(training, "_StopAtNaN", Count)
+    half = tmp_path / ".killed.tuning" / "checkpoints" / "checkpoint-5"  # killed while it was written
+    half.mkdir()
+    (half / "adapter_model.safetensors").write_bytes(b"half")
+    other = tmp_path / "other" / text.name
+    other.parent.mkdir()
+    other.write_text("w1 w2 w3")
+    with pytest.raises(CloverError, match="unfinished run with other settings"):
+        tune(str(llama), tmp_path / "killed", other, recipe, save_every=2)
     with pytest.raises(CloverError, match="unfinished run with other settings"):
         tune(str(llama), tmp_path / "killed", text, Recipe(**{**SMALL, "lr": 2e-2}), save_every=2)
     tune(str(llama), tmp_path / "killed", text, recipe, save_every=2)
@@ -222,6 +253,7 @@ def test_a_loss_that_is_no_number_stops_the_run(llama: Path, text: Path, tmp_pat
         ({"lr": float("nan")}, "lr is nan"),
         ({"lr": 0.0}, "lr is 0.0"),
         ({"rank": 0}, "rank is 0"),
+        ({"block_size": 0}, "block_size is 0"),
         ({"parts": ("down",)}, "'down'"),
     ],
 )
@@ -245,6 +277,14 @@ def test_bad_data_is_refused(name: str, content: str, message: str, llama: Path,
     (tmp_path / name).write_text(content)
     with pytest.raises(CloverError, match=message):
         tune(str(llama), tmp_path / "adapter", tmp_path / name, Recipe(**SMALL))
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["t5", "bert", "whisper"])
+def test_only_causal_language_models_are_tuned(name: str, text: Path, tmp_path: Path) -> None:
+    build(name, torch.float32)[0].save_pretrained(tmp_path / name)
+    with pytest.raises(CloverError, match=r"clover tune trains causal language models"):
+        tune(str(tmp_path / name), tmp_path / "adapter", text, Recipe(**SMALL))
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 

@@ -369,6 +369,13 @@ def test_safe_merge_refuses_nan() -> None:
         model.merge_and_unload(safe_merge=True)
 
 
+def test_what_a_block_size_does_not_divide_can_be_left_out() -> None:
+    model, _ = fresh()
+    get_peft_model(model, config(block_size=48, parts=("qk", "vo")))
+    model, _ = fresh()
+    get_peft_model(model, config(block_size=48, exclude_modules=r".*mlp.*"))
+
+
 # --- slots ---
 
 

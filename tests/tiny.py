@@ -103,6 +103,18 @@ def ministral3() -> Any:
     return causal("Ministral3", head_dim=16, rope_parameters=yarn)
 
 
+def llama4() -> Any:
+    """One layer rotates and has norms; in the other, queries grow after every fourth token."""
+    experts = {"num_local_experts": 2, "moe_layers": [1], "intermediate_size_mlp": 64, "num_key_value_heads": 2}
+    grown = {"no_rope_layers": [1, 0], "floor_scale": 4, "attn_scale": 0.5, "attention_chunk_size": 8}
+    return t.Llama4ForCausalLM(t.Llama4TextConfig(**LM, **experts, **grown, head_dim=8))
+
+
+def llama4_vision() -> t.Llama4VisionModel:
+    shuffled = {"projector_input_dim": 24, "projector_output_dim": 24, "vision_output_dim": 24}
+    return t.Llama4VisionModel(t.Llama4VisionConfig(**(VISION | {"intermediate_size": 192} | shuffled)))
+
+
 def pixtral() -> t.PixtralVisionModel:
     return t.PixtralVisionModel(t.PixtralVisionConfig(**VISION))
 

@@ -21,12 +21,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from clover.block import Block, arguments, growth_at, head_bias, norm_entries
 from clover.cache import grow
 from clover.eager import eager_attention
+from clover.errors import CloverError
 from clover.plan import BlockPlan, Group
 from clover.portable import attend as attend_plainly
-from clover.ragged import Padding, Span, as_heads, joined, kernel_size, padded, take, weighted_sum
+from clover.ragged import Tables, as_heads, by_head, joined, kernel_size, padded, take, weighted_sum
 
-SPAN = 8
-"""KV heads that a single new token reads as one: more would waste arithmetic, fewer would waste launches."""
 SHORT = 2**16
 """Up to this many logits a head, heads of unequal sizes are padded into one call: launches cost more than zeros."""
 NOTHING, FEW = 1e-30, 512
@@ -94,8 +93,7 @@ class CloverAttention(nn.Module):
         self.norms = block.norms
         self._take_over(block)
         rotated = (n + 1) * plan.qk_kept // 2 if self.rotary else 0
-        self._made_spans: list[Span] = []
-        self._made_padding: Padding | None = None
+        self._tables = Tables([(g.qk, g.value) for g in plan.groups for _ in g.heads], n)
         self.register_buffer("frequencies", torch.zeros(rotated, dtype=torch.int64, device=device))
 
     @torch.no_grad()
@@ -107,7 +105,7 @@ class CloverAttention(nn.Module):
                 setattr(self, name, copy.deepcopy(getattr(core, name)))
         for name, heads in zip(self.norms, self.head_order(), strict=False):
             for parameter in getattr(self, name).parameters():
-                entries = norm_entries(parameter, heads, block.columns)
+                entries = norm_entries(parameter, heads, block)
                 parameter.data = parameter.view(-1, self.clover.qk)[entries].reshape(-1, *parameter.shape[1:])
 
     def head_order(self) -> tuple[Tensor, Tensor]:
@@ -154,14 +152,18 @@ class CloverAttention(nn.Module):
             Between them the position bias, in families whose blocks hand it on.
         """
         call = arguments(self.family, self.is_cross, self.positional, args, kwargs)
+        if call.get("cache") is not None:
+            raise CloverError("a pruned model can't share a paged cache (generate_batch); use generate")
         x, seen = call["hidden_states"], self._seen(call)
         queries, keys, values = self._project(x, call)
         if self.growth:
-            queries = queries * growth_at(self.growth, call["position_ids"]).unsqueeze(-1).to(queries.dtype)
+            queries = queries * growth_at(self.growth, call, seen).unsqueeze(-1).to(queries.dtype)
         bias = head_bias(self.family, self, call, x.shape[1], keys.shape[1], seen)
         mask = self._mask(call.pop("attention_mask", None), bias, x.shape[1], keys.shape[1])
         residual = call.pop("residual", None)
         weights: list[Tensor | None] = [None]
+        if self.uneven:
+            self._tables.move(x.device)
         if self._writes_one(x):
             z = self._attend_one(queries, keys, values, mask)
         else:
@@ -176,8 +178,8 @@ class CloverAttention(nn.Module):
         return (y, *([bias] if self.family.position_bias else []), self._in_order(weights))
 
     def _seen(self, call: dict[str, Any]) -> Any:
-        """Tokens that the cache holds, for families whose position bias asks."""
-        if not self.family.position_bias or call.get("past_key_values") is None:
+        """Tokens that the cache holds, for families whose logits depend on it."""
+        if not (self.family.position_bias or self.growth) or call.get("past_key_values") is None:
             return 0
         seen = call["past_key_values"].get_seq_length(self.layer_idx)
         return seen.clone() if isinstance(seen, Tensor) else seen  # a static cache counts on in place
@@ -188,10 +190,12 @@ class CloverAttention(nn.Module):
         if self.is_cross:
             return self._project_cross(x, call["key_value_states"], cache)
         qk, values = self.qkv_proj(x).split([sum(self.sizes[:2]), self.sizes[2]], -1)
-        if self.norms:
+        if self.norms and not self.family.norms_last:
             qk = self._normed(qk)
         if self.rotary:
             qk = self._rotate(qk, call.get("position_embeddings"))
+        if self.norms and self.family.norms_last:
+            qk = self._normed(qk)
         queries, keys = qk.split(self.sizes[:2], -1)
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
@@ -216,16 +220,11 @@ class CloverAttention(nn.Module):
         return queries, keys, values
 
     def _normed(self, qk: Tensor) -> Tensor:
-        """Norm each head, whose columns lie in their original order, halves apart; pair the halves for the rotation."""
-        half, size, parts = self.rotary // 2, (-1, self.clover.qk), qk.split(self.sizes[:2], -1)
-        norms = [getattr(self, name) for name in self.norms]
+        """Norm each head, or all together."""
+        pairs = [(getattr(self, n), t) for n, t in zip(self.norms, qk.split(self.sizes[:2], -1), strict=True)]
         if self.family.norm_spans_heads:
-            heads = [norm(t).unflatten(-1, size) for norm, t in zip(norms, parts, strict=True)]
-        else:
-            heads = [norm(t.unflatten(-1, size)) for norm, t in zip(norms, parts, strict=True)]
-        normed = torch.cat(heads, -2)
-        paired = normed[..., : 2 * half].unflatten(-1, (2, half)).transpose(-1, -2).flatten(-2)
-        return torch.cat([paired, normed[..., 2 * half :]], -1).flatten(-2)
+            return torch.cat([norm(t) for norm, t in pairs], -1)
+        return torch.cat([norm(t.unflatten(-1, (-1, self.clover.qk))).flatten(-2) for norm, t in pairs], -1)
 
     def _rotate(self, qk: Tensor, position_embeddings: Any) -> Tensor:
         """Turn every pair of columns, of queries and keys together, by its own frequency."""
@@ -236,7 +235,7 @@ class CloverAttention(nn.Module):
             angles = self._angles(position_embeddings, qk.shape[1], idle)
             return _turn(qk, *(take(t, self.frequencies) for t in angles))
         # Every layer is handed the same tensors, so what is made of them is kept on one.
-        keeper: Any = position_embeddings[0]
+        keeper: Any = position_embeddings if isinstance(position_embeddings, Tensor) else position_embeddings[0]
         if not hasattr(keeper, "clover_table"):
             angles = self._angles(position_embeddings, qk.shape[1], idle)
             # There are no complex numbers of half precision to rely on.
@@ -291,13 +290,10 @@ class CloverAttention(nn.Module):
         self, attend: Callable, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
     ) -> Tensor:
         """All heads in one call, padded to the largest: ``(batch, tokens, columns)``."""
-        if self._made_padding is None or self._made_padding.queries.device != queries.device:
-            self._made_padding = Padding.of(self._head_sizes(), self.clover.queries, queries.device)
-        padding = self._made_padding
+        padding = self._tables.padding
         q, v = take(queries, padding.queries), take(values, padding.values)
         k = take(nn.functional.pad(keys, (0, 1)), padding.keys)
-        if mask is not None and mask.shape[1] > 1:
-            mask = mask[:, self._all_heads()]
+        mask = by_head(mask, self._all_heads())
         q, k, v = (as_heads(t, t.shape[-1] // padding.size) for t in (q, k, v))
         return take(attend(q, k, v, mask)[0].flatten(2), padding.outputs)
 
@@ -309,8 +305,7 @@ class CloverAttention(nn.Module):
         vo = [h * group.value for h, group in zip(heads, groups, strict=True)]
         split = queries.split([n * size for size in qk], -1), keys.split(qk, -1), values.split(vo, -1)
         for group, h, q, k, v in zip(groups, heads, *split, strict=True):
-            m = mask if mask is None or mask.shape[1] == 1 else mask[:, self._query_heads(group)]
-            yield group, as_heads(q, n * h), as_heads(k, h), as_heads(v, h), m
+            yield group, as_heads(q, n * h), as_heads(k, h), as_heads(v, h), by_head(mask, self._query_heads(group))
 
     def _writes_one(self, x: Tensor) -> bool:
         """Whether this is one new token for heads that no fused kernel can take together."""
@@ -326,43 +321,27 @@ class CloverAttention(nn.Module):
         wide as all keys, zero outside its own head's columns, and of each row of results only its own head's columns
         are taken.
         """
-        n, results, dtype = self.clover.queries, [], queries.dtype
-        if mask is not None and mask.shape[1] > 1:
-            mask = mask[:, self._all_heads()]
+        n, results, dtype, mask = self.clover.queries, [], queries.dtype, by_head(mask, self._all_heads())
         if queries.device.type == "cpu" and queries.dtype.itemsize < 4:
             # oneDNN compiles a half-precision product anew for each length of the cache: milliseconds a token.
             queries, keys, values = queries.float(), keys.float(), values.float()
-        spans = self._spans(queries.device)
-        for span in spans:
+        for span in self._tables.spans:
             q, k, v = queries, keys, values
-            if len(spans) > 1:
+            if len(self._tables.spans) > 1:
                 q, k, v = (x[..., part] for x, part in zip((q, k, v), span.columns, strict=True))
             rows = q.new_zeros(len(q), span.heads * n * k.shape[-1])
             rows.index_copy_(1, span.into_rows, q.flatten(1) * self.scaling)
             logits = torch.bmm(k, rows.view(len(q), span.heads * n, -1).mT).mT  # rows @ k.mT: twice as long on CPUs
             if mask is not None:
                 m = mask[:, :, 0] if mask.shape[1] == 1 else mask[:, span.first * n : (span.first + span.heads) * n, 0]
-                logits = logits.masked_fill(~m, -torch.inf) if m.dtype == torch.bool else logits + m
+                least = torch.finfo(logits.dtype).min  # not infinity: a row that sees nothing must not become NaN
+                logits = logits.masked_fill(~m, least) if m.dtype == torch.bool else logits + m
             weights = logits.softmax(-1, dtype=torch.float32)
             if weights.shape[-1] > FEW:
-                weights = nn.functional.threshold(weights, NOTHING, 0.0, inplace=True)
+                weights = nn.functional.threshold(weights, NOTHING, 0.0, inplace=not weights.requires_grad)
             summed = weighted_sum(weights.to(v.dtype), v)
             results.append(summed.flatten(1).index_select(1, span.from_rows))
         return joined(results).unsqueeze(1).to(dtype)
-
-    def _spans(self, device: torch.device) -> list[Span]:
-        """The heads in stretches of at most ``SPAN``, made once for a device."""
-        if not self._made_spans or self._made_spans[0].into_rows.device != device:
-            sizes = self._head_sizes()
-            self._made_spans = [
-                Span.of(sizes, first, min(first + SPAN, len(sizes)), self.clover.queries, device)
-                for first in range(0, len(sizes), SPAN)
-            ]
-        return self._made_spans
-
-    def _head_sizes(self) -> list[tuple[int, int]]:
-        """Q-K and V-O columns of every KV head that is left, in the order of the flat layout."""
-        return [(g.qk, g.value) for g in self.clover.groups for _ in g.heads]
 
     def _all_heads(self) -> list[int]:
         return [h for group in self.clover.groups for h in self._query_heads(group)]
@@ -375,6 +354,10 @@ class CloverAttention(nn.Module):
         """The mask; a bias by head is added to it."""
         if bias is None:
             return mask
+        if not isinstance(mask, Tensor | None):
+            raise CloverError(
+                f"{self.config._attn_implementation} has no place for a bias by head; set attn_implementation to sdpa"
+            )
         if mask is None and self.is_causal and queries > 1:  # else left to the kernels, which a mask would stop
             mask = torch.ones(queries, keys, dtype=torch.bool, device=bias.device).tril()
         if mask is None:

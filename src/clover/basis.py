@@ -118,13 +118,12 @@ class Basis:
     def _qk_transforms(self, head: int, group: Group) -> tuple[Tensor, Tensor]:
         """``(n, qk, d)`` for the queries and ``(qk, d)`` for the key of one KV head: pairs first."""
         n, width, rotary = self.heads.q.shape[1], self.heads.q.shape[2], self.heads.rotary
-        if self.block.normed:
-            eye = torch.eye(width, dtype=torch.float64, device=self.heads.q.device)
-            return eye.expand(n, -1, -1), eye
         kept = self._kept_pairs(head, group)
         gains = fit_gains(self.pair_gram[head], kept)
         t_q, t_k = transforms(gains, kept, rotary, width)
         plain_q, plain_k = (t[head, : group.plain] for t in (self.plain.t_a, self.plain.t_b))
+        if self.block.normed:
+            plain_q = plain_k = torch.eye(width - rotary, dtype=torch.float64, device=self.heads.q.device)
         pad = (rotary, 0)
         plain_q, plain_k = torch.nn.functional.pad(plain_q, pad), torch.nn.functional.pad(plain_k, pad)
         return torch.cat([t_q, plain_q.expand(n, -1, -1)], 1), torch.cat([t_k, plain_k])

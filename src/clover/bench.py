@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from clover.checkpoint import load, ready
-from clover.cost import compare_throughput, sizes, use, writes_text
+from clover.cost import compare_throughput, reads_text_alone, sizes, use, writes_text
 from clover.errors import CloverError
 
 SIDES = ("dense", "pruned")
@@ -32,14 +32,15 @@ def compare_runtime(
 
     Args:
         dense, pruned: folders or hub names.
-        contexts: tokens read before the first is written; what writes no text is run once, on inputs of its own size.
+        contexts: tokens read before the first is written, or at once by what writes none; what reads sound or images is
+            run once, on inputs of its own size.
         new_tokens: tokens written one at a time.
         batch: sequences at once.
         repeats: timed rounds after one to warm up; the models take turns, medians are returned.
         dtype: of both; by default float32 on a CPU, and on a GPU that of their files.
 
     Returns:
-        ``device``, ``dtype``, ``batch`` and ``contexts``: for each context (an empty one for what writes no text)
+        ``device``, ``dtype``, ``batch`` and ``contexts``: for each context (an empty one for sound or images)
         pairs of the figures of both models. ``kv_bytes`` are those of the cache once everything is written,
         ``peak_bytes`` the most that a process held that only ran this model; ``decode_bound`` has for the pruned model
         how many times faster it could write if time went to reading weights and cache alone.
@@ -57,7 +58,7 @@ def compare_runtime(
         raise CloverError(f"{dense} and {pruned} are models of different kinds; compare a model with its own cut")
     result: dict[str, Any] = {"device": str(first.device), "dtype": str(first.dtype).removeprefix("torch.")}
     result |= {"batch": batch, "new_tokens": new_tokens, "repeats": repeats, "contexts": {}}
-    for context in contexts if writes_text(first) else [None]:
+    for context in contexts if writes_text(first) or reads_text_alone(first) else [None]:
         options: dict[str, Any] = {
             "context": 1 if context is None else context,
             "new_tokens": new_tokens,
@@ -65,7 +66,7 @@ def compare_runtime(
         }
         rates = compare_throughput(models, repeats=repeats, **options)
         run = {key: [rates[side][key] for side in SIDES] for key in rates["dense"]}
-        if context is not None:
+        if context is not None and writes_text(first):
             cache = [(held[side]["kv_bytes_per_token"] or 0) * batch * (context + new_tokens) for side in SIDES]
             moved = [(held[side]["bytes"] or 0) + kv for side, kv in zip(SIDES, cache, strict=True)]
             run |= {"kv_bytes": cache, "decode_bound": [1.0, moved[0] / moved[1]]}

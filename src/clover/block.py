@@ -43,19 +43,25 @@ class Family:
     head_dim: str = "head_dim"
     scale: tuple[str, ...] = ("scaling",)
     """Factors of the logits; without one it is one over the square root of the head size."""
-    growth: tuple[str, str] | None = None
-    """Paths of ``b`` and ``n``, where a query at position ``p`` is multiplied by ``1 + b log(1 + floor(p / n))``."""
+    growth: Callable[[Any], tuple[float, float, float] | None] | None = None
+    """Gives ``b``, ``n`` and ``s`` of a core whose query at position ``p`` is multiplied by ``1 + b log(1 + floor((p +
+    s) / n))``."""
     rotary: bool | Callable[[Any], Any] = False
     """Rotated by position; or what says so of each block, given its core."""
     neighbours: bool = False
     """The columns of a rotary pair are neighbours, instead of half the rotated columns apart."""
-    table: Literal["halves", "neighbours", "once"] = "halves"
-    """Where the model's table of the rotation has the two entries of an angle, or that it has one only."""
+    table: Literal["halves", "neighbours", "once", "complex"] = "halves"
+    """Where the model's table of the rotation has the two entries of an angle, or that it has one only: cosine and sine
+    apart, or as a complex number."""
+    clockwise: bool = False
+    """The rotation is by minus the angle."""
     window: Callable[[Any], int | None] = own_window
     """Given its core: how far back a block sees, as it tells implementations that mask nothing by themselves."""
     norms: tuple[str, ...] = ()
     """Norms of query and key between projection and logit, where a block has them: Q-K then can't be rotated or cut
-    exactly."""
+    exactly. One without weights that serves both is named twice."""
+    norms_last: bool = False
+    """Those norms stand behind the rotation."""
     norm_spans_heads: bool = False
     """Those norms see all heads at once, so no head may go."""
     softcap: str | None = None
@@ -85,11 +91,11 @@ class Family:
         if not _has(module, self.core) or not _has(module, self.o):
             return False
         inputs = [self.fused] if self.fused else [self.q, self.k, self.v]
-        settings = [self.heads, self.kv_heads, self.head_dim, *self.scale, *(self.growth or ()), self.dropout]
+        settings = [self.heads, self.kv_heads, self.head_dim, *self.scale, self.dropout]
         core = module.get_submodule(self.core)
         return all(_has(core, path) for path in (*inputs, *settings, self.output_dropout) if path)
 
-    def angles(self, table: tuple[Tensor, Tensor], tokens: Any, pairs: int) -> tuple[Tensor, Tensor]:
+    def angles(self, table: tuple[Tensor, Tensor] | Tensor, tokens: Any, pairs: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each pair, ``(batch or 1, tokens, pairs)``, from what the model hands to its blocks.
 
         A table shorter than the sequence is that of its last tokens: those before (class tokens) do not turn.
@@ -97,15 +103,19 @@ class Family:
         Raises:
             CloverError: the table has another number of pairs than the config says.
         """
+        if self.table == "complex":
+            table = (table.real, table.imag)  # type: ignore[union-attr]
         width = table[0].shape[-1]
-        pick = {"halves": slice(width // 2), "neighbours": slice(0, width, 2), "once": slice(width)}[self.table]
-        cos, sin = (t[..., pick] for t in table)
+        picks = {"halves": slice(width // 2), "neighbours": slice(0, width, 2)}
+        cos, sin = (t[..., picks.get(self.table, slice(width))] for t in table)
+        sin = -sin if self.clockwise else sin
         if cos.shape[-1] != pairs:
             raise CloverError(
                 f"the model rotates {cos.shape[-1]} pairs of a head, but its config says {pairs}; correct "
                 "partial_rotary_factor in config.json"
             )
-        cos, sin = (t.unsqueeze(0) if t.dim() == 2 else t for t in (cos, sin))
+        alone = cos.dim() == 3 and cos.shape[1] == 1  # a row for each token, or for each sequence's one token
+        cos, sin = (t.reshape(-1, tokens, pairs) if alone else t.view(-1, *t.shape[-2:]) for t in (cos, sin))
         still = (0, 0, tokens - cos.shape[1], 0)
         return nn.functional.pad(cos, still, value=1.0), nn.functional.pad(sin, still)
 
@@ -172,9 +182,9 @@ class Block:
         return math.prod(self.get(path) for path in self.family.scale)
 
     @property
-    def growth(self) -> tuple[float, float] | None:
-        """``b`` and ``n``, see ``Family``."""
-        return (self.get(self.family.growth[0]), self.get(self.family.growth[1])) if self.family.growth else None
+    def growth(self) -> tuple[float, float, float] | None:
+        """``b``, ``n`` and ``s``, see ``Family``."""
+        return self.family.growth(self.core) if self.family.growth else None
 
     @property
     def softcap(self) -> float | None:
@@ -320,18 +330,28 @@ def head_bias(family: Family, module: Any, call: dict[str, Any], queries: Any, k
     return bias
 
 
-def growth_at(growth: tuple[float, float], positions: Tensor) -> Tensor:
-    """What queries are multiplied by, see ``Family.growth``: ``(batch or 1, tokens)``, float32."""
-    return 1 + growth[0] * torch.log1p((positions / growth[1]).floor())
+def growth_at(growth: tuple[float, float, float], call: dict[str, Any], seen: Any) -> Tensor:
+    """What queries are multiplied by, see ``Family.growth``: ``(batch or 1, tokens)``, float32.
+
+    Args:
+        call: the arguments; without positions among them the queries follow on ``seen`` tokens, as they lie.
+    """
+    states, positions = call["hidden_states"], call.get("position_ids")
+    if positions is None:
+        positions = torch.arange(states.shape[1], device=states.device).unsqueeze(0) + seen
+    slope, step, start = growth
+    return 1 + slope * torch.log1p(((positions.float() + start) / step).floor())
 
 
-def norm_entries(parameter: Tensor, heads: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Where ``heads`` and ``columns`` stand in a parameter of a norm seen as ``(heads, columns)``: index of both.
+def norm_entries(parameter: Tensor, heads: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """Where ``heads`` and the columns of a rewritten block stand in a parameter of a norm seen as ``(heads, columns)``.
 
     A norm that treats all heads alike has one row.
     """
+    columns = block.columns
     rows = heads if parameter.numel() > len(columns) else torch.zeros(1, dtype=torch.int64)
-    return rows.unsqueeze(1), columns
+    half = block.rotary // 2
+    return rows.unsqueeze(1), torch.cat([columns[: 2 * half].view(2, half).T.flatten(), columns[2 * half :]])
 
 
 def _follow(value: Any, path: str) -> Any:

@@ -43,7 +43,8 @@ class GrowingLayer(DynamicLayer):
         held, buffer = getattr(self, which), self.buffers.get(which)
         had = held.shape[-2] if held.dim() > 1 else 0  # a layer begins with empty vectors
         total = had + fresh.shape[-2]
-        if buffer is None or buffer.shape[-2] < total or not _begins(held, buffer):
+        frozen = buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled()
+        if buffer is None or frozen or buffer.shape[-2] < total or not _begins(held, buffer):
             room = total + max(LEAST, total // ROOM)
             buffer = self.buffers[which] = fresh.new_empty(*fresh.shape[:2], room, fresh.shape[-1])
             if had:
@@ -59,7 +60,8 @@ class GrowingLayer(DynamicLayer):
 
 def _begins(held: Tensor, buffer: Tensor) -> bool:
     """Whether what is held is still the beginning of the buffer, for all its sequences."""
-    return held.data_ptr() == buffer.data_ptr() and held.shape[0] == buffer.shape[0]
+    same = held.data_ptr() == buffer.data_ptr() and held.shape[0] == buffer.shape[0]
+    return same and held.stride() == buffer.stride()
 
 
 def grow(cache: Cache, layer: int) -> None:

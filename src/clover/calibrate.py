@@ -193,8 +193,8 @@ class Watcher:
                 cos, sin = (t[min(b, len(t) - 1)].float() for t in angles)
                 q, k = _rotate(q, cos[rows], sin[rows]), _rotate(k, cos, sin)
             if self.block.growth:
-                positions = call["position_ids"][min(b, len(call["position_ids"]) - 1), rows]
-                q = q * growth_at(self.block.growth, positions).unsqueeze(-1)
+                grown = growth_at(self.block.growth, call, 0)
+                q = q * grown[min(b, len(grown) - 1), rows].unsqueeze(-1)
             bias = _bias(mask, by_head, b, rows, k.shape[-2], causal=self.block.part == "decoder").to(q.device)
             self._observe(q, k, bias.expand(self.heads.q.shape[0], self.heads.q.shape[1], -1, -1) if bias.shape[0] == 1
                           else bias.unflatten(0, self.heads.q.shape[:2]))  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -90,20 +91,32 @@ class _ModelMixin:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         rebuild(self, Plan.from_dict(config.clover))  # type: ignore[arg-type]
+        self._tp_plan = _replicated(self)
 
     @classmethod
     def is_custom_code(cls) -> bool:
         """As the original class says: of what it calls custom code, transformers leaves some constants unset."""
-        original: Any = next(base for base in cls.__mro__ if not issubclass(base, _ModelMixin))
-        return original.is_custom_code()
+        return cls._original().is_custom_code()
+
+    @classmethod
+    def _original(cls) -> Any:
+        return next(base for base in cls.__mro__ if not issubclass(base, _ModelMixin))
+
+    def _get_name(self) -> str:
+        """The original class's: by it transformers' Trainer knows whether labels are shifted."""
+        return self._original().__name__
+
+    def _get_static_cache_init_shape(self) -> None:
+        """A static cache takes its shapes from the first keys and values, not from the config."""
+        return None
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, but tensors that contradict the plan are an error, never a warning."""
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs["ignore_mismatched_sizes"] = True
+        tolerant, kwargs["ignore_mismatched_sizes"] = kwargs.get("ignore_mismatched_sizes", False), True
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        if wrong := _contradiction(model, info):
+        if wrong := _contradiction(model, info, tolerant):
             raise CloverError(
                 f"the tensors in {path} contradict the plan in its config.json: {wrong}; restore the files"
             )
@@ -111,8 +124,12 @@ class _ModelMixin:
         return (model, info) if wants_info else model
 
 
-def _contradiction(model: PreTrainedModel, info: dict[str, Any]) -> str | None:
-    """What in the tensors, as ``from_pretrained`` reports on them, contradicts the plan."""
+def _contradiction(model: PreTrainedModel, info: dict[str, Any], tolerant: bool) -> str | None:
+    """What in the tensors, as ``from_pretrained`` reports on them, contradicts the plan.
+
+    Args:
+        tolerant: outside of attention shapes may differ, as for a new head.
+    """
     prefix = f"{model.base_model_prefix}."
     attention = [n for n, module in model.named_modules() if hasattr(module, "clover") or is_attention(module)]
 
@@ -121,12 +138,22 @@ def _contradiction(model: PreTrainedModel, info: dict[str, Any]) -> str | None:
         return sorted(k for k in keys if k.startswith(blocks) or k.removeprefix(prefix).startswith(blocks))
 
     for key, found, planned in info["mismatched_keys"]:
+        if tolerant and not inside([key]):
+            continue
         return f"{key} has shape {tuple(found)}, the plan says {tuple(planned)}"
     for key in inside(info["missing_keys"]):
         return f"{key} is missing"
     for key in inside(info["unexpected_keys"]):  # a block that the plan forgot: its weights are in another basis
         return f"{key} is not in it"
     return None
+
+
+def _replicated(model: Any) -> dict[str, str]:
+    """The plan of tensor parallelism without rewritten blocks: their heads differ, so each device has them whole."""
+    blocks = tuple(
+        f"{re.sub(r'[0-9]+', '*', name)}." for name, module in model.named_modules() if hasattr(module, "clover")
+    )
+    return {name: how for name, how in (model._tp_plan or {}).items() if not name.startswith(blocks)}
 
 
 @cache
@@ -164,6 +191,16 @@ def _name_as_here(model: Any) -> None:
     Loading translates a family's old tensor names for classes of transformers alone, not for ours.
     """
     model._weight_conversions = _mergers(get_model_conversion_mapping(model, add_legacy=False))
+
+
+def __getattr__(name: str) -> Any:
+    """The classes that are made here, by name: so pickle finds them."""
+    base: Any = getattr(transformers, name.removeprefix("Clover"), None) if name.startswith("Clover") else None
+    if base is None:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    if issubclass(base, PreTrainedConfig):
+        return config_class(base)
+    return model_class(base, config_class(base.config_class))
 
 
 AutoConfig.register(MODEL_TYPE, RewrittenConfig, exist_ok=True)
@@ -342,9 +379,12 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def ready(model: Any) -> tuple[Any, torch.dtype]:
-    """The model where and in the dtype that it can be computed with, and the dtype that it had."""
+    """The model where and in the dtype that it can be computed with, and the dtype that it had.
+
+    One that was quantised when it was loaded stays as it is.
+    """
     dtype = dtype_of(model)
-    return model.to(*workplace(dtype)), dtype
+    return (model if getattr(model, "is_quantized", False) else model.to(*workplace(dtype))), dtype
 
 
 def workplace(dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:

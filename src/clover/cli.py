@@ -27,6 +27,7 @@ from clover.options import (
     beside_of,
     check_figure,
     check_metric,
+    is_first,
     load_ready,
     quiet,
     rule_of,
@@ -74,7 +75,7 @@ def inspect(
     """Show the singular values of every head, and with data what could go for a loss of 1, 2 and 5 %."""
     check_metric(metric, calibration)
     if plot:
-        check_figure(plot)
+        check_figure(plot, "png", "svg", "pdf")
     from clover.families import blocks
     from clover.lossbudget import suggest
     from clover.pruning import find_bases
@@ -228,6 +229,7 @@ def tune(
     core: Annotated[
         Literal["full", "diagonal"], typer.Option(help="A matrix a head, or its singular values.")
     ] = "full",
+    block_size: Annotated[int, typer.Option(metavar="N", help="Rows in a block of an MLP; must divide them.")] = 64,
     rank: Annotated[
         int | None, typer.Option(metavar="R", help="Of the LoRA methods.", show_default="as many parameters as clover")
     ] = None,
@@ -249,8 +251,10 @@ def tune(
     if rank is not None and match_parameters:
         raise CloverError(f"--rank {rank} and --match-parameters exclude each other; give one")
     quiet()
-    recipe = Recipe(method, steps, lr, batch, seed, length=length, core=core, rank=rank)
+    recipe = Recipe(method, steps, lr, batch, seed, length=length, core=core, block_size=block_size, rank=rank)
     result = run(model, adapter, data, recipe, eval_data=eval_data)
+    if not is_first():
+        return
     note(f"saved {adapter}")
     if as_json:
         print(json.dumps(result))

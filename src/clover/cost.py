@@ -20,6 +20,8 @@ from clover.errors import CloverError
 from clover.progress import track
 
 T = TypeVar("T")
+SAMPLES = 16_000 * 10
+"""Of the noise that a model of raw sound is timed on: ten seconds."""
 
 
 @torch.inference_mode()
@@ -200,6 +202,8 @@ def random_inputs(model: Any, batch: int, context: int) -> dict[str, torch.Tenso
     if "input_features" in reads:
         shape = [batch, config.num_mel_bins, 2 * config.max_source_positions]
         inputs["input_features"] = torch.randn(shape, generator=random).to(model.dtype)
+    elif "input_values" in reads:
+        inputs["input_values"] = torch.randn((batch, SAMPLES), generator=random).to(model.dtype)
     elif "pixel_values" in reads:
         vision = getattr(config, "vision_config", config)
         shape = [batch, vision.num_channels, vision.image_size, vision.image_size]
@@ -208,7 +212,15 @@ def random_inputs(model: Any, batch: int, context: int) -> dict[str, torch.Tenso
         text = config.get_text_config()
         length = min(context, getattr(text, "max_position_embeddings", context))
         inputs["input_ids"] = torch.randint(text.vocab_size, (batch, length), generator=random)
+    if not inputs:
+        raise CloverError(f"{type(model).__name__} reads {', '.join(reads)}; pass inputs for it")
     return {name: value.to(model.device) for name, value in inputs.items()}
+
+
+def reads_text_alone(model: Any) -> bool:
+    """Whether a model reads tokens and neither sound nor images."""
+    reads = accepts(model)
+    return "input_ids" in reads and not {"input_features", "input_values", "pixel_values"} & set(reads)
 
 
 def encoder(model: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,11 +34,13 @@ def calibration_batches(
 ) -> list[dict[str, torch.Tensor]]:
     """Batches for ``model(**batch)``, on the model's device and in its dtype; nothing in them is padding.
 
-    - Text or questions: ``input_ids`` (b, t), windows spread evenly, each with the tokenizer's special tokens.
-    - Manifest: ``input_features`` (1, mel, frames) and, for a model with a decoder, ``decoder_input_ids`` (1, t),
-      which are Whisper's English prompt and the reference text.
+    - Text or questions: ``input_ids`` (b, t), windows spread evenly, each with the tokenizer's special tokens; for a
+      model with a decoder also ``decoder_input_ids`` (b, t), the same text one token later.
+    - Manifest: ``input_features`` (1, mel, frames) or ``input_values`` (1, samples) and, for a model with a decoder,
+      ``decoder_input_ids`` (1, t), which are the reference text behind the decoder's start (Whisper's English prompt).
     - Folder of images: ``pixel_values`` (b, channels, height, width) and, for an image-text model, ``input_ids``
-      (1, t) of a short neutral prompt, which is too little to prune its text side by.
+      (1, t) of a short neutral prompt, which is too little to prune its text side by. An image-text model that writes
+      takes text instead, which reaches its language part.
 
     Args:
         path: a ``.txt``, ``.jsonl`` or manifest ``.tsv``, each with or without ``.gz``, or a folder.
@@ -96,6 +99,14 @@ def load_processor(model_or_name: nn.Module | str | Path, kind: str) -> Any:
     return loaded
 
 
+def found_beside(name: str) -> tuple[Any, ...]:
+    """The processor or tokenizer of a folder or hub name, to be saved with what is made of its model, if it has one."""
+    for kind in ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoFeatureExtractor"):
+        with suppress(CloverError):
+            return (load_processor(name, kind),)
+    return ()
+
+
 def text_tokens(text: str, tokenizer: Any) -> tuple[torch.Tensor, int | None]:
     """Token ids of a text, ``(n,)`` int64, and the token that the tokenizer puts in front of any text, taken off it.
 
@@ -109,7 +120,7 @@ def text_tokens(text: str, tokenizer: Any) -> tuple[torch.Tensor, int | None]:
 
 
 def audio_features(files: Sequence[Path], extractor: Any) -> torch.Tensor:
-    """Log-mel features of whole audio files, float32, shape ``(files, mel, frames)``.
+    """What an extractor makes of whole audio files, float32: log-mel ``(files, mel, frames)``, or samples as they are.
 
     Raises:
         CloverError: a file is unreadable or longer than the window of the extractor (30 s for Whisper).
@@ -117,9 +128,10 @@ def audio_features(files: Sequence[Path], extractor: Any) -> torch.Tensor:
     rate = extractor.sampling_rate
     clips = [read_audio(file, rate) for file in files]
     for file, clip in zip(files, clips, strict=True):
-        if len(clip) > extractor.n_samples:  # the extractor would cut it off in silence
-            raise CloverError(f"{file} is longer than the {extractor.n_samples / rate:g} s the model hears; cut it up")
-    return extractor(clips, sampling_rate=rate, return_tensors="pt").input_features
+        most = getattr(extractor, "n_samples", None)
+        if most and len(clip) > most:  # the extractor would cut it off in silence
+            raise CloverError(f"{file} is longer than the {most / rate:g} s the model hears; cut it up")
+    return extractor(clips, sampling_rate=rate, return_tensors="pt")[extractor.model_input_names[0]]
 
 
 def is_multilingual(model: nn.Module) -> bool:
@@ -136,10 +148,12 @@ def max_positions(model: nn.Module) -> int | None:
     return bound if bound is None or padding is None else bound - padding - 1
 
 
-def _check_kind(path: Path, kind: Kind, model: nn.Module) -> None:
+def _check_kind(path: Path, kind: Kind, model: Any) -> None:
     reads = inspect.signature(model.forward).parameters
-    special = {"input_features": "manifest", "pixel_values": "images"}
+    special = {"input_features": "manifest", "input_values": "manifest", "pixel_values": "images"}
     wanted = next((special[name] for name in special if name in reads), "text")
+    if "input_ids" in reads and model.can_generate():  # a picture is only the beginning of what it reads
+        wanted = "text"
     if wanted != ("text" if kind == "questions" else kind):
         raise CloverError(f"{path} holds {kind}, but {type(model).__name__} reads {wanted}; give it that")
 
@@ -163,7 +177,11 @@ def _text_batches(
         text = "\n\n".join(f"{r['instruction']}\n{r['output']}" for _, r in read_records(path))
     length = min(length, max_positions(model) or length, tokenizer.model_max_length)
     chosen = torch.tensor(_windows(text, tokenizer, length, sequences, path))
-    return ({"input_ids": rows} for rows in chosen.split(batch))
+    if "decoder_input_ids" not in inspect.signature(model.forward).parameters:
+        return ({"input_ids": rows} for rows in chosen.split(batch))
+    later = torch.cat([torch.full_like(chosen[:, :1], decoder_start(model)), chosen[:, :-1]], 1)
+    both = zip(chosen.split(batch), later.split(batch), strict=True)
+    return ({"input_ids": rows, "decoder_input_ids": read} for rows, read in both)
 
 
 def _windows(text: str, tokenizer: Any, length: int, sequences: int, path: Path) -> list[list[int]]:
@@ -190,20 +208,36 @@ def _audio_batches(
     processor = processor or load_processor(model, "AutoProcessor")
     decodes = "decoder_input_ids" in inspect.signature(model.forward).parameters
     for utterance in track(_spread(utterances, most), "reading audio"):
-        batch = {"input_features": audio_features([utterance.file], processor.feature_extractor)}
+        extractor = getattr(processor, "feature_extractor", processor)
+        batch = {extractor.model_input_names[0]: audio_features([utterance.file], extractor)}
         if decodes:  # one utterance a batch, for padding would be counted as if it were speech
             batch["decoder_input_ids"] = torch.tensor([_teacher(utterance.text, model, processor.tokenizer)])
         yield batch
 
 
 def _teacher(text: str, model: Any, tokenizer: Any) -> list[int]:
-    """What the decoder has read when it has written ``text`` in English without timestamps."""
-    prompt = ["<|en|>", "<|transcribe|>"] if is_multilingual(model) else []
-    start = tokenizer.convert_tokens_to_ids(["<|startoftranscript|>", *prompt, "<|notimestamps|>"])
+    """What the decoder has read when it has written ``text``, in English without timestamps if it is Whisper's."""
+    start = [decoder_start(model)]
+    if hasattr(model.config, "median_filter_width"):  # which Whisper alone has, to tell times
+        prompt = ["<|en|>", "<|transcribe|>"] if is_multilingual(model) else []
+        start = tokenizer.convert_tokens_to_ids(["<|startoftranscript|>", *prompt, "<|notimestamps|>"])
     if None in start or tokenizer.unk_token_id in start:
         raise CloverError("the tokenizer lacks Whisper's start tokens; pass the model's own processor")
     written = tokenizer(f" {text.strip()}", add_special_tokens=False).input_ids
     return (start + written)[: model.config.max_target_positions]
+
+
+def decoder_start(model: Any) -> int:
+    """The token that a decoder reads before it writes its first.
+
+    Raises:
+        CloverError: the model's configs name none.
+    """
+    for config in (model.config, getattr(model, "generation_config", None)):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            if (token := getattr(config, name, None)) is not None:
+                return token
+    raise CloverError("the model names no decoder_start_token_id; set it in config.json")
 
 
 def _image_batches(

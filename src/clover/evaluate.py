@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -94,13 +95,32 @@ def perplexity(
 
 def _negative_log_likelihood(model: Any, piece: torch.Tensor, chunk: int = 128) -> torch.Tensor:
     """Nats for each of ``piece[1:]``; logits are made ``chunk`` rows at a time, for they dwarf the hidden states."""
-    hidden = _body(model)(piece[None], use_cache=False).last_hidden_state[0, :-1]
-    head = model.get_output_embeddings()
+    states = _body(model)(piece[None], use_cache=False)
     rows = [
-        nn.functional.cross_entropy(head(h).float(), t, reduction="none")
-        for h, t in zip(hidden.split(chunk), piece[1:].split(chunk), strict=True)
+        nn.functional.cross_entropy(_logits(model, states, hidden), target, reduction="none")
+        for hidden, target in zip(states.last_hidden_state[0, :-1].split(chunk), piece[1:].split(chunk), strict=True)
     ]
     return torch.cat(rows)
+
+
+def _logits(model: Any, states: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits ``(rows, vocabulary)``, float32, of some last hidden states ``(rows, width)``.
+
+    The model's own forward makes them, with whatever it does behind its output embeddings (a soft cap, a scale): only
+    its body hands out ``hidden`` in the place of ``states``.
+    """
+    body, given = _body(model), copy.copy(states)
+    given["last_hidden_state"] = hidden[None]
+    own = vars(body).get("forward")
+    body.forward = lambda *args, **kwargs: given
+    try:
+        nothing = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        return _whole(model)(input_ids=nothing, use_cache=False).logits[0].float()
+    finally:
+        if own is None:
+            del body.forward
+        else:
+            body.forward = own
 
 
 def _dtype(model: nn.Module) -> str:
@@ -234,9 +254,10 @@ def _likelihoods(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> to
     # Padding on the right is out of sight of causal attention.
     ids = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in wholes], batch_first=True).to(model.device)
     mask = torch.arange(longest) < torch.tensor([len(whole) for whole in wholes])[:, None]
-    hidden = _body(model)(ids, attention_mask=mask.long().to(ids.device), use_cache=False).last_hidden_state
+    states = _body(model)(ids, attention_mask=mask.long().to(ids.device), use_cache=False)
     spans = [(i, start, len(whole)) for i, (start, whole) in enumerate(zip(starts, wholes, strict=True))]
-    logits = model.get_output_embeddings()(torch.cat([hidden[i, a - 1 : b - 1] for i, a, b in spans])).float()
+    hidden = torch.cat([states.last_hidden_state[i, a - 1 : b - 1] for i, a, b in spans])
+    logits = _logits(model, states, hidden)
     targets = torch.cat([ids[i, a:b] for i, a, b in spans])
     nats = nn.functional.cross_entropy(logits, targets, reduction="none")
     return torch.stack([-piece.mean() for piece in nats.split([b - a for _, a, b in spans])])
@@ -318,9 +339,14 @@ def evaluate(
     return perplexity(model, tokens, window=min(1024, max_positions(model) or 1024), limit=limit, start=start)
 
 
+def _whole(model: Any) -> Any:
+    """The model; of one with a peft adapter, what the adapter is in."""
+    return getattr(model, "get_base_model", lambda: model)()
+
+
 def _body(model: Any) -> Any:
-    """The model without its head; of one with a peft adapter, what the adapter is in."""
-    return getattr(model, "get_base_model", lambda: model)().base_model
+    """The model without its head."""
+    return _whole(model).base_model
 
 
 def _load(name: str | Path, task: str) -> Any:

@@ -80,7 +80,7 @@ def _fill(block: Block, holder: nn.Module) -> None:
             source: Any = attention.get_submodule(path)
             rows = slice(inside.start + each * start, inside.start + each * (start + kv * size))
             places = torch.arange(size).expand(kv, size)
-            if which != "v" and attention.rotary and not block.normed:
+            if which != "v" and attention.rotary:
                 places = _places(attention, group, at_qk)
             heads = torch.tensor([h * each + i for h in group.heads for i in range(each)])
             wide[which].put(
@@ -103,9 +103,8 @@ def _give_back(block: Block, attention: CloverAttention) -> None:
     for name, value in attention.named_parameters():
         owner = name.partition(".")[0]
         if owner in order:
-            stock[name].view(-1, attention.clover.qk)[norm_entries(stock[name], order[owner], block.columns)] = (
-                value.view(-1, attention.clover.qk)
-            )
+            entries = norm_entries(stock[name], order[owner], block)
+            stock[name].view(-1, attention.clover.qk)[entries] = value.view(-1, attention.clover.qk)
         elif owner in (block.family.sinks, block.family.position_bias):
             stock[name].copy_(value)
 

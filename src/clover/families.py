@@ -43,6 +43,15 @@ def _no_window(_: Any) -> None:
     return None
 
 
+def _rope_growth(core: Any) -> tuple[float, float, float]:
+    rope = core.config.rope_parameters
+    return rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"], 0
+
+
+def _growth_without_rope(core: Any) -> tuple[float, float, float] | None:
+    return (core.attn_scale, core.floor_scale, 1) if core.attn_temperature_tuning and not core.use_rope else None
+
+
 _LLAMA = Family(kv_heads="config.num_key_value_heads", rotary=True, gate=("mlp.gate_proj",))
 _SLIDING = replace(_LLAMA, window=_configs_window)
 _BERT = Family(
@@ -76,12 +85,13 @@ FAMILIES: dict[str, Family] = {
     "LlamaAttention": _LLAMA,
     "MistralAttention": _SLIDING,
     "MinistralAttention": _LLAMA,
-    "Ministral3Attention": replace(
-        _SLIDING,
-        growth=(
-            "config.rope_parameters.llama_4_scaling_beta", "config.rope_parameters.original_max_position_embeddings",
-        ),
+    "Ministral3Attention": replace(_SLIDING, growth=_rope_growth),
+    "Llama4TextAttention": replace(
+        _GLM, rotary=attrgetter("use_rope"), table="complex", norms=("qk_norm", "qk_norm"), norms_last=True,
+        growth=_growth_without_rope, up=("feed_forward.up_proj",), gate=("feed_forward.gate_proj",),
     ),
+    "HunYuanDenseV1Attention": replace(_LLAMA, norms=("query_layernorm", "key_layernorm"), norms_last=True),
+    "NanoChatAttention": replace(_QWEN3, norms_last=True, clockwise=True, up=("mlp.fc1",), gate=()),
     "Qwen2Attention": _LLAMA,
     "Qwen2VLAttention": _LLAMA,
     "Qwen2_5_VLAttention": _LLAMA,
@@ -226,6 +236,10 @@ FAMILIES: dict[str, Family] = {
         _CLIP, o="o_proj", scale=("scaling",), rotary=True, up=("feed_forward.up_proj",),
         gate=("feed_forward.gate_proj",),
     ),
+    "Llama4VisionAttention": replace(
+        _VIT, scale=(), rotary=True, neighbours=True, table="complex", causal=False,
+        rename={"freqs_ci": "position_embeddings"},
+    ),
     "InternVLVisionAttention": replace(
         _CLIP, o="projection_layer", dropout="attention_dropout", output_dropout="projection_dropout",
         norms=("q_norm", "k_norm"), norm_spans_heads=True,
@@ -243,7 +257,9 @@ FAMILIES: dict[str, Family] = {
 REFUSED: dict[str, str] = {
     "DeepseekV2Attention": "keys and values of all heads come out of one latent, which is what its cache would hold",
     "DeepseekV3Attention": "keys and values of all heads come out of one latent, which is what its cache would hold",
-    "Llama4TextAttention": "queries of its layers without rotation are scaled by their position",
+    "Qwen3NextAttention": "its values go through a gate, column by column, on their way to the output projection",
+    "Qwen3_5Attention": "its values go through a gate, column by column, on their way to the output projection",
+    "Qwen3_5MoeAttention": "its values go through a gate, column by column, on their way to the output projection",
     "MllamaTextCrossAttention": "a norm of the keys stands between another sequence and a cache that holds them",
     "GPTJAttention": "it holds the table of its rotation itself",
     "CodeGenAttention": "it holds the table of its rotation itself, and its fused rows lie in four stretches",

@@ -154,6 +154,8 @@ def _record(line: str, where: str) -> dict[str, Any]:
     try:
         found = json.loads(line)
         record = {"output": found.get("answer"), **found}
+        if found.get("input"):  # what the instruction is about
+            record["instruction"] += "\n" + found["input"]
         if isinstance(record["instruction"], str) and isinstance(record["output"], str):
             return record
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):

@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -95,21 +94,28 @@ def check_metric(metric: str | None, calibration: Path | None) -> None:
             note(f"warning: --metric weights makes no use of {calibration}")
 
 
-def check_figure(path: Path) -> None:
-    """Find out before the long work whether a page or picture can be made."""
+def check_figure(path: Path, *kinds: str) -> None:
+    """Find out before the long work whether a page, or a picture of one of these kinds, can be made."""
     from importlib.util import find_spec
 
+    if kinds and path.suffix.lower().lstrip(".") not in kinds:
+        raise CloverError(f"cannot plot to '{path}': its suffix must be one of .{', .'.join(kinds)}")
     if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
         raise CloverError(f"{path} can't be written; name a file in an existing folder that you may write to")
     if find_spec("matplotlib") is None:
         raise CloverError('plots need matplotlib, which is missing: pip install "clover-attention[report]"')
 
 
+def is_first() -> bool:
+    """Whether this is the process that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def tell(sizes: dict[str, float | int], sentence: str, as_json: bool) -> None:
     """What became of the model; once, where several processes made it."""
     from clover.report import table
 
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         return
     note(sentence)
     if as_json:
@@ -167,10 +173,9 @@ def apart(batches: Iterable[Any] | None) -> tuple[Iterable[Any] | None, list[Any
 
 def beside_of(name: str) -> tuple[Any, ...]:
     """What lies beside a model and must go with it: its processor or tokenizer."""
-    from clover.data import load_processor
+    from clover.data import found_beside
 
-    for kind in ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoFeatureExtractor"):
-        with suppress(CloverError):
-            return (load_processor(name, kind),)
-    note(f"warning: {name} has no tokenizer or processor that could be saved with the pruned model")
-    return ()
+    found = found_beside(name)
+    if not found:
+        note(f"warning: {name} has no tokenizer or processor that could be saved with the pruned model")
+    return found

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass
 
 from clover.errors import CloverError
 
+FORMAT = 1
+"""Of plans, and of how the columns of a saved model lie; counts up when either changes."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -70,15 +73,20 @@ class Plan:
     blocks: tuple[BlockPlan, ...]
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        return {"format": FORMAT, **asdict(self)}
 
     @classmethod
     def from_dict(cls, data: dict) -> Plan:
         """Read back what ``to_dict`` wrote.
 
         Raises:
-            CloverError: a field is missing, unknown or contradicts another.
+            CloverError: a field is missing, unknown or contradicts another, or it is of another format.
         """
+        if isinstance(data, dict) and data.get("format") != FORMAT:
+            raise CloverError(
+                f"the clover plan has format {data.get('format')!r}, and this version reads {FORMAT}; install "
+                "the version that wrote it, or prune the original model again"
+            )
         try:
             plan = cls(tuple(_block_from_dict(b) for b in data["blocks"]))
             wrong = next((b for b in plan.blocks if not _possible(b)), None)

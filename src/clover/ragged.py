@@ -5,12 +5,14 @@ Index tables that bring the flat columns into the shapes that kernels want, and 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+SPAN = 8
+"""KV heads that a single new token reads as one: more would waste arithmetic, fewer would waste launches."""
 TILE = 16
 """Columns that matrix units of CPUs and GPUs like to work on at once."""
 LONG = 512
@@ -74,6 +76,36 @@ class Span(NamedTuple):
         columns = slice(n * at_qk, n * (at_qk + qk)), slice(at_qk, at_qk + qk), slice(at_value, at_value + value)
         into_rows, from_rows = (torch.tensor(i, device=device) for i in index)
         return cls(first, last - first, columns, into_rows, from_rows)
+
+
+class Tables:
+    """The index tables of a block's heads, on the device where the block is run.
+
+    Made by the first call: one that is not compiled, or the tables would belong to the graph.
+    """
+
+    padding: Padding
+    spans: list[Span]
+
+    def __init__(self, sizes: list[tuple[int, int]], n: int) -> None:
+        """Heads of (Q-K, V-O) ``sizes`` in the order of the flat layout, ``n`` queries each."""
+        self.sizes, self.n = sizes, n
+        self.device: torch.device | None = None
+
+    def move(self, device: torch.device) -> None:
+        """Make the tables, unless they are there."""
+        if self.device == device:
+            return
+        firsts, last = range(0, len(self.sizes), SPAN), len(self.sizes)
+        self.padding = Padding.of(self.sizes, self.n, device)
+        self.spans = [Span.of(self.sizes, at, min(at + SPAN, last), self.n, device) for at in firsts]
+        self.device = device
+
+
+def by_head(mask: Any, heads: list[int]) -> Any:
+    """What of a mask is for these heads; one for all heads, or of an implementation's own kind, as it is."""
+    own = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1
+    return mask[:, heads] if own else mask
 
 
 def kernel_size(qk: int, value: int, dtype: torch.dtype) -> int:

@@ -35,6 +35,8 @@ class Recipe:
     """Tokens at most in an example."""
     parts: tuple[str, ...] = ("qk", "vo", "up")
     core: str = "full"
+    block_size: int = 64
+    """Rows in a block of an MLP projection."""
     rank: int | None = None
     """Of the LoRA methods; None takes the rank nearest to CLOVER's number of parameters."""
 
@@ -55,7 +57,7 @@ class Recipe:
         """
         if self.method not in METHODS:
             raise CloverError(f"method {self.method!r} is unknown; choose among {', '.join(METHODS)}")
-        for name in ("steps", "batch", "length"):
+        for name in ("steps", "batch", "length", "block_size"):
             if getattr(self, name) < 1:
                 raise CloverError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.rate < math.inf:
@@ -64,7 +66,7 @@ class Recipe:
             raise CloverError(f"rank is {self.rank}; it must be at least 1")
 
 
-def adapter_config(model: nn.Module, recipe: Recipe, block_size: int = 64) -> PeftConfig:
+def adapter_config(model: nn.Module, recipe: Recipe) -> PeftConfig:
     """The peft config of a recipe's method; the LoRA family gets CLOVER's modules.
 
     Raises:
@@ -72,10 +74,10 @@ def adapter_config(model: nn.Module, recipe: Recipe, block_size: int = 64) -> Pe
     """
     recipe.check()
     task = "CAUSAL_LM" if writes_text(model) else None
-    ours = CloverConfig(parts=recipe.parts, core=recipe.core, block_size=block_size, task_type=task)
+    ours = CloverConfig(parts=recipe.parts, core=recipe.core, block_size=recipe.block_size, task_type=task)
     if recipe.method == "clover":
         return ours
-    found = find_slots(model, block_size)
+    found = find_slots(model, recipe.block_size)
     chosen = {name: [s for s in slots if s.part in recipe.parts] for name, slots in found.items()}
     chosen = {name: slots for name, slots in chosen.items() if slots}
     if not chosen:

@@ -39,7 +39,7 @@ class Commands(TyperGroup):
             command = getattr(getattr(error, "ctx", None), "command_path", "clover")
             _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
         if code == INTERRUPTED:
-            note("interrupted; nothing was written")
+            note("interrupted; nothing was written under the final name")
         sys.exit(code or 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -56,6 +57,22 @@ def filled(block: Block, basis: Basis, plan: BlockPlan) -> tuple[CloverAttention
     return attention, output
 
 
+@cache
+def attention_class(kind: Any) -> Any:
+    """The rewritten module's class: whatever looks for the original one (output recorders, device maps) finds it."""
+    return type(f"Clover{kind.__name__}", (CloverAttention, kind), {"__reduce__": _reduced, "__module__": __name__})
+
+
+def _reduced(attention: nn.Module) -> tuple:
+    """How to make it anew, for pickle and copies: its class is made here and has no place of its own."""
+    return _empty, (type(attention).__bases__[1],), vars(attention)
+
+
+def _empty(kind: type) -> nn.Module:
+    made = attention_class(kind)
+    return made.__new__(made)
+
+
 def _parameters(module: nn.Module | None) -> Iterable[tuple[str, nn.Parameter]]:
     return () if module is None else module.named_parameters()
 
@@ -63,9 +80,8 @@ def _parameters(module: nn.Module | None) -> Iterable[tuple[str, nn.Parameter]]:
 def skeleton(block: Block, plan: BlockPlan) -> tuple[CloverAttention, nn.Linear | None]:
     """The module for a block, weights not yet set, and the output projection where it lives outside of it."""
     weight: Any = block.projection("o").weight
-    kind = type(block.core)
-    # Whatever looks for the original class (output recorders, device maps) still finds it.
-    attention = type(f"Clover{kind.__name__}", (CloverAttention, kind), {})(block, plan, weight.dtype, weight.device)
+    kind: Any = type(block.core)
+    attention = attention_class(kind)(block, plan, weight.dtype, weight.device)
     attention.train(block.core.training)
     # How transformers initialises the original class is not true of this one, whose weights all come from elsewhere.
     vars(attention)["_is_hf_initialized"] = True

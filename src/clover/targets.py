@@ -86,10 +86,8 @@ def find_slots(model: nn.Module, block_size: int) -> dict[str, list[Slot]]:
     """Every slot of the model's known attention blocks and of the MLPs beside them, by the path of its module.
 
     Args:
-        block_size: rows in a block of an MLP projection.
-
-    Raises:
-        CloverError: an MLP projection that ``block_size`` doesn't divide.
+        block_size: rows in a block of an MLP projection. One whose rows it doesn't divide has no slots yet: nobody may
+            want it.
     """
     found: dict[str, list[Slot]] = {}
     modules = dict(model.named_modules())
@@ -98,8 +96,13 @@ def find_slots(model: nn.Module, block_size: int) -> dict[str, list[Slot]]:
             for path, slot in heads.slots():
                 found.setdefault(path, []).append(slot)
         for path, part in _mlp(modules, name, module):
-            found[path] = [rows_in_blocks(path, modules[path], block_size, part)]
+            found[path] = [Slot(part, _in_blocks(out_features(modules[path]), block_size))]
     return found
+
+
+def _in_blocks(rows: int, size: int) -> Int[Tensor, "b d"]:
+    """Row numbers in blocks; none where ``size`` does not divide them."""
+    return torch.arange(0 if rows % size else rows).unflatten(0, (-1, size))
 
 
 def rows_in_blocks(name: str, module: nn.Module, size: int, part: str = "block") -> Slot:

@@ -6,6 +6,7 @@ A run that was killed goes on where it was; the adapter's folder appears when it
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -16,15 +17,16 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_utils import set_seed
 
 from clover.checkpoint import check_writable, load, ready, save
-from clover.cost import accepts
-from clover.data import load_processor, text_tokens
+from clover.cost import accepts, writes_text
+from clover.data import found_beside, load_processor, text_tokens
 from clover.errors import CloverError
 from clover.files import file_kind, read_records, read_text
 from clover.progress import console
@@ -72,7 +74,10 @@ def answered(question: str, text: str, tokenizer: Any, length: int) -> dict[str,
     answer = tokenizer(text, add_special_tokens=False).input_ids
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     answer = answer[: max(1, length - 1 - len(end))]
-    prompt = prompt[-max(1, length - len(answer) - len(end)) :]  # of a long prompt, its end names the choices
+    room = max(1, length - len(answer) - len(end))
+    if len(prompt) > room:  # of a long prompt, its end names the choices; what stands in front of any text stays
+        front = prompt[:1] if prompt[0] == tokenizer.bos_token_id and room > 1 else []
+        prompt = front + prompt[len(prompt) - room + len(front) :]
     return {"input_ids": prompt + answer + end, "labels": [IGNORED] * len(prompt) + answer + end}
 
 
@@ -161,7 +166,7 @@ def train(
         report_to=[], disable_tqdm=quiet, remove_unused_columns=False, dataloader_pin_memory=False,
         train_sampling_strategy="random" if shuffle else "sequential",
         bf16=any(p.dtype == torch.bfloat16 for p in model.parameters()), use_cpu=_on_cpu(),
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,
     )  # fmt: skip
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     collator = (lambda batch: lean(collate(batch))) if "logits_to_keep" in accepts(base) else collate
@@ -172,10 +177,16 @@ def train(
         from transformers import PrinterCallback
 
         trainer.remove_callback(PrinterCallback)
-    last = get_last_checkpoint(str(folder)) if save_every and folder.is_dir() else None
+    last = _last_whole(folder) if save_every else None
     with contiguous_head(base):
         trainer.train(resume_from_checkpoint=last)
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _last_whole(folder: Path) -> str | None:
+    """The last checkpoint that was written to its end, which is the Trainer's state."""
+    whole = {path.parent for path in folder.glob("checkpoint-*/trainer_state.json")}
+    return max(map(str, whole), key=lambda name: int(name.rpartition("-")[2]), default=None)
 
 
 @torch.inference_mode()
@@ -218,19 +229,26 @@ def tune(
     """
     recipe.check()
     target = check_writable(out)
+    processes = PartialState(cpu=_on_cpu())  # first: it gives each process its own device
     base, dtype = ready(load(model))
-    if dtype == torch.float16:
+    if not writes_text(base):
+        raise CloverError(
+            f"{model} is a {type(base).__name__}; clover tune trains causal language models: tune others through peft"
+        )
+    if dtype == torch.float16 and not getattr(base, "is_quantized", False):
         base = base.float()  # its range is too small for gradients
     tokenizer = load_processor(model, "AutoTokenizer")
     learned = examples(data, tokenizer, recipe.length)
     held_out = None if eval_data is None else examples(eval_data, tokenizer, recipe.length)
     config = adapter_config(base, recipe)
-    processes = PartialState(cpu=_on_cpu())
     with processes.main_process_first():
-        draft = _draft(target, {"model": model, "data": str(data), **recipe.to_dict()})
+        content = hashlib.sha256(Path(data).read_bytes()).hexdigest()
+        draft = _draft(target, {"model": model, "data": str(data), "sha256": content, **recipe.to_dict()})
     set_seed(recipe.seed)
     before = None if held_out is None else mean_loss(base, held_out)
     adapted = get_peft_model(base, config)
+    for buffer in adapted.buffers():  # once: during training they stand still
+        broadcast(buffer)
     try:
         log = train(adapted, learned, recipe, draft / "checkpoints", save_every=save_every)
     except CloverError:
@@ -293,7 +311,7 @@ def _draw(log: list[Any], path: Path) -> None:
 
 
 def merge(model: str, adapter: str | Path, out: str | Path) -> Path:
-    """Merge an adapter into its model and save the result: what ``clover merge`` does.
+    """Merge an adapter into its model and save the result, with its processor: what ``clover merge`` does.
 
     Raises:
         CloverError: no adapter there, one for another base, or ``out`` exists.
@@ -307,13 +325,7 @@ def merge(model: str, adapter: str | Path, out: str | Path) -> Path:
         merged = adapted.merge_and_unload(safe_merge=True)
     except CloverError:
         raise
-    except (RuntimeError, ValueError, TypeError, OSError, SafetensorError) as error:
-        raise CloverError(f"{adapter} can't be merged into {model}: {' '.join(str(error).split())}") from error
-    return save(merged, out, beside=tuple(p for p in (_tokenizer(model),) if p is not None))
-
-
-def _tokenizer(model: str) -> Any:
-    try:
-        return load_processor(model, "AutoTokenizer")
-    except CloverError:
-        return None
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError, SafetensorError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CloverError(f"{adapter} can't be merged into {model} ({why})") from error
+    return save(merged, out, beside=found_beside(model))

@@ -286,7 +286,7 @@ class CloverModel(BaseTuner):
                 "supported; CLOVER tunes linear projections (Linear, Conv1D and quantised ones): "
                 "leave it out of target_modules, or train it whole through modules_to_save"
             )
-        known = self._found.get(current_key, [])
+        known = [s for s in self._found.get(current_key, []) if s.rows.numel()]
         slots = [s for s in known if s.part in config.parts] or known
         slots = slots or [rows_in_blocks(current_key, base, config.block_size)]
         if isinstance(target, CloverLayer):

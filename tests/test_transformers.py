@@ -1,0 +1,163 @@
+"""What users of transformers do with a model beside generating: pickle it, train it, load it anew, keep caches."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+
+import clover
+from clover.attention import CloverAttention
+from clover.errors import CloverError
+from families import build, outputs, pruned
+from tiny import LM
+
+KINDS = ["llama-gqa", "qwen3", "bert", "t5", "whisper", "bloom"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_pruned_model_can_be_pickled(name: str) -> None:
+    model, batch = pruned(name)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    again = torch.load(buffer, weights_only=False)
+    assert type(again) is type(model) and type(again.config) is type(model.config)
+    assert torch.equal(outputs(again, batch), outputs(model, batch))
+    assert torch.equal(outputs(copy.deepcopy(model), batch), outputs(model, batch))
+
+
+def test_names_that_no_class_has() -> None:
+    with pytest.raises(AttributeError):
+        pickle.loads(b"cclover.checkpoint\nCloverNothing\n.")
+
+
+def test_a_layer_keeps_the_original_class_among_its_own() -> None:
+    model, _ = pruned("llama-gqa")
+    layers = [m for m in model.modules() if isinstance(m, CloverAttention)]
+    assert len({type(layer) for layer in layers}) == 1
+    assert all(isinstance(layer, t.models.llama.modeling_llama.LlamaAttention) for layer in layers)
+
+
+def test_the_trainer_shifts_labels_for_label_smoothing(tmp_path: Path) -> None:
+    """transformers' Trainer knows causal models by the name of their class."""
+    losses = []
+    for model, batch in (build("llama-gqa", torch.float32), build("llama-gqa", torch.float32)):
+        if losses:
+            clover.orthogonalize(model)
+        data = [{"input_ids": row, "labels": row} for row in batch["input_ids"]]
+        arguments = t.TrainingArguments(
+            output_dir=str(tmp_path), label_smoothing_factor=0.1, report_to=[], use_cpu=True, eval_strategy="no"
+        )
+        losses.append(t.Trainer(model, arguments, eval_dataset=data).evaluate()["eval_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_new_head_is_welcome_where_the_user_says_so(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = t.BertForSequenceClassification(t.BertConfig(**LM, num_labels=2)).eval()
+    clover.prune(model, vo=0.3, calibration=[{"input_ids": torch.randint(3, 60, (2, 9))}])
+    clover.save(model, tmp_path / "m")
+    options: dict[str, Any] = {"num_labels": 5}
+    with pytest.raises(CloverError, match=r"classifier\.\w+ has shape \(2"):
+        t.AutoModelForSequenceClassification.from_pretrained(tmp_path / "m", **options)
+    again = t.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "m", ignore_mismatched_sizes=True, **options
+    )
+    assert again.classifier.out_features == 5
+    assert torch.equal(again.bert.encoder.layer[0].attention.self.qkv_proj.weight,
+                       model.bert.encoder.layer[0].attention.self.qkv_proj.weight)  # fmt: skip
+
+
+def test_a_cache_that_was_filled_in_inference_mode_goes_on_outside_of_it() -> None:
+    model, batch = pruned("llama-gqa")
+    ids = batch["input_ids"]
+    with torch.inference_mode():
+        past = model(input_ids=ids[:, :7], use_cache=True).past_key_values
+    with torch.no_grad():
+        found = model(input_ids=ids[:, 7:], past_key_values=past, use_cache=True).logits
+        torch.testing.assert_close(found, model(input_ids=ids).logits[:, 7:])
+
+
+def test_prefill_in_chunks_into_a_static_cache() -> None:
+    model, batch = pruned("llama-gqa", dtype=torch.float32)
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    plain = model.generate(**batch, **options)
+    chunked = model.generate(
+        **batch, **options, cache_implementation="static", prefill_chunk_size=5, disable_compile=True
+    )
+    assert torch.equal(plain, chunked)
+
+
+def test_token_by_token_behind_padding() -> None:
+    """A query that sees nothing at all must not poison the cache of those after it."""
+    model, batch = pruned("llama-gqa")
+    ids, mask = batch["input_ids"], torch.ones_like(batch["input_ids"])
+    mask[0, :3] = 0
+    past, logits = t.DynamicCache(config=model.config), []
+    with torch.no_grad():
+        for at in range(ids.shape[1]):
+            positions = (mask[:, : at + 1].cumsum(-1) - 1).clamp_min(0)[:, -1:]
+            out = model(input_ids=ids[:, at : at + 1], attention_mask=mask[:, : at + 1], past_key_values=past,
+                        position_ids=positions)  # fmt: skip
+            logits.append(out.logits)
+        alone = model(input_ids=ids[:1, 3:]).logits
+    assert torch.cat(logits, 1).isfinite().all()
+    torch.testing.assert_close(torch.cat(logits, 1)[:1, 3:], alone)
+
+
+def test_gradients_reach_a_single_new_token_behind_a_long_context() -> None:
+    model, _ = pruned("llama-gqa")
+    model.config.max_position_embeddings = 1024
+    with torch.no_grad():
+        past = model(input_ids=torch.randint(3, 60, (1, 600)), use_cache=True).past_key_values
+    states = torch.randn(1, 1, 48, dtype=torch.float64, requires_grad=True)
+    model(inputs_embeds=states, past_key_values=past).logits.sum().backward()
+    assert states.grad is not None and states.grad.isfinite().all()
+
+
+def test_a_flash_mask_arrives_as_it_is() -> None:
+    """It says which tokens are padding, ``(batch, tokens)``, and knows no heads."""
+    model, batch = pruned("llama-gqa")
+    seen: list[Any] = []
+
+    def kernel(module: Any, query: torch.Tensor, key: Any, value: torch.Tensor, mask: Any, **_: Any) -> Any:
+        seen.append(mask)
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+    t.AttentionInterface.register("told", kernel)
+    AttentionMaskInterface.register("told", flash_attention_mask)
+    model.config._attn_implementation = "told"
+    mask = torch.ones_like(batch["input_ids"])
+    mask[0, :3] = 0
+    with torch.no_grad():
+        model(**batch, attention_mask=mask)
+    assert seen and all(torch.equal(m, mask.bool()) or torch.equal(m, mask) for m in seen)
+
+
+def test_what_has_no_place_for_a_bias_by_head() -> None:
+    model, _ = pruned("t5", dtype=torch.float32)
+    attention = next(m for m in model.modules() if isinstance(m, CloverAttention))
+    with pytest.raises(CloverError, match=r"sdpa has no place for a bias by head.*set attn_implementation to sdpa"):
+        attention._mask(object(), torch.zeros(1, 4, 1, 1), 1, 1)  # type: ignore[arg-type]
+
+
+def test_a_paged_cache_is_refused() -> None:
+    model, _ = pruned("llama-gqa")
+    attention = next(m for m in model.modules() if isinstance(m, CloverAttention))
+    with pytest.raises(CloverError, match="paged cache"):
+        attention(torch.zeros(1, 2, 48), cache=object())
+
+
+def test_devices_that_share_a_model_have_rewritten_blocks_whole(tmp_path: Path) -> None:
+    model, _ = pruned("llama-gqa")
+    again = clover.load(clover.save(model, tmp_path / "m"))
+    plan: Any = again._tp_plan
+    assert any("mlp" in name for name in plan) and not any("self_attn" in name for name in plan)
