@@ -224,8 +224,8 @@ STILL = ("gpt2", "opt", "bloom", "gpt-bigcode", "gpt-bigcode-mha")
 """Language models that rotate nothing."""
 MIXED = ("smollm3", "cohere2", "llama4")
 """Those that rotate in some of their layers."""
-GROWING = ("ministral3", "llama4")
-"""Those whose queries grow with their position, so that distances aren't all."""
+GROWING = ("ministral3", "llama4", "hunyuan")
+"""Those whose queries grow with their position, or that weigh columns behind the rotation: distances aren't all."""
 HYBRID = ("granite-hybrid", "lfm2")
 """Those that attend in one of their two layers; the other keeps a state."""
 SINKS = ("gpt-oss",)
@@ -242,12 +242,14 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, dict[str,
     """A model with all weights random (biases and norms too, which transformers starts at 0 and 1), and its batch."""
     torch.manual_seed(0)
     make, batch = (CASES | COPIES)[name]
-    model = make().double().eval()
-    with torch.no_grad():
+    model = make()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Casting complex values")  # Llama 4's vision; `_constants` brings them back
+        model.double().eval()
         for parameter in model.parameters():
             spread = 0.3 if parameter.dim() > 1 else 0.2
             parameter.add_(torch.randn_like(parameter) * spread)
-    model.to(dtype)  # only now: a draw depends on the dtype
+        model.to(dtype)  # only now: a draw depends on the dtype
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch().items()}
     for path, constant in _constants(make, dtype).items():
         parent, _, last = path.rpartition(".")

@@ -140,6 +140,7 @@ def test_window_hides_what_is_beyond_it() -> None:
 # --- positions ---
 
 
+@pytest.mark.usefixtures("exact_steps")
 @pytest.mark.parametrize("kind", ["orthogonal", "pruned"])
 @pytest.mark.parametrize("name", ROTARY)
 def test_rotary_models_only_see_distances(name: str, kind: str) -> None:

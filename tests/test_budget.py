@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from clover.budget import Costs, Energy, Granularity, Limits, Share, Threshold, make_plan
 from clover.errors import CloverError
-from clover.plan import BlockPlan, Group, Plan
+from clover.plan import FORMAT, BlockPlan, Group, Plan
 
 GRANULARITIES: tuple[Granularity, ...] = ("head", "layer", "model")
 SEEDS = st.integers(0, 2**31)
@@ -380,6 +380,10 @@ DAMAGES: dict[str, dict[str, Any]] = {
     "negative rank": {"groups": [{"heads": [0], "pairs": -1, "plain": 4, "value": 4}]},
     "a head twice": {"groups": [{"heads": [1, 1], "pairs": 0, "plain": 4, "value": 4}]},
     "a head that is not there": {"groups": [{"heads": [4], "pairs": 0, "plain": 4, "value": 4}]},
+    "a head that is not there, of very many": {
+        "kv_heads": 10**12,
+        "groups": [{"heads": [10**12], "pairs": 0, "plain": 4, "value": 4}],
+    },
     "a rank that is text": {"groups": [{"heads": [0], "pairs": 0, "plain": "4", "value": 4}]},
     "no groups": {"groups": []},
     "a group of no heads": {"groups": [{"heads": [], "pairs": 0, "plain": 4, "value": 4}]},
@@ -392,6 +396,14 @@ def test_damaged_plans_are_refused(damage: str) -> None:
     broken = {k: v for k, v in (data["blocks"][1] | DAMAGES[damage]).items() if v is not ...}
     with pytest.raises(CloverError, match=r"(?s)clover plan .*restore"):
         Plan.from_dict(data | {"blocks": [data["blocks"][0], broken]})
+
+
+@pytest.mark.parametrize("format", [None, 0, FORMAT + 1, "x"])
+def test_a_plan_of_another_format_is_refused(format: Any) -> None:
+    """The columns of a model that was saved with it may lie otherwise."""
+    data = make_plan(model(0), Share(0.5), Share(0.5)).to_dict()
+    with pytest.raises(CloverError, match=f"has format {format!r}, and this version reads {FORMAT}; install"):
+        Plan.from_dict(data | {"format": format})
 
 
 @pytest.mark.parametrize("data", [{}, {"blocks": None}, {"blocks": [1]}])

@@ -16,7 +16,7 @@ from clover import CloverError, UnsupportedModelError
 from clover.export import pad
 from families import CASES, build, outputs, pruned
 
-NORMED = {"qwen3", "olmo2", "lfm2", "phi-norm", "qwen3-moe", "gemma3", "cohere-norm"}
+NORMED = {"qwen3", "olmo2", "lfm2", "phi-norm", "qwen3-moe", "gemma3", "cohere-norm", "hunyuan", "llama4"}
 """A norm stands between their Q-K projections and the logit."""
 NO_BIAS = {
     "mistral",

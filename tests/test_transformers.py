@@ -110,7 +110,7 @@ def test_token_by_token_behind_padding() -> None:
             logits.append(out.logits)
         alone = model(input_ids=ids[:1, 3:]).logits
     assert torch.cat(logits, 1).isfinite().all()
-    torch.testing.assert_close(torch.cat(logits, 1)[:1, 3:], alone)
+    torch.testing.assert_close(torch.cat(logits, 1)[:1, 3:], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_gradients_reach_a_single_new_token_behind_a_long_context() -> None:

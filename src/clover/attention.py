@@ -28,6 +28,8 @@ from clover.ragged import Tables, as_heads, by_head, joined, kernel_size, padded
 
 SHORT = 2**16
 """Up to this many logits a head, heads of unequal sizes are padded into one call: launches cost more than zeros."""
+LEAST = -3e38
+"""The logit of what must not be seen; not infinity, or a row that sees nothing would become NaN."""
 NOTHING, FEW = 1e-30, 512
 """Attention weights below ``NOTHING`` are zero: they change no float32 sum, and denormal numbers are slow on CPUs. Not
 worth a look where there are only a ``FEW`` keys."""
@@ -321,7 +323,8 @@ class CloverAttention(nn.Module):
         wide as all keys, zero outside its own head's columns, and of each row of results only its own head's columns
         are taken.
         """
-        n, results, dtype, mask = self.clover.queries, [], queries.dtype, by_head(mask, self._all_heads())
+        n, results, dtype = self.clover.queries, [], queries.dtype
+        mask = mask if mask is None else by_head(mask, self._all_heads())
         if queries.device.type == "cpu" and queries.dtype.itemsize < 4:
             # oneDNN compiles a half-precision product anew for each length of the cache: milliseconds a token.
             queries, keys, values = queries.float(), keys.float(), values.float()
@@ -334,7 +337,7 @@ class CloverAttention(nn.Module):
             logits = torch.bmm(k, rows.view(len(q), span.heads * n, -1).mT).mT  # rows @ k.mT: twice as long on CPUs
             if mask is not None:
                 m = mask[:, :, 0] if mask.shape[1] == 1 else mask[:, span.first * n : (span.first + span.heads) * n, 0]
-                least = torch.finfo(logits.dtype).min  # not infinity: a row that sees nothing must not become NaN
+                least = max(LEAST, torch.finfo(logits.dtype).min)
                 logits = logits.masked_fill(~m, least) if m.dtype == torch.bool else logits + m
             weights = logits.softmax(-1, dtype=torch.float32)
             if weights.shape[-1] > FEW:
@@ -350,7 +353,7 @@ class CloverAttention(nn.Module):
         n = self.clover.queries
         return [h * n + i for h in group.heads for i in range(n)]
 
-    def _mask(self, mask: Tensor | None, bias: Tensor | None, queries: Any, keys: Any) -> Tensor | None:
+    def _mask(self, mask: Any, bias: Tensor | None, queries: Any, keys: Any) -> Any:
         """The mask; a bias by head is added to it."""
         if bias is None:
             return mask

@@ -82,16 +82,16 @@ class Plan:
         Raises:
             CloverError: a field is missing, unknown or contradicts another, or it is of another format.
         """
-        if isinstance(data, dict) and data.get("format") != FORMAT:
-            raise CloverError(
-                f"the clover plan has format {data.get('format')!r}, and this version reads {FORMAT}; install "
-                "the version that wrote it, or prune the original model again"
-            )
         try:
             plan = cls(tuple(_block_from_dict(b) for b in data["blocks"]))
             wrong = next((b for b in plan.blocks if not _possible(b)), None)
         except (KeyError, TypeError) as error:
             raise CloverError(f"the clover plan in config.json is damaged ({error}); restore the file") from error
+        if (written := data.get("format")) != FORMAT:
+            raise CloverError(
+                f"the clover plan has format {written!r}, and this version reads {FORMAT}; install the version that "
+                "wrote it, or prune the original model again"
+            )
         if not plan.blocks:
             raise CloverError("the clover plan in config.json has no blocks; restore the file")
         if wrong is not None:
@@ -126,7 +126,8 @@ def _possible(block: BlockPlan) -> bool:
         g.heads and min(g.pairs, g.plain) >= 0 and 0 < g.qk <= block.qk and 0 < g.value <= block.vo
         for g in block.groups
     )
-    return bool(heads) and sizes and len(set(heads)) == len(heads) and set(heads) <= set(range(block.kv_heads))
+    there = all(0 <= head < block.kv_heads for head in heads)
+    return bool(heads) and sizes and there and len(set(heads)) == len(heads)
 
 
 @dataclass(frozen=True)
