@@ -6,18 +6,22 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
+import transformers as t
 from torch import Tensor, nn
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as partial_rope
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rope
 
 import clover
-from clover.calibrate import SOFTMAX_WEIGHT, Moments, calibrate
+import clover.calibrate as calibration
+from clover.calibrate import SOFTMAX_WEIGHT, Moments, Watcher, _bias, calibrate
 from clover.errors import CloverError
 from clover.families import blocks
 from families import build, outputs
+from tiny import LM
 
 ALL = 1000
 """More queries than any sequence here has."""
@@ -144,8 +148,11 @@ def check(name: str, model: Any, batch: dict[str, Tensor], valid: Callable[[Seen
     found = blocks(model)
     for block, moments in zip(found, calibrate(model, found, [batch], queries=ALL), strict=True):
         seen = observe(name, model, block.name, block.heads().q.shape[2], batch)
+        answers = batch["decoder_input_ids"].numel() if "decoder_input_ids" in batch else None
+        each = float(valid(seen).sum()) / answers if answers else 1.0  # tokens read for each that the model says
         for field, expected in reference(seen, valid(seen)).items():
-            assert_near(getattr(moments, field), expected, f"{block.name} {field}")
+            weight = each if field in ("query", "pair") else 1.0
+            assert_near(getattr(moments, field), weight * expected, f"{block.name} {field}")
         assert moments.tokens == int(valid(seen).sum())
 
 
@@ -365,3 +372,68 @@ def test_a_table_that_contradicts_the_config() -> None:
     model.config.rope_parameters["partial_rotary_factor"] = 0.5  # which Llama's own table does not know
     with pytest.raises(CloverError, match=r"the model rotates 4 pairs of a head, but its config says 2"):
         clover.prune(model, vo=0.25, calibration=[batch])
+
+
+# --- what is seen, what is said ---
+
+
+@pytest.mark.parametrize("name", ["clip", "metaclip2"])
+def test_text_that_is_told_to_be_causal(name: str) -> None:
+    """CLIP's attention is not causal by itself: its text side says so in each call, and makes no mask for it."""
+    model, batch = build(name)
+    found = [block for block in blocks(model) if "text" in block.name]
+    watcher = Watcher(found[0], ALL, torch.Generator())
+    seen: list[Tensor] = []
+    with mock.patch.object(Watcher, "_observe", lambda self, q, k, bias: seen.append(bias)):
+        hooks = watcher.attach()
+        with torch.no_grad():
+            model(**batch)
+        for hook in hooks:
+            hook.remove()
+    assert seen
+    for bias in seen:
+        assert torch.equal(bias[0, 0] > -torch.inf, torch.ones(bias.shape[-2:], dtype=torch.bool).tril())
+
+
+def test_flash_attention_says_only_what_is_padding() -> None:
+    rows = torch.tensor([1, 3])
+    hidden = torch.arange(5) > rows[:, None]
+    mask = torch.tensor([[0, 1, 1, 1, 1]])
+    found = _bias(mask, None, 0, rows, hidden)
+    assert (found[0] > -torch.inf).tolist() == [[False, True, False, False, False], [False, True, True, True, False]]
+    with pytest.raises(CloverError, match=r"can't read a object; load the model with attn_implementation='sdpa'"):
+        _bias(object(), None, 0, rows, hidden)
+
+
+def test_a_window_holds_where_no_mask_says_so() -> None:
+    model, _ = build("mistral")  # its window is 8
+    watcher = Watcher(blocks(model)[0], ALL, torch.Generator())
+    hidden = watcher._hidden(None, torch.tensor([0, 9, 11]), 12)
+    assert (~hidden).sum(-1).tolist() == [1, 8, 8] and not hidden[1, 9] and not hidden[1, 2] and hidden[1, 1]
+    assert not watcher._hidden(False, torch.tensor([0]), 12).any()
+
+
+def test_a_loss_is_not_what_a_model_says() -> None:
+    torch.manual_seed(0)
+    model = t.BertForSequenceClassification(t.BertConfig(**LM, num_labels=3)).double().eval()
+    batch = {"input_ids": torch.randint(3, 60, (2, 9))}
+    plain = calibrate(model, blocks(model), [batch])
+    told = calibrate(model, blocks(model), [batch | {"labels": torch.tensor([0, 2])}])
+    for one, other in zip(plain, told, strict=True):
+        assert torch.equal(one.gradient, other.gradient)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_the_score_of_a_drawn_token_is_that_of_its_likelihood(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows are looked at together, and as automatic differentiation gives it."""
+    monkeypatch.setattr(calibration, "ROWS", rows)
+    logits = torch.randn(2, 5, 7, requires_grad=True)
+    valid = torch.ones(2, 5, dtype=torch.bool)
+    valid[0, :2] = False
+    found = calibration._score(logits, True, valid, torch.Generator().manual_seed(3))
+    points = torch.rand(8, 1, generator=torch.Generator().manual_seed(3))
+    chance = logits[valid].log_softmax(-1)
+    mass = chance.exp().cumsum(-1)
+    drawn = torch.searchsorted(mass, points * mass[:, -1:]).clamp_max(6)
+    (expected,) = torch.autograd.grad(chance.gather(-1, drawn).sum(), logits)
+    torch.testing.assert_close(found, expected)

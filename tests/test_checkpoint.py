@@ -14,11 +14,12 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import clover
 from clover.errors import CloverError
 from families import CASES, build, outputs, pruned
+from test_data import tokenizer
 
 NEW_PROCESS = ["llama-gqa", "qwen3", "phi3-partial", "gpt-neox", "gpt2", "bloom", "bert", "clip", "whisper"]
 
@@ -315,3 +316,19 @@ def test_half_a_file(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CloverError, match="can't be loaded"):
         clover.load(tmp_path / "model")
+
+
+def test_a_tokenizer_of_several_chat_templates_is_saved(tmp_path: Path) -> None:
+    """transformers puts them into a folder of their own."""
+    model, _ = pruned("llama-gqa")
+    made = tokenizer()
+    made.chat_template = {"default": "a", "tool_use": "b"}
+    folder = clover.save(model, tmp_path / "m", beside=(made,))
+    assert AutoTokenizer.from_pretrained(folder).chat_template == made.chat_template
+
+
+def test_a_frozen_model_stays_frozen() -> None:
+    model, batch = build("bert")
+    model.requires_grad_(False)
+    clover.prune(model, vo=0.3, calibration=[batch])
+    assert not any(p.requires_grad for p in model.parameters())

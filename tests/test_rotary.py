@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from clover.rotary import RIDGE, eliminate, features, fit_gains, transforms, white_gram
+from clover.rotary import RIDGE, by_energy, eliminate, features, fit_gains, transforms, white_gram
 
 SEEDS = st.integers(0, 2**31)
 
@@ -241,3 +241,13 @@ def test_refitting_never_does_worse_than_dropping() -> None:
         refitted = (target - torch.einsum("mcp,pc->m", parts, gains)).square().sum()
         dropped = (target - parts[:, 0].sum(-1)).square().sum()
         assert refitted <= dropped * (1 + 10 * RIDGE)
+
+
+def test_of_a_diagonal_gram_pairs_go_by_their_energy() -> None:
+    """Without data none can make up for another, so the elimination is a sort."""
+    energy = torch.rand(3, 2, 5, dtype=torch.float64)
+    energy[0, :, 1] = energy[0, :, 3]  # a tie
+    gram = torch.diag_embed(energy.repeat(1, 1, 2))
+    (order, cost), (whole_order, whole_cost) = by_energy(gram), eliminate(gram)
+    assert torch.equal(order, whole_order)
+    torch.testing.assert_close(cost, whole_cost)

@@ -118,6 +118,16 @@ def test_at_full_rank_nothing_changes(name: str, tmp_path: Path) -> None:
     assert error(turned, model, batches[1]) < 1e-4
 
 
+def test_who_reads_a_layer_beside_the_last_is_told(tmp_path: Path) -> None:
+    """LLaVA's default reads the tower's last layer but one, which is not there any more when the text is read."""
+    model, batches, _ = prepared("llava", tmp_path / "dense", torch.float32)
+    model.config.vision_feature_layer = -2
+    model.save_pretrained(tmp_path / "other")
+    with pytest.raises(CloverError, match=r"outputs of single layers before it .*; calibrate the model in memory"):
+        prune_folder(tmp_path / "other", tmp_path / "cut", vo=0.4, calibration=batches)
+    clover.prune(model, vo=0.4, calibration=batches)
+
+
 def test_moments_are_those_of_the_path_in_memory(tmp_path: Path) -> None:
     """All but the gradient's: of the same tokens, where all queries are sampled."""
     model, batches, _ = prepared("llama-gqa", tmp_path / "dense")

@@ -18,7 +18,7 @@ from clover.decompose import Bases, decompose, square_root, weight_gram
 from clover.heads import Heads, energies
 from clover.plan import BlockPlan, Group, Spectrum
 from clover.refit import Layout, refit
-from clover.rotary import eliminate, fit_gains, transforms, white_gram
+from clover.rotary import by_energy, eliminate, fit_gains, transforms, white_gram
 
 CALIBRATION_RIDGE = 1e-6
 """Added to calibrated Grams, relative to their mean eigenvalue: keeps the change of basis invertible at full rank."""
@@ -47,11 +47,14 @@ class Basis:
         heads = self.heads
         half_square = 0.5 * self.block.scale**2 if self.moments else 1.0  # nats, or the published units
         pair_norm, plain_norm, value_norm = self._norms()
+        on_cpu = {  # where plans are made, for blocks of any device
+            "pair_cost": half_square * self.pair_cost, "pair_norm": pair_norm.gather(1, self.pair_order),
+            "plain_cost": half_square * self.plain.values**2, "plain_norm": plain_norm,
+            "value_cost": self.value.values**2, "value_norm": value_norm,
+        }  # fmt: skip
         return Costs(
             name=self.name, part=self.block.part, queries=self.block.queries,
-            pair_cost=half_square * self.pair_cost, pair_norm=pair_norm.gather(1, self.pair_order),
-            plain_cost=half_square * self.plain.values**2, plain_norm=plain_norm,
-            value_cost=self.value.values**2, value_norm=value_norm,
+            **{name: tensor.cpu() for name, tensor in on_cpu.items()},
             output_bias=heads.o_bias is not None or heads.v_bias is not None or self.moments is not None,
             parameters=heads.parameters(), fixed_qk=self.block.normed,
             keeps_heads=self.block.normed and self.block.family.norm_spans_heads,
@@ -192,7 +195,7 @@ def find_basis(block: Block, moments: Moments | None = None) -> Basis:
         cost = torch.ones(kv, heads.pairs, dtype=torch.float64, device=heads.q.device)
         pair = torch.eye(rotary, dtype=torch.float64, device=heads.q.device).expand(kv, n, -1, -1)
     else:
-        order, cost = eliminate(pair)
+        order, cost = by_energy(pair) if moments is None else eliminate(pair)
     return Basis(block, heads, moments, pair, order, cost, decompose(query, key), decompose(value, output))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -92,4 +91,6 @@ def peak_bytes(name: str, dtype: str, options: dict[str, Any]) -> int:
     status = Path("/proc/self/status")
     if status.exists():  # what getrusage tells is at least what the parent process held
         return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+    import resource  # which Windows lacks
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

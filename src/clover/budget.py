@@ -235,7 +235,7 @@ def _curve(costs: Sequence[Costs], party: tuple[Head, ...], kind: Kind, limits: 
     columns, count, rotary = 2 if kind == "pair" else 1, 0 if gone else first.count(kind), first.count("pair") > 0
     # Beside rotary pairs the plain columns come in twos, so that pairs stay aligned in the flat layout.
     grain = 2 if rotary and kind == "plain" else 1
-    step = math.lcm(grain, max(1, limits.multiple // columns))
+    step = math.lcm(grain, limits.multiple // math.gcd(limits.multiple, columns))
     start = math.ceil(limits.minimum / columns / step) * step
     bounds = [0, *range(start, count, step), count] if count else [0]
     mean = torch.stack([getattr(costs[b], f"{kind}_cost")[h] for b, h in party]).mean(0).tolist()

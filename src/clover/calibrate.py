@@ -22,6 +22,8 @@ from clover.heads import Heads
 from clover.progress import track
 from clover.rotary import features
 
+ROWS = 256
+"""Tokens whose distributions are held at once."""
 SOFTMAX_WEIGHT = 0.5
 """Share of the softmax in a key's weight; the rest is uniform over the visible keys, which catches keys that a cut
 could make jump up and that a purely local estimate can't see."""
@@ -72,18 +74,19 @@ def calibrate(
     model.eval().requires_grad_(False)
     hooks = [hook for watcher in watchers for hook in watcher.attach()]
     try:
-        seen = 0
+        seen = answers = 0
         for batch in track(batches, "calibrate"):
             batch = on(batch, device)
             masks = padding(batch)
             for watcher in watchers:
                 watcher.masks = masks
             with torch.enable_grad():
-                output = model(**batch) if isinstance(batch, Mapping) else model(batch)
-                score = _likelihood(output, masks, draws)
-            if score.requires_grad:  # else the batch reached no block, which is said below
-                score.backward()
-            seen += 1
+                answer, words = _answer(model(**batch) if isinstance(batch, Mapping) else model(batch))
+            valid = _valid(answer, masks)
+            if answer.requires_grad:  # else the batch reached no block, which is said below
+                answer.backward(_score(answer, words, valid, draws))
+            seen, answers = seen + 1, answers + int(valid.sum())
+            del answer  # or it would be there beside the next
     finally:
         for hook in hooks:
             hook.remove()
@@ -93,29 +96,50 @@ def calibrate(
             parameter.requires_grad_()
     if not seen:
         raise CloverError("the calibration data is empty; give at least one batch")
-    return [watcher.moments() for watcher in watchers]
+    watchers.reverse()
+    return [watchers.pop().moments(answers) for _ in blocks]  # each let go of: the sums are as large as the moments
 
 
-def _likelihood(output: Any, masks: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-    """Log-likelihood, summed, of a sample from the model's own output: tokens from its logits, else Gaussian noise."""
+def _answer(output: Any) -> tuple[Tensor, bool]:
+    """What a model says, and whether it is logits of tokens; else its first output (not a loss, one number for all)."""
     if (logits := output.get("logits")) is not None and logits.dim() == 3:
-        logits = logits[_valid(logits, masks)].float().log_softmax(-1)
-        with torch.no_grad():
-            mass = logits.exp().cumsum(-1)
-            point = torch.rand(len(mass), 1, generator=generator, device=mass.device) * mass[:, -1:]
-            drawn = torch.searchsorted(mass, point).clamp_max(mass.shape[-1] - 1)
-        return logits.gather(-1, drawn).sum()
-    value = next((v for v in output.values() if isinstance(v, Tensor) and v.requires_grad), torch.zeros(()))
-    if value.dim() == 3:
-        value = value[_valid(value, masks)]
-    return (value.float() * torch.randn(value.shape, generator=generator, device=value.device)).sum()
+        return logits, True
+    said = (v for name, v in output.items() if name != "loss" and isinstance(v, Tensor) and v.requires_grad and v.dim())
+    return next(said, torch.zeros(0)), False
+
+
+@torch.no_grad()
+def _score(answer: Tensor, words: bool, valid: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient by the answer of the log-likelihood of a sample from it: tokens from logits, else Gaussian noise.
+
+    Args:
+        words: whether it is logits, ``(batch, tokens, words)``.
+        valid: what of it is not padding.
+    """
+    score = torch.zeros_like(answer)
+    if answer.dim() != 3:
+        return score.copy_(torch.randn(answer.shape, generator=generator, device=answer.device))
+    rows = valid.nonzero()
+    if not words:
+        score[valid] = torch.randn(len(rows), answer.shape[-1], generator=generator, device=answer.device).to(score)
+        return score
+    points = torch.rand(len(rows), 1, generator=generator, device=answer.device)
+    for where, point in zip(rows.split(ROWS), points.split(ROWS), strict=True):  # they dwarf all else
+        b, t = where.T
+        chance = answer[b, t].float().softmax(-1)
+        mass = chance.cumsum(-1)
+        drawn = torch.searchsorted(mass, point * mass[:, -1:]).clamp_max(mass.shape[-1] - 1)
+        score[b, t] = (-chance).scatter_add_(-1, drawn, torch.ones_like(point)).to(score)
+    return score
 
 
 def _valid(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """Which tokens of ``x`` are not padding, shape ``(batch, tokens)``."""
+    """Which tokens of ``x`` are not padding, ``(batch, tokens)``; of what has no tokens, all items."""
+    if x.dim() != 3:
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
     for mask in masks:
         if mask.shape == x.shape[:2]:
-            return mask
+            return mask.to(x.device)
     return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
 
 
@@ -195,10 +219,19 @@ class Watcher:
             if self.block.growth:
                 grown = growth_at(self.block.growth, call, 0)
                 q = q * grown[min(b, len(grown) - 1), rows].unsqueeze(-1)
-            bias = _bias(mask, by_head, b, rows, k.shape[-2], causal=self.block.part == "decoder").to(q.device)
+            hidden = self._hidden(call.get("is_causal"), rows, k.shape[-2])
+            bias = _bias(mask, by_head, b, rows, hidden).to(q.device)
             self._observe(q, k, bias.expand(self.heads.q.shape[0], self.heads.q.shape[1], -1, -1) if bias.shape[0] == 1
                           else bias.unflatten(0, self.heads.q.shape[:2]))  # fmt: skip
             self.rows += len(rows)
+
+    def _hidden(self, causal: bool | None, rows: Tensor, keys: int) -> Tensor:
+        """Keys that are out of sight without a mask that says so, ``(rows, keys)``."""
+        at = torch.arange(keys, device=rows.device)
+        if not (self.block.part == "decoder" if causal is None else causal):
+            return torch.zeros(len(rows), keys, dtype=torch.bool, device=rows.device)
+        window = self.block.family.window(self.block.core) or keys
+        return (at > rows[:, None]) | (at <= rows[:, None] - window)
 
     def _sample(self, valid: Tensor) -> Tensor:
         rows = valid.nonzero()[:, 0]
@@ -221,8 +254,12 @@ class Watcher:
             spread = torch.einsum("gt,gta,gtb->gab", weights.sum((1, 2)), k, k)
             self._add("key", (spread - torch.einsum("gnmd,gnme->gde", means, means)) / q.shape[1])
 
-    def moments(self) -> Moments:
-        """What was gathered.
+    def moments(self, answers: int | None = None) -> Moments:
+        """What was gathered; the sums are gone then.
+
+        Args:
+            answers: tokens that the model answered with; left out, as many as this block has read. A block that reads
+                more (an encoder) costs more an answer.
 
         Raises:
             CloverError: nothing, or what is not finite.
@@ -241,13 +278,15 @@ class Watcher:
             "key": (kv, d - rotary, d - rotary),
             "pair": (kv, n, rotary, rotary),
         }
+        answers = answers or self.tokens
+        weight = {"query": self.tokens / answers, "pair": self.tokens / answers, "key": 1.0}
         found = {
-            k: self.sums[k] / self.rows if k in self.sums else torch.zeros(s, dtype=torch.float64)
+            k: self.sums.pop(k).mul_(weight[k] / self.rows) if k in self.sums else torch.zeros(s, dtype=torch.float64)
             for k, s in shapes.items()
         }
-        mean = self.sums["mean"] / self.tokens
-        output = self.sums["output"] / self.tokens - mean.outer(mean)
-        gradient = self.sums["gradient"] / self.tokens
+        mean = self.sums.pop("mean") / self.tokens
+        output = self.sums.pop("output").div_(self.tokens).sub_(mean.outer(mean))
+        gradient = self.sums.pop("gradient").div_(answers)
         for key, value in {**found, "output": output, "gradient": gradient}.items():
             if not value.isfinite().all():
                 raise CloverError(
@@ -274,16 +313,27 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([re * cos - im * sin, im * cos + re * sin, rest], -1)
 
 
-def _bias(mask: Tensor | None, by_head: Tensor | None, b: int, rows: Tensor, keys: int, causal: bool) -> Tensor:
-    """What is added to the logits of sequence ``b``: ``(heads or 1, rows, keys)`` float32, ``-inf`` if hidden."""
-    if mask is None:
-        hidden = (
-            torch.arange(keys, device=rows.device) > rows[:, None] if causal else rows.new_zeros(len(rows), keys).bool()
+def _bias(mask: Any, by_head: Tensor | None, b: int, rows: Tensor, hidden: Tensor) -> Tensor:
+    """What is added to the logits of sequence ``b``: ``(heads or 1, rows, keys)`` float32, ``-inf`` if hidden.
+
+    Args:
+        mask: of all heads and queries, or flash attention's, which says what is padding, or none.
+        hidden: keys that are out of sight where the mask doesn't know of queries.
+
+    Raises:
+        CloverError: a mask of another kind.
+    """
+    if not isinstance(mask, Tensor | None):
+        raise CloverError(
+            f"calibration can't read a {type(mask).__name__}; load the model with attn_implementation='sdpa'"
         )
-        bias = torch.zeros(1, len(rows), keys, device=rows.device).masked_fill(hidden, -torch.inf)
+    if mask is None or mask.dim() == 2:
+        if mask is not None:
+            hidden = hidden | ~mask[min(b, len(mask) - 1), : hidden.shape[1]].bool().to(hidden.device)
+        bias = torch.zeros(1, *hidden.shape, device=rows.device).masked_fill(hidden, -torch.inf)
     else:
         piece = mask[min(b, len(mask) - 1)]
-        piece = piece[:, rows if piece.shape[1] > 1 else rows * 0, :keys]
+        piece = piece[:, rows if piece.shape[1] > 1 else rows * 0, : hidden.shape[1]]
         if piece.dtype == torch.bool:
             bias = torch.zeros_like(piece, dtype=torch.float32).masked_fill(~piece, -torch.inf)
         else:

@@ -368,9 +368,10 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
 
 def sync(folder: Path) -> None:
     """Force the files to disk, so that the rename is never ahead of what it names."""
-    for file in folder.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

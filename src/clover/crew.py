@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -22,6 +23,8 @@ class Crew:
 
     rank: int = 0
     size: int = 1
+    group: Any = None
+    """Of torch.distributed; carries tensors on CPUs."""
 
     @property
     def leads(self) -> bool:
@@ -40,7 +43,7 @@ class Crew:
         """
         if self.size > 1:
             with _together():
-                dist.barrier()
+                dist.barrier(self.group)
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Add up tensors over all processes, in place; alike in all of them afterwards, to the last bit.
@@ -51,14 +54,17 @@ class Crew:
         if self.size > 1:
             with _together():
                 for tensor in tensors:
-                    dist.all_reduce(tensor)
+                    dist.all_reduce(tensor, group=self.group)
 
 
 @contextmanager
 def crew() -> Iterator[Crew]:
     """Join the processes that were started together, for as long as the block runs."""
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if dist.is_available() and dist.is_initialized():
-        yield Crew(dist.get_rank(), dist.get_world_size())
+        own = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        yield Crew(dist.get_rank(), dist.get_world_size(), own)
     elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
         with _together():
             dist.init_process_group("gloo")

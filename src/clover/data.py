@@ -152,7 +152,7 @@ def _check_kind(path: Path, kind: Kind, model: Any) -> None:
     reads = inspect.signature(model.forward).parameters
     special = {"input_features": "manifest", "input_values": "manifest", "pixel_values": "images"}
     wanted = next((special[name] for name in special if name in reads), "text")
-    if "input_ids" in reads and model.can_generate():  # a picture is only the beginning of what it reads
+    if "input_ids" in reads and getattr(model, "can_generate", bool)():  # pictures are only where its reading begins
         wanted = "text"
     if wanted != ("text" if kind == "questions" else kind):
         raise CloverError(f"{path} holds {kind}, but {type(model).__name__} reads {wanted}; give it that")

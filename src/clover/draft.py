@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -24,6 +23,12 @@ from clover.checkpoint import check_writable, sync
 from clover.crew import Crew
 from clover.errors import CloverError
 
+try:
+    import fcntl
+except ImportError:  # there are none of these locks on Windows; nobody is kept out there
+    fcntl = None  # type: ignore[assignment]
+
+TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -113,6 +118,9 @@ def draft(
             for kind in kinds:
                 (made.folder / kind).mkdir(exist_ok=True)
             lock = _lock(made.folder / "lock", target)
+            if not (made.folder / "request.json").exists():  # what lies here then is the rest of nobody knows what
+                for kind in kinds:
+                    made.forget(kind)
             _agree(made.folder / "request.json", request)
         crew.meet()
         yield made
@@ -132,11 +140,13 @@ def _lock(file: Path, target: Path) -> int:
     """Hold the draft against other runs; the system lets go of it when this process ends, however it ends."""
     lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(lock).st_ino == file.stat().st_ino:
             return lock
-    except OSError:
-        pass
+    except OSError as error:
+        if error.errno not in (*TAKEN, errno.ENOENT):  # a file system without locks
+            return lock
     os.close(lock)
     raise CloverError(f"{target} is being made by another run; wait for it, or choose another folder")
 

@@ -66,6 +66,11 @@ def graphs(model: Any) -> list[Graph]:
     if writes_text(model):
         return [_decoder(model)]
     if model.can_generate() and model.config.is_encoder_decoder:
+        if "input_ids" in accepts(model.get_encoder()):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} reads text in its encoder, and of encoder-decoders only those of speech are "
+                "written as ONNX; use --format padded"
+            )
         return [_cross_encoder(model), _cross_decoder(model)]
     towers = {"text": "get_text_features", "vision": "get_image_features"}
     if all(hasattr(model, method) for method in towers.values()):

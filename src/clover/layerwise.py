@@ -70,10 +70,11 @@ class Carried(Sequence[Tensor]):
     def __init__(self, folder: Path | None) -> None:
         self.folder, self.left = folder, MEMORY
         self.held: list[Tensor | Path] = []
+        self.device = "cpu"
 
     def append(self, value: Tensor) -> None:
         """Add a batch."""
-        self.left -= value.nbytes
+        self.left, self.device = self.left - value.nbytes, str(value.device)
         if self.left >= 0 or self.folder is None:
             self.held.append(value)
         else:
@@ -90,7 +91,7 @@ class Carried(Sequence[Tensor]):
 
     def __getitem__(self, at: Any) -> Any:
         value = self.held[at]
-        return load_file(value)["hidden"] if isinstance(value, Path) else value
+        return load_file(value, device=self.device)["hidden"] if isinstance(value, Path) else value
 
     def __len__(self) -> int:
         return len(self.held)
@@ -193,20 +194,35 @@ def _record(
             raise _ReachedError
         return form.of(hidden)
 
-    def skip(result: Tensor | None, form: Form, *args: Any, **kwargs: Any) -> Any:
-        return form.of((args[0] if args else kwargs["hidden_states"]) if result is None else result)
+    def skip(result: Tensor | None, past: bool, form: Form, *args: Any, **kwargs: Any) -> Any:
+        if result is None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            # Whoever reads a layer's output beside the last one's must not take this for it.
+            result = torch.full_like(hidden, torch.nan) if past else hidden
+        return form.of(result)
 
     stubs: dict[str, Callable[..., Any]] = {}
     for other in order:
         for name in other.layers:
             last = name == other.layers[-1]
             result, known = done.get(other.name) if last else None, forms.get(other.name, Form(None))
-            stubs[name] = partial(note, last) if other == stack else partial(skip, result, known)
+            past = other.name in done
+            stubs[name] = partial(note, last) if other == stack else partial(skip, result, past, known)
     with _replaced(model, stubs):
         try:
             forward(model, batch)
         except _ReachedError:
+            if not first[0].isfinite().all():
+                raise CloverError(
+                    f"what comes into {stack.name} is not finite: it reads outputs of single layers before it (as with "
+                    "vision_feature_layer -2), or weights or data are damaged; calibrate the model in memory"
+                ) from None
             return first[0], calls
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CloverError(
+                f"the model can't be run up to {stack.name} without its layers ({reason}); calibrate it in memory"
+            ) from error
     raise CloverError(f"no calibration batch reached {stack.name}; give batches that run that part of the model")
 
 

@@ -63,9 +63,11 @@ class Layout:
     def begin(self, made: Draft, we: Crew) -> None:
         """Take the room for all files; those of an earlier run stay as they are."""
         if we.leads:
-            new = [file for file, shard in self.shards.items() if shard.create()]
+            new = [shard for shard in self.shards.values() if not shard.exists()]
             if new:
-                made.forget(DONE)
+                made.forget(DONE)  # before a file is begun: a mark must never stand beside an empty one
+            for shard in new:
+                shard.create()
         we.meet()
 
     def write(self, block: Block, state: Mapping[str, Tensor]) -> None:

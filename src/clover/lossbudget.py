@@ -40,8 +40,9 @@ AIM, NEAR = 0.95, 0.9
 """Shares of the bound: what a try aims at, and what is near enough to stop."""
 MOST = 0.95
 """Largest share of directions that is ever removed."""
-CERTAINTY = 1.645
-"""Standard errors that a measured mean must stay under the bound by: right 19 times of 20."""
+CERTAINTY = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
+"""Standard errors that a measured mean must stay under the bound by, to be right 19 times of 20: Student's t for 2
+sequences, 3, ..., and for more than there are here the last."""
 ROWS = 256
 """Tokens whose distributions are compared at once; those of many words dwarf all else."""
 
@@ -123,12 +124,13 @@ class Measured:
 
     nats: float
     error: float
-    """Standard error of the mean, over the sequences."""
+    """Standard error of the mean, over the sequences; infinite where there is one."""
+    sequences: int
 
     @property
     def ceiling(self) -> float:
         """What the loss is under with near certainty; this is held against the bound."""
-        return self.nats + CERTAINTY * self.error
+        return self.nats + CERTAINTY[min(max(self.sequences, 2), len(CERTAINTY) + 1) - 2] * self.error
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,10 @@ def within(
     bound = check_bound(max_loss)
     trials = _Trials(model, bases, [basis.costs() for basis in bases], kept_out, granularity, limits)
     forecast = trials.gauge(bound)
+    if any(point.ceiling == math.inf for point in trials.tried.values()):
+        raise CloverError(
+            "one sequence kept out of the calibration can't tell how far a measured loss may be off; give more data"
+        )
     low, high, factor = 0.0, MOST, 1.0
     for _ in range(LOOKS):
         total = forecast.reach(AIM * bound / factor)
@@ -218,7 +224,7 @@ def within(
         low, high = (total, high) if point.ceiling <= bound else (low, total)
         if NEAR * bound <= point.ceiling <= bound or high - low < trials.grain:
             break
-    passed = [(plan, point) for plan, point in trials.tried.items() if point.ceiling <= bound]
+    passed = [(plan, point) for plan, point in trials.tried.items() if point.ceiling <= bound and point.removed > 0]
     plan, chosen = max(passed, key=lambda found: trials.columns(found[0]), default=(trials.plan(0.0, 0.0), None))
     return Outcome(plan, bound, forecast, tuple(trials.tried.values()), chosen)
 
@@ -291,6 +297,8 @@ class _Trials:
         """The forecast with prices as measured on a cut of Q-K and on one of V-O alone, near a target in nats."""
         forecast = Forecast.of(self.costs)
         for kind in ("qk", "vo"):
+            if not len(getattr(forecast, kind)):  # norms fix it
+                continue
             share = GAUGE
             for _ in range(2):
                 shares = (share, 0.0) if kind == "qk" else (0.0, share)
@@ -336,8 +344,8 @@ def compare(whole: nn.Module, cut: nn.Module, batches: Iterable[Any]) -> Measure
             "the output on data kept out of the calibration is not finite; check the data, or use float32"
         )
     spread = [s - mean * n for s, n in zip(sums, tokens, strict=True)]  # sequences count by their tokens
-    error = statistics.stdev(spread) * len(sums) ** 0.5 / sum(tokens) if len(sums) > 1 else 0.0
-    return Measured(mean, error)
+    error = statistics.stdev(spread) * len(sums) ** 0.5 / sum(tokens) if len(sums) > 1 else math.inf
+    return Measured(mean, error, len(sums))
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -361,7 +369,8 @@ def _answer(output: Any) -> tuple[Tensor, bool]:
     """What a model says, and whether it is logits."""
     if (logits := output.get("logits")) is not None:
         return logits, True
-    return next(v for v in output.values() if isinstance(v, Tensor) and v.is_floating_point()), False
+    said = (v for name, v in output.items() if name != "loss" and isinstance(v, Tensor) and v.is_floating_point())
+    return next(v for v in said if v.dim()), False
 
 
 def divergence(p: Float[Tensor, "n words"], q: Float[Tensor, "n words"]) -> Float[Tensor, " n"]:

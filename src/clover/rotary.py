@@ -37,6 +37,13 @@ def white_gram(q: Float[Tensor, "kv n r D"], k: Float[Tensor, "kv r C"]) -> Floa
     return torch.diag_embed(((q_energy * k_energy.unsqueeze(1)) / 2).repeat(1, 1, 2))
 
 
+def by_energy(gram: Float[Tensor, "kv n r r"]) -> tuple[Int[Tensor, "kv p"], Float[Tensor, "kv p"]]:
+    """What ``eliminate`` returns for a diagonal Gram, where no pair can make up for another."""
+    energy = _ridged(gram).diagonal(dim1=-2, dim2=-1)[..., : gram.shape[-1] // 2].sum(1)
+    cost, order = energy.sort(stable=True, dim=-1)
+    return order.flip(-1), cost.flip(-1)
+
+
 def eliminate(gram: Float[Tensor, "kv n r r"]) -> tuple[Int[Tensor, "kv p"], Float[Tensor, "kv p"]]:
     """Order pairs by backward elimination with gains refitted at each step.
 

@@ -13,6 +13,7 @@ is decomposed again by what comes out of the cut layers before it, cut to the pl
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -204,7 +205,10 @@ class Calibrated:
     def _walk(self, layer: Callable[..., nn.Module], kind: str, made: Draft, we: Crew) -> None:
         """All batches through all layers, unless the draft has every block."""
         if not all(made.has(kind, block.name) for block in self.blocks):
-            walk(self.model, self.order, self.batches, layer, made.folder / f"hidden-{we.rank}")
+            spill = made.folder / f"hidden-{we.rank}"
+            shutil.rmtree(spill, ignore_errors=True)  # of a run that was killed
+            walk(self.model, self.order, self.batches, layer, spill)
+            shutil.rmtree(spill, ignore_errors=True)
         we.meet()
 
 

@@ -6,6 +6,7 @@ than that. A file is written at places known beforehand, so tensors may come in 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -87,11 +88,11 @@ class Checkpoint:
         """
         folder = Path(folder)
         index = folder / INDEX
-        if index.exists():
+        if (folder / SINGLE).exists():  # transformers reads it, whatever else lies there
+            places, files = None, [SINGLE]
+        elif index.exists():
             places = _read_index(index)
             files = sorted(set(places.values()))
-        elif (folder / SINGLE).exists():
-            places, files = None, [SINGLE]
         else:
             raise CloverError(
                 f"{folder} holds no {SINGLE} and no {INDEX}; streaming reads safetensors alone: save the model so first"
@@ -191,20 +192,20 @@ class Shard:
         """A tensor that was written."""
         return self.entries[name].read(name)
 
-    def create(self) -> bool:
-        """Write the header and take the room for all of it.
+    def exists(self) -> bool:
+        """Whether the file is there and laid out like this; its tensors may not be written yet."""
+        if not self.file.exists() or self.file.stat().st_size != self.size:
+            return False
+        with open(self.file, "rb") as handle:
+            return handle.read(len(self.head)) == self.head
 
-        Returns:
-            Whether the file is new; one that was laid out alike before keeps its tensors.
-        """
+    def create(self) -> None:
+        """Write the header and take the room for all of it."""
         handle = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            if os.fstat(handle).st_size == self.size and os.pread(handle, len(self.head), 0) == self.head:
-                return False
             os.ftruncate(handle, 0)
-            os.posix_fallocate(handle, 0, self.size)
+            _take_room(handle, self.size)
             _write(handle, self.head, 0)
-            return True
         finally:
             os.close(handle)
 
@@ -255,6 +256,18 @@ def _copied(entry: Entry) -> Iterator[memoryview]:
                 raise CloverError(f"{entry.file} was cut off while being read; restore it")
             left -= count
             yield buffer[:count]
+
+
+def _take_room(handle: int, size: int) -> None:
+    """Make the file so long, and hold the room for it where the system and the file system can."""
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except AttributeError:  # macOS
+        os.ftruncate(handle, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(handle, size)
 
 
 def _write(handle: int, piece: bytes | memoryview, at: int) -> None:

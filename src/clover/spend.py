@@ -90,7 +90,8 @@ def _even_out(
             steps[i] = n
 
     for b, tile in tiles.items():
-        if down := _down(members[b], least, steps, tile):
+        whole = all(steps[i] == len(c.prices) for i, c in members[b].items())
+        if not whole and (down := _down(members[b], least, steps, tile)):
             take(down)
             left += down.columns
     offers = {b: _up(members[b], steps, tile) for b, tile in tiles.items()}
@@ -116,10 +117,12 @@ def _down(curves: Mapping[int, Curve], least: Sequence[int], steps: Sequence[int
 
 
 def _up(curves: Mapping[int, Curve], steps: Sequence[int], tile: int) -> _Move | None:
-    """Add the dearest steps until they fill a tile or two; None where there are none, or they are too coarse for it."""
+    """Add the dearest steps until they fill a tile or two, or the block is whole; None where they are too coarse."""
     now, added, worth = {i: steps[i] for i in curves}, 0, 0.0
     while not added or added % tile:
         prices = {i: c.prices[now[i]] for i, c in curves.items() if now[i] < len(c.prices)}
+        if not prices and added:
+            break
         if not prices or added > tile:
             return None
         i = max(prices, key=prices.__getitem__)

@@ -25,7 +25,7 @@ from clover.errors import CloverError
 from clover.layout import BASES, DONE, Layout
 from clover.packed import pack, pack_costs, unpack, unpack_costs
 from clover.pieces import Pieces, cut
-from clover.plan import Plan
+from clover.plan import FORMAT, Plan
 from clover.progress import track
 from clover.pruning import Part, plan_costs, rule, summary
 from clover.sequential import Calibrated
@@ -80,7 +80,8 @@ def prune_folder(
         pieces = Pieces.open(local(model))
         found = pieces.blocks(part)
         request = {
-            "model": pieces.source.fingerprint(), "config": pieces.model.config.to_dict(), "part": part,
+            "model": pieces.source.fingerprint(), "config": _settings(pieces.model.config), "part": part,
+            "format": FORMAT,
             "qk": repr(rules[0]), "vo": repr(rules[1]), "granularity": granularity, "limits": asdict(limits),
         }  # fmt: skip
         work: Weights | Calibrated = Weights(pieces, found)
@@ -141,6 +142,11 @@ class Weights:
             basis = unpack(real, made.load(BASES, block.name))
             layout.write(block, cut(real, basis, plans[block.name], self.pieces.model.dtype))
             made.keep(DONE, block.name, {})
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """A config without the path by which the model was named this time."""
+    return {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
 
 
 def _plain(request: dict[str, Any]) -> dict[str, Any]:

@@ -82,14 +82,14 @@ def skeleton(block: Block, plan: BlockPlan) -> tuple[CloverAttention, nn.Linear 
     weight: Any = block.projection("o").weight
     kind: Any = type(block.core)
     attention = attention_class(kind)(block, plan, weight.dtype, weight.device)
-    attention.train(block.core.training)
+    attention.train(block.core.training).requires_grad_(weight.requires_grad)
     # How transformers initialises the original class is not true of this one, whose weights all come from elsewhere.
     vars(attention)["_is_hf_initialized"] = True
     if not block.family.core:
         return attention, None
     sizes = plan.queries * plan.vo_kept, block.heads().o.shape[-2]
     kwargs = {"bias": plan.output_bias, "dtype": weight.dtype, "device": weight.device}
-    return attention, nn.utils.skip_init(nn.Linear, *sizes, **kwargs)
+    return attention, nn.utils.skip_init(nn.Linear, *sizes, **kwargs).requires_grad_(weight.requires_grad)
 
 
 def install(model: nn.Module, block: Block, attention: CloverAttention, output: nn.Linear | None) -> None:
