@@ -125,7 +125,7 @@ def test_who_reads_a_layer_beside_the_last_is_told(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "other")
     with pytest.raises(CloverError, match=r"outputs of single layers before it .*; calibrate the model in memory"):
         prune_folder(tmp_path / "other", tmp_path / "cut", vo=0.4, calibration=batches)
-    clover.prune(model, vo=0.4, calibration=batches)
+    clover.prune(model, vo=0.4, part="decoder", calibration=batches)
 
 
 def test_moments_are_those_of_the_path_in_memory(tmp_path: Path) -> None:
