@@ -113,6 +113,7 @@ GROUPS = {
     "decoder": lambda: sweep("decoder", "activations", SWEEP),
     "divided": divided,
     "cross": lambda: sweep("cross", "activations", SWEEP),
+    "all": lambda: sweep("all", "activations", SWEEP[:2]),
 }
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def speech_parts(results: Results) -> str:
     rules = {
         "decoder": lambda r: "decoder",
         "cross": lambda r: "cross-attention",
+        "all": lambda r: "all three, one budget",
         "divided": lambda r: f"encoder, {percent(r['total'])} divided by what a cut of either loses",
         "thresholds": lambda r: f"encoder, norm product <= {r['qk_threshold']:g} (Q-K), {r['vo_threshold']:g} (V-O)",
     }
@@ -61,7 +62,7 @@ def speech_parts(results: Results) -> str:
     if not rows:
         raise KeyError("speech-decoder")
     about = (
-        "Whisper-base: decoder and cross-attention, calibrated; totals of the encoder divided between Q-K and V-O by "
+        "Whisper-base: decoder, cross-attention and all three kinds together, calibrated; totals of the encoder divided between Q-K and V-O by "
         "the loss of calibration clips kept out; the paper's threshold rule, weights only."
     )
     return f"{about}\n\n{table('Part | Q-K removed | V-O removed | WER | over dense', rows)}"
