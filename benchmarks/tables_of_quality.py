@@ -62,7 +62,8 @@ def speech_parts(results: Results) -> str:
     if not rows:
         raise KeyError("speech-decoder")
     about = (
-        "Whisper-base: decoder, cross-attention and all three kinds together, calibrated; totals of the encoder divided between Q-K and V-O by "
+        "Whisper-base: decoder, cross-attention and all three kinds together, calibrated; totals of the encoder "
+        "divided between Q-K and V-O by "
         "the loss of calibration clips kept out; the paper's threshold rule, weights only."
     )
     return f"{about}\n\n{table('Part | Q-K removed | V-O removed | WER | over dense', rows)}"
