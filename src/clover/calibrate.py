@@ -129,7 +129,7 @@ def _score(answer: Tensor, words: bool, valid: Tensor, generator: torch.Generato
         chance = answer[b, t].float().softmax(-1)
         mass = chance.cumsum(-1)
         drawn = torch.searchsorted(mass, point * mass[:, -1:]).clamp_max(mass.shape[-1] - 1)
-        score[b, t] = (-chance).scatter_add_(-1, drawn, torch.ones_like(point)).to(score)
+        score[b, t] = (-chance).scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=chance.dtype)).to(score)
     return score
 
 
