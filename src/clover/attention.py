@@ -295,7 +295,7 @@ class CloverAttention(nn.Module):
         padding = self._tables.padding
         q, v = take(queries, padding.queries), take(values, padding.values)
         k = take(nn.functional.pad(keys, (0, 1)), padding.keys)
-        mask = by_head(mask, self._all_heads())
+        mask = by_head(mask, self._all_heads)
         q, k, v = (as_heads(t, t.shape[-1] // padding.size) for t in (q, k, v))
         return take(attend(q, k, v, mask)[0].flatten(2), padding.outputs)
 
@@ -307,7 +307,8 @@ class CloverAttention(nn.Module):
         vo = [h * group.value for h, group in zip(heads, groups, strict=True)]
         split = queries.split([n * size for size in qk], -1), keys.split(qk, -1), values.split(vo, -1)
         for group, h, q, k, v in zip(groups, heads, *split, strict=True):
-            yield group, as_heads(q, n * h), as_heads(k, h), as_heads(v, h), by_head(mask, self._query_heads(group))
+            m = by_head(mask, partial(self._query_heads, group))
+            yield group, as_heads(q, n * h), as_heads(k, h), as_heads(v, h), m
 
     def _writes_one(self, x: Tensor) -> bool:
         """Whether this is one new token for heads that no fused kernel can take together."""
@@ -323,8 +324,7 @@ class CloverAttention(nn.Module):
         wide as all keys, zero outside its own head's columns, and of each row of results only its own head's columns
         are taken.
         """
-        n, results, dtype = self.clover.queries, [], queries.dtype
-        mask = mask if mask is None else by_head(mask, self._all_heads())
+        n, results, dtype, mask = self.clover.queries, [], queries.dtype, by_head(mask, self._all_heads)
         if queries.device.type == "cpu" and queries.dtype.itemsize < 4:
             # oneDNN compiles a half-precision product anew for each length of the cache: milliseconds a token.
             queries, keys, values = queries.float(), keys.float(), values.float()

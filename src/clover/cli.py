@@ -74,11 +74,13 @@ def inspect(
 ) -> None:
     """Show the singular values of every head, and with data what could go for a loss of 1, 2 and 5 %."""
     check_metric(metric, calibration)
-    if plot:
-        check_figure(plot, "png", "svg", "pdf")
     from clover.families import blocks
     from clover.lossbudget import suggest
     from clover.pruning import find_bases
+    from clover.report import FORMATS, plot_spectra
+
+    if plot:
+        check_figure(plot, *FORMATS)
 
     loaded, _ = load_ready(model)
     found = blocks(loaded, part)
@@ -87,8 +89,6 @@ def inspect(
     spectra = [basis.spectrum() for basis in bases]
     hints = [asdict(hint) for hint in suggest(loaded, bases, kept_out)] if kept_out else []
     if plot:
-        from clover.report import plot_spectra
-
         plot_spectra(spectra, plot)
     described = [describe(block, spectrum) for block, spectrum in zip(found, spectra, strict=True)]
     if as_json:

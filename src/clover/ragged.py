@@ -5,6 +5,7 @@ Index tables that bring the flat columns into the shapes that kernels want, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -102,10 +103,10 @@ class Tables:
         self.device = device
 
 
-def by_head(mask: Any, heads: list[int]) -> Any:
-    """What of a mask is for these heads; one for all heads, or of an implementation's own kind, as it is."""
+def by_head(mask: Any, heads: Callable[[], list[int]]) -> Any:
+    """What of a mask is for some heads, asked for if it matters; one for all, or of a kind of its own, as it is."""
     own = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1
-    return mask[:, heads] if own else mask
+    return mask[:, heads()] if own else mask
 
 
 def kernel_size(qk: int, value: int, dtype: torch.dtype) -> int:
