@@ -18,6 +18,7 @@ from clover.cost import accepts, compare_throughput, encoder, sizes, throughput,
 from clover.data import audio_features, is_multilingual, load_processor, max_positions, text_tokens
 from clover.errors import CloverError
 from clover.files import Question, Utterance, extra, file_kind, read_manifest, read_questions, read_text
+from clover.layerwise import replaced
 from clover.progress import track
 
 __all__ = [
@@ -109,18 +110,11 @@ def _logits(model: Any, states: Any, hidden: torch.Tensor) -> torch.Tensor:
     The model's own forward makes them, with whatever it does behind its output embeddings (a soft cap, a scale): only
     its body hands out ``hidden`` in the place of ``states``.
     """
-    body, given = _body(model), copy.copy(states)
+    given = copy.copy(states)
     given["last_hidden_state"] = hidden[None]
-    own = vars(body).get("forward")
-    body.forward = lambda *args, **kwargs: given
-    try:
-        nothing = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+    nothing = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+    with replaced({_body(model): lambda *args, **kwargs: given}):
         return _whole(model)(input_ids=nothing, use_cache=False).logits[0].float()
-    finally:
-        if own is None:
-            del body.forward
-        else:
-            body.forward = own
 
 
 def _dtype(model: nn.Module) -> str:

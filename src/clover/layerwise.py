@@ -208,7 +208,7 @@ def _record(
             result, known = done.get(other.name) if last else None, forms.get(other.name, Form(None))
             past = other.name in done
             stubs[name] = partial(note, last) if other == stack else partial(skip, result, past, known)
-    with _replaced(model, stubs):
+    with replaced({model.get_submodule(name): stub for name, stub in stubs.items()}):
         try:
             forward(model, batch)
         except _ReachedError:
@@ -236,12 +236,15 @@ def forward(model: nn.Module, batch: Any) -> Any:
 
 
 @contextmanager
-def _replaced(model: nn.Module, forwards: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    modules = {name: model.get_submodule(name) for name in forwards}
-    for name, module in modules.items():
-        module.forward = forwards[name]
+def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """While it lasts, modules compute otherwise; then each has the ``forward`` that it had, a hook's own one too."""
+    own = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
     try:
         yield
     finally:
-        for module in modules.values():
+        for module, before in own.items():
             del module.forward
+            if before is not None:
+                module.forward = before
