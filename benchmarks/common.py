@@ -103,7 +103,7 @@ def record(name: str, result: object) -> None:
         ),
         "date": datetime.date.today().isoformat(),
         "seed": SEED,
-        "machine": {"cpu": cpu, "threads": torch_threads, "python": platform.python_version()},
+        "machine": {"cpu": cpu, **_gpu(), "threads": torch_threads, "python": platform.python_version()},
         "versions": {p: version(p) for p in ("torch", "transformers", "safetensors", "numpy")},
         "result": result,
     }
@@ -113,6 +113,10 @@ def record(name: str, result: object) -> None:
     draft.write_text(json.dumps(entry, indent=1) + "\n")
     draft.replace(target)
     print(json.dumps(result))
+
+
+def _gpu() -> dict[str, str]:
+    return {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
 
 
 def _cpuinfo() -> list[str]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from clover.rotary import RIDGE, by_energy, eliminate, features, fit_gains, transforms, white_gram
+from clover.rotary import RIDGE, by_energy, chosen, eliminate, features, fit_gains, gained, white_gram
 
 SEEDS = st.integers(0, 2**31)
 
@@ -89,7 +89,7 @@ def test_white_gram_is_the_expected_gram_of_the_features() -> None:
 
 
 @given(SEEDS, st.data())
-def test_transforms_reproduce_gain_weighted_features_at_any_position(seed: int, data: st.DataObject) -> None:
+def test_kept_rows_reproduce_gain_weighted_features_at_any_position(seed: int, data: st.DataObject) -> None:
     torch.manual_seed(seed)
     pairs, plain, n, tokens = 5, 3, 2, 4
     kept = torch.tensor(data.draw(st.lists(st.integers(0, pairs - 1), min_size=1, max_size=pairs, unique=True)))
@@ -100,8 +100,8 @@ def test_transforms_reproduce_gain_weighted_features_at_any_position(seed: int, 
     q = torch.randn(n, tokens, 2 * pairs + plain, dtype=torch.float64)
     k = torch.randn(tokens, 2 * pairs + plain, dtype=torch.float64)
 
-    t_q, t_k = transforms(gains, kept, 2 * pairs, 2 * pairs + plain)
-    small_q, small_k = q @ t_q.mT, k @ t_k.mT
+    small_q = gained(q.mT[None, :, : 2 * pairs], gains[None], kept[None])[0].mT
+    small_k = chosen(k.mT[None, : 2 * pairs], kept[None])[0].mT
 
     def turn(x: Tensor) -> Tensor:
         """Rotate the kept pairs, (real, imaginary) side by side, each by its own frequency."""
@@ -114,15 +114,19 @@ def test_transforms_reproduce_gain_weighted_features_at_any_position(seed: int, 
     torch.testing.assert_close(logit, weighted.sum(-1))
 
 
-def test_transforms_ignore_what_does_not_turn() -> None:
-    t_q, t_k = transforms(torch.ones(2, 2, 2), torch.tensor([0, 2]), 6, 9)
-    assert not t_q[..., 6:].any() and not t_k[..., 6:].any()
-
-
 def test_unit_gains_are_a_permutation() -> None:
-    gains = torch.tensor([1.0, 0.0]).expand(1, 3, 2)
-    t_q, t_k = transforms(gains, torch.arange(3), 6, 6)
-    assert torch.equal(t_q[0], t_k) and torch.equal(t_k @ t_k.mT, torch.eye(6))
+    gains, kept, rows = torch.tensor([1.0, 0.0]).expand(1, 1, 3, 2), torch.arange(3)[None], torch.eye(6)[None]
+    queries, keys = gained(rows[None], gains, kept)[0, 0], chosen(rows, kept)[0]
+    assert torch.equal(queries, keys) and torch.equal(keys @ keys.mT, torch.eye(6).double())
+
+
+def test_heads_keep_pairs_of_their_own() -> None:
+    kept, q = torch.tensor([[0, 2], [1, 2]]), torch.randn(2, 3, 6, 4, dtype=torch.float64)
+    gains = torch.randn(2, 3, 2, 2, dtype=torch.float64)
+    both, keys = gained(q, gains, kept), chosen(q[:, 0], kept)
+    for h in range(2):
+        assert torch.equal(both[h], gained(q[h : h + 1], gains[h : h + 1], kept[h : h + 1])[0])
+        assert torch.equal(keys[h], chosen(q[h : h + 1, 0], kept[h : h + 1])[0])
 
 
 # --- elimination ---
@@ -204,39 +208,39 @@ def test_fitted_gains_are_least_squares(seed: int, pairs: int, data: st.DataObje
     torch.manual_seed(seed)
     kept = sorted(data.draw(st.lists(st.integers(0, pairs - 1), min_size=1, max_size=pairs - 1, unique=True)))
     f = random_features(3, pairs)[0]
-    gains = fit_gains(gram_of(f), torch.tensor(kept))
+    gains = fit_gains(gram_of(f)[None], torch.tensor(kept)[None])[0]
     for head in range(3):
         expected, _ = least_squares(f[head], kept)
         torch.testing.assert_close(gains[head], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_keeping_every_pair_keeps_gains_of_one() -> None:
-    gains = fit_gains(gram_of(random_features(2, 4))[0], torch.arange(4))
-    assert torch.equal(gains, torch.tensor([1.0, 0.0], dtype=torch.float64).expand(2, 4, 2))
+    gains = fit_gains(gram_of(random_features(2, 4)), torch.arange(4)[None])
+    assert torch.equal(gains, torch.tensor([1.0, 0.0], dtype=torch.float64).expand(1, 2, 4, 2))
 
 
 def test_uncorrelated_pairs_keep_gains_of_one() -> None:
-    gains = fit_gains(torch.eye(8).expand(2, -1, -1), torch.tensor([0, 3]))
+    gains = fit_gains(torch.eye(8).expand(1, 2, -1, -1), torch.tensor([[0, 3]]))[0]
     torch.testing.assert_close(gains, torch.tensor([1.0, 0.0], dtype=torch.float64).expand(2, 2, 2))
 
 
 def test_gains_make_up_for_a_multiple_of_a_kept_pair() -> None:
     f = random_features(1, 3, rows=200)[0]
     f[..., [2, 5]] = 0.5 * f[..., [0, 3]]
-    gains = fit_gains(gram_of(f), torch.tensor([0, 1]))
+    gains = fit_gains(gram_of(f)[None], torch.tensor([[0, 1]]))[0]
     expected = torch.tensor([[[1.5, 0.0], [1.0, 0.0]]], dtype=torch.float64)
     torch.testing.assert_close(gains, expected, rtol=0, atol=0.02)
 
 
 def test_gains_of_an_empty_head_are_one() -> None:
-    gains = fit_gains(torch.zeros(2, 8, 8), torch.tensor([1, 2]))
+    gains = fit_gains(torch.zeros(1, 2, 8, 8), torch.tensor([[1, 2]]))[0]
     assert torch.equal(gains, torch.tensor([1.0, 0.0], dtype=torch.float64).expand(2, 2, 2))
 
 
 def test_refitting_never_does_worse_than_dropping() -> None:
     f = random_features(1, 5)[0]
     for kept in combinations(range(5), 3):
-        gains = fit_gains(gram_of(f), torch.tensor(kept))[0]
+        gains = fit_gains(gram_of(f)[None], torch.tensor(kept)[None])[0, 0]
         target, parts = f[0, :, :5].sum(-1), f[0].unflatten(-1, (2, 5))[..., list(kept)]
         refitted = (target - torch.einsum("mcp,pc->m", parts, gains)).square().sum()
         dropped = (target - parts[:, 0].sum(-1)).square().sum()

@@ -5,6 +5,7 @@ Weights alone or calibrated, with or without RoPE, grouped queries or not: all d
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,11 @@ from clover.decompose import Bases, decompose, square_root, weight_gram
 from clover.heads import Heads, energies
 from clover.plan import BlockPlan, Group, Spectrum
 from clover.refit import Layout, refit
-from clover.rotary import by_energy, eliminate, fit_gains, transforms, white_gram
+from clover.rotary import by_energy, chosen, eliminate, fit_gains, gained, white_gram
 
+PORTION = {False: 2**20, True: 2**26}
+"""Numbers of a query projection that are cut at once, off and on GPUs: a processor's cache holds few, a GPU is slow to
+be told of little work."""
 CALIBRATION_RIDGE = 1e-6
 """Added to calibrated Grams, relative to their mean eigenvalue: keeps the change of basis invertible at full rank."""
 
@@ -98,48 +102,74 @@ class Basis:
             ``q``, ``k``, ``v`` and ``o``, those of ``q_bias``, ``k_bias``, ``v_bias`` (else in ``o_bias``) and
             ``o_bias`` that there are, and under RoPE the ``frequencies``.
         """
-        heads = self.heads
-        parts: dict[str, list[Tensor]] = {"q": [], "k": [], "q_bias": [], "k_bias": []}
-        for group in plan.groups:
-            for head in group.heads:
-                t_q, t_k = self._qk_transforms(head, group)
-                parts["q"].append((t_q @ heads.q[head].double()).flatten(0, 1).to(heads.q.dtype))
-                parts["k"].append((t_k @ heads.k[head].double()).to(heads.k.dtype))
-                if heads.q_bias is not None:
-                    parts["q_bias"].append((t_q @ heads.q_bias[head].double().unsqueeze(-1)).flatten())
-                if heads.k_bias is not None:
-                    parts["k_bias"].append(t_k @ heads.k_bias[head].double())
-        pieces = {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
-        pieces |= self._output(plan)
-        if heads.rotary:
-            pieces["frequencies"] = self._frequencies(plan)
-        return pieces
+        pieces = self._queries_and_keys(plan) | self._output(plan)
+        return pieces | ({"frequencies": self._frequencies(plan)} if self.heads.rotary else {})
 
-    def _kept_pairs(self, head: int, group: Group) -> Tensor:
-        return self.pair_order[head, : group.pairs].sort().values
+    def _queries_and_keys(self, plan: BlockPlan) -> dict[str, Tensor]:
+        """Their projections, and the biases that there are: pairs first, then what doesn't turn, head after head."""
+        heads, n, kept = self.heads, plan.queries, plan.qk_kept
+        made = {
+            "q": heads.q.new_empty(n * kept, heads.q.shape[-1]),
+            "k": heads.k.new_empty(kept, heads.k.shape[-1]),
+        }
+        if heads.q_bias is not None:
+            made["q_bias"] = heads.q_bias.new_empty(n * kept, dtype=torch.float64)
+        if heads.k_bias is not None:
+            made["k_bias"] = heads.k_bias.new_empty(kept, dtype=torch.float64)
+        for some, group, at in self._portions(plan):
+            queries, keys = self._cuts(some, group)
+            columns = slice(at, at + len(some) * group.qk)
+            rows = slice(n * columns.start, n * columns.stop)
+            made["q"][rows], made["k"][columns] = queries(heads.q[some]), keys(heads.k[some])
+            if heads.q_bias is not None:
+                made["q_bias"][rows] = queries(heads.q_bias[some].unsqueeze(-1)).squeeze(-1)
+            if heads.k_bias is not None:
+                made["k_bias"][columns] = keys(heads.k_bias[some].unsqueeze(-1)).squeeze(-1)
+        return made
 
-    def _qk_transforms(self, head: int, group: Group) -> tuple[Tensor, Tensor]:
-        """``(n, qk, d)`` for the queries and ``(qk, d)`` for the key of one KV head: pairs first."""
-        n, width, rotary = self.heads.q.shape[1], self.heads.q.shape[2], self.heads.rotary
-        kept = self._kept_pairs(head, group)
-        gains = fit_gains(self.pair_gram[head], kept)
-        t_q, t_k = transforms(gains, kept, rotary, width)
-        plain_q, plain_k = (t[head, : group.plain] for t in (self.plain.t_a, self.plain.t_b))
+    def _portions(self, plan: BlockPlan) -> Iterator[tuple[Tensor, Group, int]]:
+        """Heads of one group, as many as are best worked on at once; their group; the Q-K columns before them."""
+        at_once = max(1, PORTION[self.heads.q.is_cuda] // self.heads.q[0].numel())
+        for group, at, _ in plan.spans():
+            for some in torch.tensor(group.heads, device=self.heads.q.device).split(at_once):
+                yield some, group, at
+                at += len(some) * group.qk
+
+    def _cuts(self, some: Tensor, group: Group) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """What takes queries ``(heads, n, d, x)`` and keys ``(heads, d, x)`` of some heads to their kept rows, flat."""
+        rotary, kept = self.heads.rotary, self._kept_pairs(some, group)
+        gains = fit_gains(self.pair_gram[some], kept)
+        plain = [bases[some, : group.plain] for bases in (self.plain.t_a, self.plain.t_b)]
         if self.block.normed:
-            plain_q = plain_k = torch.eye(width - rotary, dtype=torch.float64, device=self.heads.q.device)
-        pad = (rotary, 0)
-        plain_q, plain_k = torch.nn.functional.pad(plain_q, pad), torch.nn.functional.pad(plain_k, pad)
-        return torch.cat([t_q, plain_q.expand(n, -1, -1)], 1), torch.cat([t_k, plain_k])
+            plain = [torch.eye(group.plain, dtype=torch.float64, device=some.device)] * 2
+
+        def queries(x: Tensor) -> Tensor:
+            rows = [gained(x[:, :, :rotary], gains, kept)] if rotary else []
+            if group.plain:
+                side = plain[0] if self.block.normed else plain[0].unsqueeze(1)
+                rows.append(side @ x[:, :, rotary:].double())
+            return _joined(rows, 2).flatten(0, 2)
+
+        def keys(x: Tensor) -> Tensor:
+            rows = [chosen(x[:, :rotary], kept)] if rotary else []
+            if group.plain:
+                rows.append(plain[1] @ x[:, rotary:].double())
+            return _joined(rows, 1).flatten(0, 1)
+
+        return queries, keys
+
+    def _kept_pairs(self, some: Tensor, group: Group) -> Tensor:
+        return self.pair_order[some, : group.pairs].sort(-1).values
 
     def _frequencies(self, plan: BlockPlan) -> Tensor:
         """Number of the frequency of each pair of flat columns; one past the last for columns that do not turn."""
-        pairs = {
-            head: torch.nn.functional.pad(self._kept_pairs(head, group), (0, group.plain // 2), value=self.heads.pairs)
-            for group in plan.groups
-            for head in group.heads
-        }
-        order = [h for g in plan.groups for h in g.heads]
-        return torch.cat([pairs[h] for h in [h for h in order for _ in range(plan.queries)] + order])
+        keys, queries = [], []
+        for group in plan.groups:
+            kept = self._kept_pairs(torch.tensor(group.heads, device=self.pair_order.device), group)
+            pairs = torch.nn.functional.pad(kept, (0, group.plain // 2), value=self.heads.pairs)
+            keys.append(pairs.flatten())
+            queries.append(pairs.repeat_interleave(plan.queries, 0).flatten())
+        return torch.cat(queries + keys)
 
     def _output(self, plan: BlockPlan) -> dict[str, Tensor]:
         """Value projection ``(columns of the KV heads, C)``, output projection ``(M, columns)`` and its bias."""
@@ -147,15 +177,22 @@ class Basis:
         ranks = [(h, g.value) for g in plan.groups for h in g.heads]
         layout = Layout.of(ranks, n, heads.v.shape[1], len(heads.v), heads.v.device)
         bases = torch.cat([self.value.t_a[h, :r] for h, r in ranks])
-        cut = torch.cat([heads.o[h, i].double() @ self.value.t_b[h, :r].mT for h, r in ranks for i in range(n)], -1)
-        bias = cut.new_zeros(len(cut)) if heads.o_bias is None else heads.o_bias.double()
-        if moments is not None and plan.vo_kept < plan.kv_heads * plan.vo:
+        fits = moments is not None and plan.vo_kept < plan.kv_heads * plan.vo
+        exact = torch.float64 if fits or heads.v_bias is not None else heads.o.dtype  # if more is computed with it
+        cut = heads.o.new_empty(heads.o.shape[2], n * plan.vo_kept, dtype=exact)
+        each = [(h, i, r) for h, r in ranks for i in range(n)]
+        for columns, (h, i, r) in zip(cut.split([r for _, _, r in each], 1), each, strict=True):
+            columns.copy_(heads.o[h, i].double() @ self.value.t_b[h, :r].mT)
+        bias = bases.new_zeros(len(cut)) if heads.o_bias is None else heads.o_bias.double()
+        if moments is not None and fits:
             whole = heads.o.permute(2, 0, 1, 3).flatten(1).double()
             cut, bases = refit(whole, cut, bases, layout, moments.output, moments.gradient)
             bias = bias + (whole - cut @ layout.spread(bases)) @ moments.mean
         rows = list(zip(bases.split([r for _, r in ranks]), (h for h, _ in ranks), strict=True))
-        values = [(basis @ heads.v[h].double()).to(heads.v.dtype) for basis, h in rows]
-        found = {"v": torch.cat(values), "o": cut.to(heads.o.dtype)}
+        values = heads.v.new_empty(plan.vo_kept, heads.v.shape[-1])
+        for kept, (basis, h) in zip(values.split([r for _, r in ranks]), rows, strict=True):
+            kept.copy_(basis @ heads.v[h].double())
+        found = {"v": values, "o": cut.to(heads.o.dtype)}
         v_bias = None if heads.v_bias is None else heads.v_bias.double()
         if v_bias is not None and self.block.sinks is not None:  # the weights of the values don't sum to 1
             found["v_bias"] = torch.cat([basis @ v_bias[h] for basis, h in rows])
@@ -231,6 +268,10 @@ def _ridged(gram: Tensor) -> Tensor:
     if failed.any():
         ridge = torch.where(failed, ridge - torch.linalg.eigvalsh(gram)[..., 0].clamp_max(0), ridge)
     return gram + ridge[..., None, None] * eye
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 def _rows(values: Tensor) -> tuple[tuple[float, ...], ...]:

@@ -22,6 +22,7 @@ def extend_enum() -> PeftType:
     if NAME not in PeftType.__members__:
         member = str.__new__(PeftType, NAME)
         member._name_, member._value_ = NAME, NAME
+        setattr(PeftType, NAME, member)  # since Python 3.12 members are found as attributes alone
         PeftType._member_names_.append(NAME)
         PeftType._member_map_[NAME] = member
         PeftType._value2member_map_[NAME] = member

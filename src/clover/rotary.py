@@ -65,10 +65,8 @@ def eliminate(gram: Float[Tensor, "kv n r r"]) -> tuple[Int[Tensor, "kv p"], Flo
     rows = torch.arange(kv, device=gram.device)
     both = torch.stack([torch.arange(pairs), torch.arange(pairs) + pairs], -1).to(gram.device)  # columns of each pair
     for _ in range(pairs):
-        core = inverse[:, :, both.unsqueeze(-1), both.unsqueeze(-2)]  # kv n p 2 2
-        price = torch.einsum(
-            "gnpi,gnpij,gnpj->gp", gains[..., both], torch.linalg.pinv(core, hermitian=True), gains[..., both]
-        )
+        core = _inverse(inverse[:, :, both.unsqueeze(-1), both.unsqueeze(-2)])  # kv n p 2 2
+        price = torch.einsum("gnpi,gnpij,gnpj->gp", gains[..., both], core, gains[..., both])
         worst = price.masked_fill(gone, torch.inf).argmin(-1)
         order.append(worst)
         cost.append(price[rows, worst].clamp_min(0))
@@ -76,7 +74,7 @@ def eliminate(gram: Float[Tensor, "kv n r r"]) -> tuple[Int[Tensor, "kv p"], Flo
         columns = both[worst]  # kv 2
         wide = inverse.gather(-1, columns[:, None, None].expand(kv, n, width, 2))
         small = wide.gather(-2, columns[:, None, :, None].expand(kv, n, 2, 2))
-        step = wide @ torch.linalg.pinv(small, hermitian=True)
+        step = wide @ _inverse(small)
         gains = gains - (step @ gains.gather(-1, columns[:, None].expand(kv, n, 2)).unsqueeze(-1)).squeeze(-1)
         inverse = inverse - step @ wide.mT
         # What is removed stays removed, whatever rounding says.
@@ -89,41 +87,40 @@ def eliminate(gram: Float[Tensor, "kv n r r"]) -> tuple[Int[Tensor, "kv p"], Flo
     return torch.stack(order, -1).flip(-1), removed.flip(-1)
 
 
-def fit_gains(gram: Float[Tensor, "n r r"], kept: Int[Tensor, " p"]) -> Float[Tensor, "n p 2"]:
+def fit_gains(gram: Float[Tensor, "h n r r"], kept: Int[Tensor, "h p"]) -> Float[Tensor, "h n p 2"]:
     """Real and imaginary gain of each kept pair: least squares for the sum of all pairs' real parts."""
-    n, width, _ = gram.shape
-    pairs = width // 2
-    if len(kept) == pairs:
-        return torch.tensor([1.0, 0.0], dtype=torch.float64, device=gram.device).expand(n, pairs, 2)
-    columns = torch.cat([kept, kept + pairs])
-    a = _ridged(gram)
-    gone = torch.ones(pairs, dtype=torch.bool, device=gram.device).index_fill(0, kept, False).nonzero()[:, 0]
-    missing = a[:, columns][:, :, gone].sum(-1)
-    gains = torch.linalg.solve(a[:, columns][:, :, columns], missing)
-    gains[:, : len(kept)] += 1
+    h, n, width, _ = gram.shape
+    pairs, p = width // 2, kept.shape[1]
+    if p == pairs:
+        return torch.tensor([1.0, 0.0], dtype=torch.float64, device=gram.device).expand(h, n, pairs, 2)
+    columns = torch.cat([kept, kept + pairs], -1)[:, None]
+    rows = _ridged(gram).gather(-2, columns.unsqueeze(-1).expand(h, n, 2 * p, width))
+    gone = torch.ones(h, pairs, dtype=torch.float64, device=gram.device).scatter(1, kept, 0.0)
+    missing = (rows[..., :pairs] @ gone[:, None, :, None]).squeeze(-1)
+    gains = torch.linalg.solve(rows.gather(-1, columns.unsqueeze(-2).expand(h, n, 2 * p, 2 * p)), missing)
+    gains[..., :p] += 1
     return torch.stack(gains.chunk(2, -1), -1)
 
 
-def transforms(
-    gains: Float[Tensor, "n p 2"], kept: Int[Tensor, " p"], rotary: int, width: int
-) -> tuple[Float[Tensor, "n 2*p d"], Float[Tensor, "2*p d"]]:
-    """Rows that take a query and a key to the kept pairs, (real, imaginary) side by side.
-
-    The head has ``width`` columns, the first ``rotary`` of them rotated.
+def gained(
+    q: Float[Tensor, "h n r x"], gains: Float[Tensor, "h n p 2"], kept: Int[Tensor, "h p"]
+) -> Float[Tensor, "h n 2*p x"]:
+    """Rows of the kept pairs of queries, times their gains: real and imaginary parts side by side.
 
     A gain ``(alpha, beta)`` weighs the pair's real and imaginary contribution: it multiplies ``z_q`` by ``alpha - i
     beta``.
     """
-    n, p, _ = gains.shape
-    t_q = gains.new_zeros(n, p, 2, width)
-    t_k = gains.new_zeros(p, 2, width)
-    at = torch.arange(p, device=gains.device)
-    half = kept + rotary // 2
-    alpha, beta = gains.unbind(-1)
-    t_q[:, at, 0, kept], t_q[:, at, 0, half] = alpha, beta
-    t_q[:, at, 1, half], t_q[:, at, 1, kept] = alpha, -beta
-    t_k[at, 0, kept], t_k[at, 1, half] = 1.0, 1.0
-    return t_q.flatten(1, 2), t_k.flatten(0, 1)
+    h, n, width, _ = q.shape
+    head = torch.arange(h, device=q.device)[:, None, None], torch.arange(n, device=q.device)[:, None]
+    real, imaginary = q[(*head, kept[:, None])].double(), q[(*head, kept[:, None] + width // 2)].double()
+    alpha, beta = gains.unsqueeze(-1).unbind(-2)
+    return torch.stack([alpha * real + beta * imaginary, alpha * imaginary - beta * real], 3).flatten(2, 3)
+
+
+def chosen(k: Float[Tensor, "h r x"], kept: Int[Tensor, "h p"]) -> Float[Tensor, "h 2*p x"]:
+    """Rows of the kept pairs of keys: real and imaginary parts side by side."""
+    columns = torch.stack([kept, kept + k.shape[1] // 2], -1).flatten(1)
+    return k[torch.arange(len(k), device=k.device)[:, None], columns].double()
 
 
 def _ridged(gram: Tensor) -> Tensor:
@@ -131,3 +128,9 @@ def _ridged(gram: Tensor) -> Tensor:
     energy = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     energy = torch.where(energy > 0, energy, 1.0)  # an empty head has no scale of its own
     return gram + RIDGE * energy[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+
+def _inverse(matrix: Float[Tensor, "*batch 2 2"]) -> Float[Tensor, "*batch 2 2"]:
+    """Of positive definite matrices, in closed form: libraries take these small ones one by one."""
+    a, b, _, d = matrix.flatten(-2).unbind(-1)
+    return torch.stack([d, -b, -b, a], -1).unflatten(-1, (2, 2)) / (a * d - b * b)[..., None, None]

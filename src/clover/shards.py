@@ -10,7 +10,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ from clover.errors import CloverError
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CHUNK = 2**20
 """Bytes copied at a time, through one buffer: a larger one leaves the processor's cache and takes twice as long."""
+HANDED = 2**27
+"""Bytes that the system is asked to copy at once: it must not be deaf to being stopped for long."""
+UNABLE = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
+"""What a system says that can't copy between these files."""
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -215,11 +219,12 @@ class Shard:
         try:
             for name, value in items:
                 at, size = self.entries[name].start, self.entries[name].size
-                for piece in _copied(value) if isinstance(value, Entry) else _bytes(value):
-                    _write(handle, piece, at)
-                    at, size = at + len(piece), size - len(piece)
-                if size:
-                    raise CloverError(f"{name} has {-size} bytes too many for {self.file}; the source has changed")
+                if (value.size if isinstance(value, Entry) else value.nbytes) != size:
+                    raise CloverError(f"{name} is not of the {size} bytes that {self.file} has room for")
+                if isinstance(value, Entry):
+                    _copy(value, handle, at)
+                else:
+                    _write(handle, _view(value.detach().cpu().contiguous()), at)
             os.fsync(handle)
         finally:
             os.close(handle)
@@ -235,27 +240,41 @@ def form(tensor: Tensor) -> tuple[str, tuple[int, ...], int]:
     return NAMES[tensor.dtype], tuple(tensor.shape), math.prod(tensor.shape) * tensor.element_size()
 
 
-def _bytes(tensor: Tensor) -> Iterator[memoryview]:
-    yield _view(tensor.detach().cpu().contiguous())
-
-
 def _view(tensor: Tensor) -> memoryview:
     buffer: Any = tensor.flatten().view(torch.uint8).numpy()
     return memoryview(buffer)
 
 
-def _copied(entry: Entry) -> Iterator[memoryview]:
-    """The bytes of a tensor, piece by piece; each is gone when the next is asked for."""
-    buffer = memoryview(bytearray(min(CHUNK, entry.size)))
-    with open(entry.file, "rb", buffering=0) as handle:
-        handle.seek(entry.start)
-        left = entry.size
-        while left:
-            count = handle.readinto(buffer[:left])
+def _copy(entry: Entry, handle: int, at: int) -> None:
+    """Put the bytes of a tensor at a place in another file: by the system itself where it can, else through a buffer.
+
+    Raises:
+        CloverError: the source ends before.
+    """
+    done = 0
+    with open(entry.file, "rb", buffering=0) as source:
+        while count := _hand_over(source.fileno(), entry.start + done, handle, at + done, entry.size - done):
+            done += count
+        buffer = memoryview(bytearray(min(CHUNK, entry.size - done)))
+        source.seek(entry.start + done)
+        while done < entry.size:
+            count = source.readinto(buffer[: entry.size - done])
             if not count:
                 raise CloverError(f"{entry.file} was cut off while being read; restore it")
-            left -= count
-            yield buffer[:count]
+            _write(handle, buffer[:count], at + done)
+            done += count
+
+
+def _hand_over(source: int, start: int, target: int, at: int, size: int) -> int:
+    """Let the system copy bytes from file to file; how many it did, 0 where it has no means to or there are none."""
+    try:
+        return os.copy_file_range(source, target, min(size, HANDED), start, at)
+    except AttributeError:  # not Linux
+        return 0
+    except OSError as error:
+        if error.errno not in UNABLE:
+            raise
+        return 0
 
 
 def _take_room(handle: int, size: int) -> None:
