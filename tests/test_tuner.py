@@ -67,7 +67,7 @@ def test_contract(name: str, make: Any, tmp_path: Path) -> None:
     assert torch.equal(outputs(loaded, batch), out), "saved and loaded must be the same to the bit"
 
     model.merge_adapter()
-    assert (outputs(model, batch) - out).abs().max() < 3e-5 * moved.clamp_min(1)
+    assert (outputs(model, batch) - out).abs().max() < 1e-4 * moved.clamp_min(1)
     model.unmerge_adapter()
     assert (outputs(model, batch) - out).abs().max() < 1e-4 * moved.clamp_min(1)
     with model.disable_adapter():

@@ -26,8 +26,9 @@ from clover.plan import BlockPlan, Group
 from clover.portable import attend as attend_plainly
 from clover.ragged import Tables, as_heads, by_head, joined, kernel_size, padded, take, weighted_sum
 
-SHORT = 2**16
-"""Up to this many logits a head, heads of unequal sizes are padded into one call: launches cost more than zeros."""
+SHORT = 2**16, 2**24
+"""Up to this many logits a head, on a CPU and elsewhere, heads of unequal sizes are padded into one call: launches cost
+more than zeros, and a few heads leave most of a GPU idle."""
 LEAST = -3e38
 """The logit of what must not be seen; not infinity, or a row that sees nothing would become NaN."""
 NOTHING, FEW = 1e-30, 512
@@ -95,7 +96,7 @@ class CloverAttention(nn.Module):
         self.norms = block.norms
         self._take_over(block)
         rotated = (n + 1) * plan.qk_kept // 2 if self.rotary else 0
-        self._tables = Tables([(g.qk, g.value) for g in plan.groups for _ in g.heads], n)
+        self._tables = Tables([(g.qk, g.value) for g in plan.groups for _ in g.heads], n, self.scaling)
         self.register_buffer("frequencies", torch.zeros(rotated, dtype=torch.int64, device=device))
 
     @torch.no_grad()
@@ -165,7 +166,7 @@ class CloverAttention(nn.Module):
         residual = call.pop("residual", None)
         weights: list[Tensor | None] = [None]
         if self.uneven:
-            self._tables.move(x.device)
+            self._tables.move(x.device, queries.dtype)
         if self._writes_one(x):
             z = self._attend_one(queries, keys, values, mask)
         else:
@@ -191,14 +192,14 @@ class CloverAttention(nn.Module):
         cache = call.get("past_key_values")
         if self.is_cross:
             return self._project_cross(x, call["key_value_states"], cache)
-        qk, values = self.qkv_proj(x).split([sum(self.sizes[:2]), self.sizes[2]], -1)
+        qk, values = self.qkv_proj(x).split_with_sizes([sum(self.sizes[:2]), self.sizes[2]], -1)
         if self.norms and not self.family.norms_last:
             qk = self._normed(qk)
         if self.rotary:
             qk = self._rotate(qk, call.get("position_embeddings"))
         if self.norms and self.family.norms_last:
             qk = self._normed(qk)
-        queries, keys = qk.split(self.sizes[:2], -1)
+        queries, keys = qk.split_with_sizes(self.sizes[:2], -1)
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         if cache is not None:
@@ -268,7 +269,8 @@ class CloverAttention(nn.Module):
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
         dropout = self.attention_dropout if self.training else 0.0
         options |= {"scaling": self.scaling, "sliding_window": self.sliding_window, "dropout": dropout}
-        if self.uneven and name != "eager" and queries.shape[1] * keys.shape[1] <= SHORT:
+        short = SHORT[queries.device.type != "cpu"]
+        if self.uneven and name != "eager" and queries.shape[1] * keys.shape[1] <= short:
             options |= {} if self.plain_softmax else self._softmax_options(self._all_heads())
             return self._attend_padded(partial(interface, self, **options), queries, keys, values, mask), [None]
         outputs, weights = [], []
@@ -312,10 +314,9 @@ class CloverAttention(nn.Module):
 
     def _writes_one(self, x: Tensor) -> bool:
         """Whether this is one new token for heads that no fused kernel can take together."""
-        if torch.compiler.is_exporting():  # the number of tokens is free then
+        if not self.uneven or torch.compiler.is_exporting() or x.shape[1] != 1:  # exported, their number is free
             return False
-        one = self.uneven and self.plain_softmax and x.shape[1] == 1
-        return one and not self.training and self.config._attn_implementation == "sdpa"
+        return self.plain_softmax and not self.training and self.config._attn_implementation == "sdpa"
 
     def _attend_one(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """One token against the flat cache, all heads at once: ``(batch, 1, columns)``.
@@ -332,15 +333,14 @@ class CloverAttention(nn.Module):
             q, k, v = queries, keys, values
             if len(self._tables.spans) > 1:
                 q, k, v = (x[..., part] for x, part in zip((q, k, v), span.columns, strict=True))
-            rows = q.new_zeros(len(q), span.heads * n * k.shape[-1])
-            rows.index_copy_(1, span.into_rows, q.flatten(1) * self.scaling)
-            logits = torch.bmm(k, rows.view(len(q), span.heads * n, -1).mT).mT  # rows @ k.mT: twice as long on CPUs
+            rows = span.rows(q.flatten(1))
+            logits = torch.bmm(k, rows.mT).mT  # rows @ k.mT: twice as long on CPUs
             if mask is not None:
                 m = mask[:, :, 0] if mask.shape[1] == 1 else mask[:, span.first * n : (span.first + span.heads) * n, 0]
                 least = max(LEAST, torch.finfo(logits.dtype).min)
                 logits = logits.masked_fill(~m, least) if m.dtype == torch.bool else logits + m
             weights = logits.softmax(-1, dtype=torch.float32)
-            if weights.shape[-1] > FEW:
+            if weights.shape[-1] > FEW and weights.device.type == "cpu":
                 weights = nn.functional.threshold(weights, NOTHING, 0.0, inplace=not weights.requires_grad)
             summed = weighted_sum(weights.to(v.dtype), v)
             results.append(summed.flatten(1).index_select(1, span.from_rows))

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-SPAN = 8
-"""KV heads that a single new token reads as one: more would waste arithmetic, fewer would waste launches."""
+SPAN, ROWS = 8, 128
+"""What a single new token reads as one: more would waste arithmetic, fewer would waste launches. KV heads on CPUs; on
+GPUs, where launches cost more than zeros, as many as have so many query heads."""
 TILE = 16
 """Columns that matrix units of CPUs and GPUs like to work on at once."""
 LONG = 512
@@ -55,28 +56,43 @@ class Span(NamedTuple):
     heads: int
     columns: tuple[slice, slice, slice]
     """Of queries, keys and values."""
-    into_rows: Tensor
-    """Where each query column goes in the rows."""
+    own: Tensor
+    """The scale of the logits where a column is of the row's own head, else 0, ``(rows, columns)``."""
+    query: Tensor | None
+    """Which query column stands there; None where all rows have the same in theirs."""
     from_rows: Tensor
     """Where each output column comes from."""
 
     @classmethod
     @torch.inference_mode(False)  # made under it, they could not be used in training later
-    def of(cls, sizes: list[tuple[int, int]], first: int, last: int, n: int, device: torch.device) -> Span:
+    def of(cls, sizes: list[tuple[int, int]], first: int, last: int, n: int, scale: Tensor) -> Span:
         """The KV heads ``first`` to ``last`` of heads with (Q-K, V-O) ``sizes``, ``n`` queries each."""
+        device = scale.device
         before, inside = sizes[:first], sizes[first:last]
-        qk, value = (sum(s[i] for s in inside) for i in (0, 1))
         at_qk, at_value = (sum(s[i] for s in before) for i in (0, 1))
-        index: list[list[int]] = [[], []]
-        for which, width in enumerate((qk, value)):
-            start = 0
-            for head, size in enumerate(inside):
-                rows = range(head * n, (head + 1) * n)
-                index[which] += [row * width + start + c for row in rows for c in range(size[which])]
-                start += size[which]
-        columns = slice(n * at_qk, n * (at_qk + qk)), slice(at_qk, at_qk + qk), slice(at_value, at_value + value)
-        into_rows, from_rows = (torch.tensor(i, device=device) for i in index)
-        return cls(first, last - first, columns, into_rows, from_rows)
+        qk, value = ([s[i] for s in inside] for i in (0, 1))
+        width, out = sum(qk), sum(value)
+        columns = (
+            slice(n * at_qk, n * (at_qk + width)), slice(at_qk, at_qk + width), slice(at_value, at_value + out),
+        )  # fmt: skip
+        row_head = torch.arange(len(inside)).repeat_interleave(n)
+        own = row_head[:, None] == torch.arange(len(inside)).repeat_interleave(torch.tensor(qk))
+        query = torch.zeros(own.shape, dtype=torch.long)
+        query[own] = torch.arange(n * width)
+        mine = row_head[:, None] == torch.arange(len(inside)).repeat_interleave(torch.tensor(value))
+        from_rows = torch.arange(mine.numel()).view(mine.shape)[mine]
+        return cls(
+            first, last - first, columns, own.to(device) * scale, None if n == 1 else query.flatten().to(device),
+            from_rows.to(device),
+        )  # fmt: skip
+
+    def rows(self, queries: Float[Tensor, "batch columns"]) -> Float[Tensor, "batch rows width"]:
+        """Each query head, scaled, in a row as wide as the keys of all heads, zero where those of others stand."""
+        if self.query is not None:
+            spread = queries.index_select(1, self.query).view(-1, *self.own.shape)
+        else:
+            spread = queries.unsqueeze(1)
+        return (spread * self.own).to(queries.dtype)
 
 
 class Tables:
@@ -88,19 +104,21 @@ class Tables:
     padding: Padding
     spans: list[Span]
 
-    def __init__(self, sizes: list[tuple[int, int]], n: int) -> None:
-        """Heads of (Q-K, V-O) ``sizes`` in the order of the flat layout, ``n`` queries each."""
-        self.sizes, self.n = sizes, n
-        self.device: torch.device | None = None
+    def __init__(self, sizes: list[tuple[int, int]], n: int, scale: float) -> None:
+        """Heads of (Q-K, V-O) ``sizes`` in the order of the flat layout, ``n`` queries each; the scale of logits."""
+        self.sizes, self.n, self.scale = sizes, n, scale
+        self.place: tuple[torch.device, torch.dtype] | None = None
 
-    def move(self, device: torch.device) -> None:
-        """Make the tables, unless they are there."""
-        if self.device == device:
+    def move(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Make the tables for queries of a dtype, unless they are there."""
+        if self.place == (device, dtype):
             return
-        firsts, last = range(0, len(self.sizes), SPAN), len(self.sizes)
+        span = SPAN if device.type == "cpu" else max(1, ROWS // self.n)
+        firsts, last = range(0, len(self.sizes), span), len(self.sizes)
         self.padding = Padding.of(self.sizes, self.n, device)
-        self.spans = [Span.of(self.sizes, at, min(at + SPAN, last), self.n, device) for at in firsts]
-        self.device = device
+        scale = torch.tensor(self.scale, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        self.spans = [Span.of(self.sizes, at, min(at + span, last), self.n, scale) for at in firsts]
+        self.place = device, dtype
 
 
 def by_head(mask: Any, heads: Callable[[], list[int]]) -> Any:

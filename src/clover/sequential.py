@@ -97,7 +97,7 @@ def observe(
             for i, watcher in enumerate(watchers):
                 watcher.masks = sample.masks[at]
                 watcher.generator.manual_seed(seed + i)
-            noise = torch.Generator(hidden.device).manual_seed(seed)
+            noise = torch.Generator().manual_seed(seed)  # of the CPU: a GPU would draw others
             with torch.enable_grad():
                 score = _likelihood(run(module, hidden, call)[0], sample.masks[at], noise)
             score.backward()
@@ -118,7 +118,7 @@ def _add_up(watcher: Watcher, we: Crew) -> None:
 
 def _likelihood(output: Tensor, masks: Sequence[Tensor], generator: torch.Generator) -> Tensor:
     """Derivative by its mean of the log-likelihood of noise as large as each token's hidden state."""
-    noise = torch.randn(output.shape, generator=generator, device=output.device)
+    noise = torch.randn(output.shape, generator=generator).to(output.device)
     for mask in masks:
         if mask.shape == output.shape[:2]:
             noise = noise * mask.unsqueeze(-1)
