@@ -26,6 +26,18 @@ def test_large_blocks_keep_whole_tiles(seed: int, share: float, shape: dict[str,
             assert kept(plan, which) > due - 2 * 16
 
 
+@given(SEEDS, st.floats(0.1, 0.6))
+def test_many_heads_in_few_groups_keep_whole_tiles(seed: int, share: float) -> None:
+    """A step is then that of many heads, and what fills a tile takes steps of several groups."""
+    entries = model(seed, blocks=1, kv=25, pairs=32, plain=0, value=64)
+    plan = make_plan(entries, Share(share), Share(share))
+    for block in plan.blocks:
+        assert block.qk_kept % 16 == block.vo_kept % 16 == 0
+    for which in ("qk", "vo"):
+        due = (1 - share) * size(entries, which)
+        assert due - 0.08 * size(entries, which) < kept(plan, which) <= due
+
+
 @given(SEEDS, st.sampled_from(LARGE))
 def test_whole_tiles_cost_next_to_nothing(seed: int, shape: dict[str, int]) -> None:
     entries = model(seed, value=64, **shape)

@@ -280,9 +280,12 @@ def _rank(costs: Costs, head: int, kind: Kind, rule: Threshold | Energy) -> int:
 
 
 def _tiles(costs: Sequence[Costs], value: bool, tile: int) -> dict[int, int]:
-    """For each block that has enough of them, the columns that fill whole tiles of its projections' rows."""
+    """For each block that has enough of them, the columns that fill whole tiles of its projections' rows.
+
+    Keys fill half a tile at least: a cache whose rows stand at 16 bytes is what kernels for half precision read.
+    """
     found = {}
     for b, c in enumerate(costs):
         if c.kv_heads * (c.count("value") if value else c.qk) >= TILES * tile and (value or not c.fixed_qk):
-            found[b] = tile if value else tile // math.gcd(tile, c.queries + 1)
+            found[b] = tile if value else max(tile // math.gcd(tile, c.queries + 1), tile // 2)
     return found

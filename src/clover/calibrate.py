@@ -70,7 +70,7 @@ def calibrate(
     device = next(model.parameters()).device
     watchers = [Watcher(block, queries, torch.Generator().manual_seed(seed + i)) for i, block in enumerate(blocks)]
     training, trainable = [m for m in model.modules() if m.training], [p for p in model.parameters() if p.requires_grad]
-    draws = torch.Generator(device).manual_seed(seed)
+    draws = torch.Generator().manual_seed(seed)  # of the CPU: a GPU would draw others
     model.eval().requires_grad_(False)
     hooks = [hook for watcher in watchers for hook in watcher.attach()]
     try:
@@ -118,12 +118,12 @@ def _score(answer: Tensor, words: bool, valid: Tensor, generator: torch.Generato
     """
     score = torch.zeros_like(answer)
     if answer.dim() != 3:
-        return score.copy_(torch.randn(answer.shape, generator=generator, device=answer.device))
+        return score.copy_(torch.randn(answer.shape, generator=generator))
     rows = valid.nonzero()
     if not words:
-        score[valid] = torch.randn(len(rows), answer.shape[-1], generator=generator, device=answer.device).to(score)
+        score[valid] = torch.randn(len(rows), answer.shape[-1], generator=generator).to(score)
         return score
-    points = torch.rand(len(rows), 1, generator=generator, device=answer.device)
+    points = torch.rand(len(rows), 1, generator=generator).to(answer.device)
     for where, point in zip(rows.split(ROWS), points.split(ROWS), strict=True):  # they dwarf all else
         b, t = where.T
         chance = answer[b, t].float().softmax(-1)

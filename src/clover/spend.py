@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+PART = 8
+"""How small a part of a block's columns may move for the sake of tiles, or two tiles."""
 Head = tuple[int, int]
 """Number of the block, number of the KV head in it."""
 
@@ -70,11 +72,20 @@ def _least(curves: Sequence[Curve], keep_one: bool) -> list[int]:
     return least
 
 
-class _Move(NamedTuple):
-    """Steps of a block's curves after they went to whole tiles."""
+class _Choice(NamedTuple):
+    """What one curve may keep instead of what it does."""
 
     worth: float
-    """Mean price of the columns that moved."""
+    """Price of what it gains, less that of what it loses."""
+    columns: int
+    """Gained, or lost if negative."""
+    steps: int
+
+
+class _Move(NamedTuple):
+    """The same for all curves of a block."""
+
+    worth: float
     columns: int
     steps: dict[int, int]
 
@@ -91,42 +102,69 @@ def _even_out(
 
     for b, tile in tiles.items():
         whole = all(steps[i] == len(c.prices) for i, c in members[b].items())
-        if not whole and (down := _down(members[b], least, steps, tile)):
-            take(down)
-            left += down.columns
-    offers = {b: _up(members[b], steps, tile) for b, tile in tiles.items()}
-    while affordable := {b: up for b, up in offers.items() if up and up.columns <= left}:
+        if not whole and (move := _level(members[b], least, steps, tile)):
+            take(move)
+            left -= move.columns
+    offers = {b: _up(members[b], steps, tile, left) for b, tile in tiles.items()}
+    while affordable := {b: up for b, up in offers.items() if up}:
         best = max(affordable, key=lambda b: affordable[b].worth)
         take(affordable[best])
         left -= affordable[best].columns
-        offers[best] = _up(members[best], steps, tiles[best])
+        for b, up in affordable.items():
+            if b == best or up.columns > left:
+                offers[b] = _up(members[b], steps, tiles[b], left)
 
 
-def _down(curves: Mapping[int, Curve], least: Sequence[int], steps: Sequence[int], tile: int) -> _Move | None:
-    """Drop the cheapest steps until the rest fills whole tiles; None where steps are too coarse for it."""
-    now, dropped = {i: steps[i] for i in curves}, 0
-    columns = sum(c.size(s) for i, c in curves.items() for s in range(now[i]))
-    while (columns - dropped) % tile:
-        prices = {i: c.prices[now[i] - 1] for i, c in curves.items() if now[i] > least[i]}
-        if not prices or dropped > tile:
-            return None
-        i = min(prices, key=prices.__getitem__)
-        now[i] -= 1
-        dropped += curves[i].size(now[i])
-    return _Move(0.0, dropped, now)
+def _level(curves: Mapping[int, Curve], least: Sequence[int], steps: Sequence[int], tile: int) -> _Move | None:
+    """Drop steps, and add others for fewer columns, so that the least is lost and what is kept fills tiles.
+
+    None where the steps are too coarse for it.
+    """
+    columns = sum(c.size(s) for i, c in curves.items() for s in range(steps[i]))
+    for reach in (2 * tile, columns // PART):
+        ways = _ways({i: _choices(c, steps[i], least[i], reach) for i, c in curves.items()}, reach)
+        whole = [moved for moved in ways if (columns + moved) % tile == 0 and moved <= 0]
+        if whole:
+            best = max(whole, key=lambda moved: ways[moved].worth)
+            return ways[best]
+    return None
 
 
-def _up(curves: Mapping[int, Curve], steps: Sequence[int], tile: int) -> _Move | None:
-    """Add the dearest steps until they fill a tile or two, or the block is whole; None where they are too coarse."""
-    now, added, worth = {i: steps[i] for i in curves}, 0, 0.0
-    while not added or added % tile:
-        prices = {i: c.prices[now[i]] for i, c in curves.items() if now[i] < len(c.prices)}
-        if not prices and added:
-            break
-        if not prices or added > tile:
-            return None
-        i = max(prices, key=prices.__getitem__)
-        size = curves[i].size(now[i])
-        now[i] += 1
-        added, worth = added + size, worth + prices[i] * size
-    return _Move(worth / added, added, now)
+def _up(curves: Mapping[int, Curve], steps: Sequence[int], tile: int, left: int) -> _Move | None:
+    """Add the steps that are worth most and fill tiles, or all there are; None where that can't be had for ``left``."""
+    columns = sum(c.size(s) for i, c in curves.items() for s in range(steps[i]))
+    rest = sum(c.size(s) for i, c in curves.items() for s in range(steps[i], len(c.prices)))
+    for reach in (2 * tile, columns // PART):
+        ways = _ways({i: _choices(c, steps[i], steps[i], reach) for i, c in curves.items()}, min(left, reach))
+        whole = [ways[moved] for moved in ways if moved and (moved % tile == 0 or moved == rest)]
+        if whole:
+            best = max(whole, key=lambda move: move.worth / move.columns)
+            return best._replace(worth=best.worth / best.columns)
+    return None
+
+
+def _choices(curve: Curve, now: int, least: int, reach: int) -> list[_Choice]:
+    """What can become of a curve that keeps ``now`` steps: each way to add or drop up to so many columns."""
+    found = [_Choice(0.0, 0, now)]
+    for n in range(now, len(curve.prices)):
+        size = curve.size(n)
+        found.append(_Choice(found[-1].worth + size * curve.prices[n], found[-1].columns + size, n + 1))
+    found.reverse()
+    for n in range(now - 1, least - 1, -1):
+        size = curve.size(n)
+        found.append(_Choice(found[-1].worth - size * curve.prices[n], found[-1].columns - size, n))
+    return [choice for choice in found if abs(choice.columns) <= reach]
+
+
+def _ways(choices: Mapping[int, Sequence[_Choice]], reach: int) -> dict[int, _Move]:
+    """For each number of columns that a block can gain or lose, up to ``reach``, the way that leaves it worth most."""
+    ways = {0: _Move(0.0, 0, {})}
+    for i, of_curve in choices.items():
+        longer: dict[int, _Move] = {}
+        for worth, columns, steps in ways.values():
+            for more, gained, n in of_curve:
+                total = columns + gained
+                if abs(total) <= reach and (total not in longer or worth + more > longer[total].worth):
+                    longer[total] = _Move(worth + more, total, steps | {i: n})
+        ways = longer
+    return ways
