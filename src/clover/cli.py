@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -59,6 +60,9 @@ def _options(
     ] = None,
 ) -> None:
     warnings.showwarning = lambda message, *_: note(f"warning: {message}")
+    # Large tensors in large pages: torch asks when it makes the first, and where weights come and go, Linux otherwise
+    # spends more time on handing out memory than the work takes.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 @app.command()
