@@ -5,7 +5,7 @@
 pruning: seconds and most memory to prune by the weights, and calibrated on 16 x 512 tokens.
 eager: prefill and decode of the dense model and of cuts, in turns, beside the bound of their bytes for decode.
 compiled: the same for one token with a static cache, under torch.compile and CUDA graphs, on fewer layers.
-tuning: seconds and memory of a training step, CLOVER beside LoRA and DoRA with as many parameters (PiSSA's step is LoRA's).
+tuning: seconds and memory of a training step, CLOVER beside LoRA (whose step PiSSA's is) and DoRA, as many parameters.
 Weights are random, but heads differ and their spectra fall as in trained models, so that ranks come out ragged.
 ``CLOVER_LAYERS`` takes the place of the 32 layers.
 """
