@@ -226,8 +226,15 @@ class Shard:
                 else:
                     _write(handle, _view(value.detach().cpu().contiguous()), at)
             os.fsync(handle)
+            _forget(handle, 0, 0)
         finally:
             os.close(handle)
+
+
+def _forget(handle: int, start: int, size: int) -> None:
+    """Tell the system that these bytes are of no more use here: its memory is for what will be read again."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(handle, start, size, os.POSIX_FADV_DONTNEED)
 
 
 def _width(of: tuple[str, tuple[int, ...], int]) -> int:
@@ -263,6 +270,7 @@ def _copy(entry: Entry, handle: int, at: int) -> None:
                 raise CloverError(f"{entry.file} was cut off while being read; restore it")
             _write(handle, buffer[:count], at + done)
             done += count
+        _forget(source.fileno(), entry.start, entry.size)
 
 
 def _hand_over(source: int, start: int, target: int, at: int, size: int) -> int:
