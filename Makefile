@@ -9,8 +9,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
-# Not those that want an argument, nor what makes tables and plots of the results.
-BENCH ?= $(filter-out $(foreach b,commonsense frontier peft_suite plots tables,benchmarks/$(b).py),$(shell grep -l __main__ benchmarks/*.py))
+# Not those that want an argument, a GPU or further packages, nor what makes tables and plots of the results.
+BENCH ?= $(filter-out $(foreach b,commonsense frontier gpu peft_suite plots quantise tables,benchmarks/$(b).py),$(shell grep -l __main__ benchmarks/*.py))
 
 .PHONY: demo test lint docs bench clean
 .DELETE_ON_ERROR:

@@ -128,6 +128,7 @@ def eager() -> dict:
         rates = compare_throughput(models, context=context, batch=batch, **options)
         bound = bounds(models, batch, context)
         rows.append({"what": "decode", "context": context, "batch": batch, "rates": rates, "bound": bound})
+    cuts.cache_clear()  # or they count as held by what is measured next
     return {"layers": LAYERS, "new_tokens": NEW_TOKENS, "repeats": REPEATS, "rows": rows}
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from cells import Results
 from common import RESULTS, ROOT
-from tables_of_cost import decode, decomposition, memory, runtimes, speed, streaming, tuning_cost
+from tables_of_cost import decode, decomposition, gpu, memory, runtimes, speed, streaming, tuning_cost
 from tables_of_quality import (
     behind,
     commonsense,
@@ -45,6 +45,7 @@ SECTIONS: dict[str, tuple[Section, str]] = {
     "Frontier: this project and its peers": (frontier, "frontier-"),
     "Speed": (speed, "speed-(smollm2|encoder)"),
     "Long contexts": (decode, "decode-.*"),
+    "On a GPU": (gpu, "gpu-"),
     "Other runtimes": (runtimes, "runtimes-"),
     "Memory": (memory, "speed-memory"),
     "Decomposition": (decomposition, "decompose-"),
@@ -87,7 +88,14 @@ def provenance(results: Results, pattern: str) -> str:
     """The commands, machines and versions behind a section."""
     entries = [e for name, e in sorted(results.items()) if re.match(pattern, name)]
     versions = sorted({", ".join(f"{k} {v}" for k, v in e["versions"].items()) for e in entries})
-    machines = sorted({f"{e['machine']['cpu']}, {e['machine']['threads']} threads" for e in entries})
+    machines = sorted(
+        {
+            ", ".join([e["machine"].get("gpu", ""), e["machine"]["cpu"], f"{e['machine']['threads']} threads"]).lstrip(
+                ", "
+            )
+            for e in entries
+        }
+    )
     commands = ", ".join(f"`{c}`" for c in sorted({e["command"] for e in entries}))
     days = " to ".join(sorted({min(e["date"] for e in entries), max(e["date"] for e in entries)}))
     seeds = ", ".join(str(s) for s in sorted({e["seed"] for e in entries}))

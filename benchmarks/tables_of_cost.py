@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from cells import METHODS, Results, mib, percent, result, table
 
+CUT = ("25 %", "50 %")
+
 
 def speed(results: Results) -> str:
     runs = [(f"SmolLM2, context {c}", run) for c, run in result(results, "speed-smollm2").get("contexts", {}).items()]
@@ -205,3 +207,42 @@ def tuning_cost(results: Results) -> str:
             f"shape in {start['llama_2_7b_seconds']:.0f} s ({start['llama_2_7b']})."
         )
     return text
+
+
+def gpu(results: Results) -> str:
+    run, cost, tuned = (results[f"gpu-{name}"]["result"] for name in ("eager", "pruning", "tuning"))
+    rows = []
+    for r in run["rows"]:
+        key = f"{r['what']}_tokens_per_second"
+        ratios = r["rates"]["ratio"]
+        bound = [f"{r['bound'][cut]:.2f}" if "bound" in r else "" for cut in ratios]
+        speeds = [f"{of_cut[key]:.2f}" for of_cut in ratios.values()]
+        rows.append([r["what"], f"{r['context']:,}", r["batch"], f"{r['rates']['dense'][key]:,.0f}", *speeds, *bound])
+    header = [
+        "What",
+        "context",
+        "batch",
+        "dense tokens/s",
+        *(f"{cut} removed" for cut in CUT),
+        *(f"bound at {c}" for c in CUT),
+    ]
+    weights, calibrated = (
+        {k: v for k, v in cost[n].items() if k.endswith("seconds")} for n in ("weights", "calibrated")
+    )
+    methods = tuned["methods"]
+    steps = [
+        [METHODS[n], f"{m['parameters']:,}", f"{m['step_milliseconds']:.0f}",
+         f"{m['step_milliseconds'] / methods['lora']['step_milliseconds']:.2f}", f"{m['start_seconds']:.1f}"]
+        for n, m in methods.items()
+    ]  # fmt: skip
+    return (
+        "A model of LLaMA-2-7B's shape with random weights, bfloat16, on one "
+        f"{results['gpu-eager']['machine']['gpu']}: speed over dense, without compilation, each cut in Q-K and V-O "
+        "alike. Measured before blocks of many heads kept whole tiles of columns: a good part of these products ran in "
+        "kernels for odd sizes, and where that counts a cut was slower than the dense model.\n\n"
+        f"{table(' | '.join(header), rows)}\n\n"
+        f"Pruning it takes {sum(weights.values()):.1f} s by the weights, {sum(calibrated.values()):.0f} s calibrated "
+        f"on {cost['sequences']} x {cost['length']} tokens. A training step of {tuned['batch'][0]} x "
+        f"{tuned['batch'][1]} tokens, same modules:\n\n"
+        f"{table('Method | parameters | milliseconds | over LoRA | seconds to start', steps)}"
+    )

@@ -24,6 +24,8 @@ from clover.errors import CloverError
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CHUNK = 2**20
 """Bytes copied at a time, through one buffer: a larger one leaves the processor's cache and takes twice as long."""
+BINARY = getattr(os, "O_BINARY", 0)
+"""Windows otherwise turns every byte that looks like the end of a line into two."""
 HANDED = 2**27
 """Bytes that the system is asked to copy at once: it must not be deaf to being stopped for long."""
 UNABLE = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
@@ -205,7 +207,7 @@ class Shard:
 
     def create(self) -> None:
         """Write the header and take the room for all of it."""
-        handle = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(self.file, os.O_RDWR | os.O_CREAT | BINARY, 0o644)
         try:
             os.ftruncate(handle, 0)
             _take_room(handle, self.size)
@@ -215,7 +217,7 @@ class Shard:
 
     def write(self, items: Iterable[tuple[str, Tensor | Entry]]) -> None:
         """Put tensors, or copies of another file's bytes, at their places, and force them to disk."""
-        handle = os.open(self.file, os.O_WRONLY)
+        handle = os.open(self.file, os.O_WRONLY | BINARY)
         try:
             for name, value in items:
                 at, size = self.entries[name].start, self.entries[name].size
@@ -299,6 +301,6 @@ def _take_room(handle: int, size: int) -> None:
 
 def _write(handle: int, piece: bytes | memoryview, at: int) -> None:
     view = memoryview(piece)
+    os.lseek(handle, at, os.SEEK_SET)  # Windows has no pwrite
     while view:
-        count = os.pwrite(handle, view, at)
-        view, at = view[count:], at + count
+        view = view[os.write(handle, view) :]
