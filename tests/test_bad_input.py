@@ -74,7 +74,7 @@ def test_threshold_that_removes_everything(name: str, which: str) -> None:
 
 def test_two_rules_for_one_thing() -> None:
     model, batch = build("gpt2")
-    with refused(model, batch, "qk is given a share and a threshold; give one"):
+    with refused(model, batch, "qk is given a share .* and a threshold .*; give one"):
         clover.prune(model, qk=0.1, qk_threshold=0.1)
 
 
@@ -311,6 +311,17 @@ def test_parent_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("os.access", lambda *_: False)  # a root user's tests can't take the right away in earnest
     with pytest.raises(CloverError, match="can't be written; choose another place"):
         clover.save(build("gpt2")[0], tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cut_that_overflows_when_saved_is_refused(tmp_path: Path) -> None:
+    """It fits float32, which it was made in, and not the dtype that it is saved in."""
+    model, batch = build("llama-gqa", torch.float32)
+    clover.prune(model, vo=0.5, calibration=[batch])
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.mul_(1e6)
+    with pytest.raises(CloverError, match=r"layers\.1\.self_attn\.o_proj\.weight overflows torch.float16; save in"):
+        clover.save(model.half(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

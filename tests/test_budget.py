@@ -404,6 +404,10 @@ def test_a_plan_of_another_format_is_refused(format: Any) -> None:
     data = make_plan(model(0), Share(0.5), Share(0.5)).to_dict()
     with pytest.raises(CloverError, match=f"has format {format!r}, and this version reads {FORMAT}; install"):
         Plan.from_dict(data | {"format": format})
+    with pytest.raises(CloverError, match="has format"):  # whatever it holds
+        Plan.from_dict({"format": format, "blocks": [{"new": 1}]})
+    with pytest.raises(CloverError, match="has format"):  # whatever it holds
+        Plan.from_dict({"format": format, "blocks": [{"new": 1}]})
 
 
 @pytest.mark.parametrize("data", [{}, {"blocks": None}, {"blocks": [1]}])

@@ -171,6 +171,25 @@ def test_padding_stays_out_of_the_statistics(name: str, side: str) -> None:
     check(name, model, batch | {"attention_mask": mask}, lambda _: mask.bool())
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_each_side_of_an_encoder_decoder_has_its_own_padding(name: str) -> None:
+    """Also where both texts have as many tokens: each side's moments are those of its own tokens alone."""
+    model, _ = build(name)
+    ids, said = torch.randint(3, 60, (1, 7)), torch.randint(3, 60, (1, 9))
+    wide, long = (torch.cat([x, torch.full((1, 12 - x.shape[1]), 1)], 1) for x in (ids, said))
+    masks = {
+        "attention_mask": (torch.arange(12) < 7).long()[None],
+        "decoder_attention_mask": (torch.arange(12) < 9).long()[None],
+    }
+    found = blocks(model)
+    alone = calibrate(model, found, [{"input_ids": ids, "decoder_input_ids": said}], queries=ALL)
+    padded = calibrate(model, found, [{"input_ids": wide, "decoder_input_ids": long} | masks], queries=ALL)
+    for block, one, other in zip(found, alone, padded, strict=True):
+        assert one.tokens == other.tokens == (7 if block.part == "encoder" else 9)
+        for field in ("query", "output", "mean"):
+            assert_near(getattr(one, field), getattr(other, field), field)
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_the_attention_implementation_makes_no_difference(name: str) -> None:
     model, batch = build(name)

@@ -180,7 +180,7 @@ def test_interrupt_leaves_nothing_behind(
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clover.checkpoint.sync", stop)  # the weights are on disk by then
+    monkeypatch.setattr("clover.folders.sync", stop)  # the weights are on disk by then
     for command in (
         ["prune", narrow, tmp_path / "out", "--vo", 0.5, "--calibration", words],
         ["demo", "--model", narrow, "--out", tmp_path / "out"],

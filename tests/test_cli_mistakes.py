@@ -91,10 +91,10 @@ def test_merge_refuses(wide: Path, narrow: Path, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         ([], "nothing is to be removed"),
-        (["--qk", 0.5, "--qk-threshold", 0.1], "--qk 0.5 and --qk-threshold 0.1 exclude each other"),
+        (["--qk", 0.5, "--qk-threshold", 0.1], "--qk is given a share 0.5 and a threshold 0.1; give one"),
         (["--vo", 0.5, "--metric", "activations"], "--calibration FILE"),
         (["--vo", 0.5, "--calibration", "nowhere.txt"], "nowhere.txt does not exist"),
-        (["--vo", 0.5, "--report", "nowhere/page.html"], "nowhere/page.html can't be written"),
+        (["--vo", 0.5, "--report", "nowhere/page.html"], "cannot write 'nowhere/page.html'"),
         (["--vo", 0.5, "--part", "encoder"], "no attention block in part 'encoder'"),
         (["--vo-threshold", 1e9], "would lose every direction"),
     ],

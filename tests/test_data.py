@@ -176,6 +176,13 @@ def test_bad_manifest_is_named(manifest: Path, table: str, split: str | None, sa
         files.read_manifest(bad, split)
 
 
+def test_a_manifest_with_a_broken_line_is_named(manifest: Path) -> None:
+    bad = manifest.with_name("bad.tsv")
+    bad.write_bytes(b"file\ttext\na.wav\thello\rworld\n")
+    with pytest.raises(CloverError, match=r"bad\.tsv is no table with tabs .*; correct that line"):
+        files.read_manifest(bad)
+
+
 @pytest.mark.parametrize("name", ["a.wav", "b.flac", "c.ogg"])
 def test_audio_of_any_rate_becomes_mono_at_the_rate_asked_for(manifest: Path, name: str) -> None:
     samples = files.read_audio(manifest.with_name(name), 16000)

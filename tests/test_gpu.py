@@ -25,6 +25,8 @@ from test_attention import greedy
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU here: nothing of one was tried", allow_module_level=True)
 
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # for convolutions it is the default
+
 NEAR = 1e-3
 """Relative: rotations and norms are computed in float32, and decompositions round otherwise."""
 
@@ -148,10 +150,13 @@ model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=6, num_key_val
 ids = torch.randint(64, (2, 12)).cuda()
 clover.prune(model, qk=0.3, vo=0.3, calibration=[{"input_ids": ids}])
 step = torch.compile(model, fullgraph=True, mode="reduce-overhead", dynamic=False)
-cache, pieces = StaticCache(config=model.config, max_cache_len=16), []
+cache = StaticCache(config=model.config, max_cache_len=16)
+at = torch.zeros(len(ids), 1, dtype=torch.long).cuda()
 with torch.no_grad():
-    whole = model(input_ids=ids).logits
-    for i in range(ids.shape[1]):
+    whole = model(input_ids=ids).logits  # before compilation: index tables and the cache must be there
+    pieces = [model(input_ids=ids[:, :1], position_ids=at, past_key_values=cache, use_cache=True).logits]
+    for i in range(1, ids.shape[1]):
+        torch.compiler.cudagraph_mark_step_begin()
         at = torch.full((len(ids), 1), i).cuda()
         out = step(input_ids=ids[:, i : i + 1], position_ids=at, past_key_values=cache, use_cache=True)
         pieces.append(out.logits.clone())

@@ -15,6 +15,7 @@ import transformers
 
 import clover
 from clover.budget import Share, make_plan
+from clover.calibrate import answer
 from clover.curve import loss_section
 from clover.errors import CloverError
 from clover.lossbudget import (
@@ -95,6 +96,24 @@ def test_divergence_is_that_of_torch() -> None:
     assert torch.allclose(divergence(p, q), expected, atol=1e-6)
     p[0, 0] = -math.inf  # a word that is ruled out
     assert divergence(p, q).isfinite().all()
+
+
+def test_one_number_is_no_distribution() -> None:
+    """A reranker's only logit would, as a distribution, be the same whatever it says."""
+    ids = torch.randint(3, 60, (4, 8))
+    sizes = {"vocab_size": 60, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1, "num_labels": 1}
+    torch.manual_seed(0)
+    one, other = (
+        transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, num_attention_heads=4)).eval()
+        for _ in range(2)
+    )
+    assert compare(one, one, [{"input_ids": ids}]).nats == 0
+    assert compare(one, other, [{"input_ids": ids}]).nats > 0.01
+
+
+def test_an_output_without_names_is_refused() -> None:
+    with pytest.raises(CloverError, match=r"returned a tuple; set config\.return_dict to True"):
+        answer((torch.zeros(1, 2, 3),))
 
 
 def test_relative_error() -> None:

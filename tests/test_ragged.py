@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clover.ragged import LONG, weighted_sum
+from clover.ragged import LONG, as_heads, padded, weighted_sum
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -21,3 +21,15 @@ def test_a_sum_that_threads_share_is_the_whole_sum(
     found = weighted_sum(weights, values)
     assert found.shape == (batch, 3, 7)
     torch.testing.assert_close(found, weights @ values)
+
+
+def test_gpus_are_given_heads_that_stand_at_sixteen_bytes() -> None:
+    """On the meta device, which copies no numbers but says how they would lie."""
+    flat = torch.empty(2, 5, 64, dtype=torch.bfloat16, device="meta")
+    good, bad = (as_heads(flat[..., start : start + 32], 2) for start in (8, 3))
+    assert padded(good, 16) is good
+    copied = padded(bad, 16)
+    assert copied is not bad and copied.shape == bad.shape
+    assert copied.storage_offset() == 0 and copied.is_contiguous()
+    here = torch.empty(2, 5, 64)[..., 3:35]
+    assert padded(here, 32) is here  # CPUs read what they like

@@ -133,7 +133,7 @@ def test_moments_are_those_of_the_path_in_memory(tmp_path: Path) -> None:
     model, batches, _ = prepared("llama-gqa", tmp_path / "dense")
     found = clover.families.blocks(model)
     whole = clover.calibrate.calibrate(model, found, batches)
-    sample, mine = Sample.of(batches, Crew(), 0)
+    sample, mine = Sample.of(batches, model, Crew(), 0)
     seen: list[Any] = []
 
     def layer(name: str, inputs: Any) -> Any:

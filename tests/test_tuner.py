@@ -297,6 +297,13 @@ def test_generation_is_that_of_the_merged_model() -> None:
     assert torch.equal(model.merge_and_unload().generate(**batch, max_new_tokens=8, do_sample=False), text)
 
 
+def test_what_an_adapter_adds_is_told_without_dropout() -> None:
+    model, _, _ = tuned(clover_dropout=0.5)
+    layer = next(m for m in model.train().modules() if isinstance(m, CloverLayer))
+    assert torch.equal(layer.get_delta_weight("default"), layer.get_delta_weight("default"))
+    assert layer.training
+
+
 # --- what can't be done ---
 
 

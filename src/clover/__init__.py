@@ -1,7 +1,5 @@
 """CLOVER: make the attention of trained transformers smaller and tunable in its own latent space (arXiv 2411.17426)."""
 
-from importlib.util import find_spec
-
 from clover.budget import Limits
 from clover.checkpoint import load, save
 from clover.errors import CloverError, UnsupportedModelError
@@ -9,17 +7,20 @@ from clover.plan import Plan
 from clover.pruning import inspect, orthogonalize, plan_of, prune, summary
 from clover.streaming import prune_folder
 
-if find_spec("peft"):  # peft then loads adapters of this method by their name
+try:  # peft then loads adapters of this method by their name
     from clover.config import CloverConfig
     from clover.tuner import register
-
-    register()
-else:
+except ImportError as error:
+    _missing = str(error)
 
     def __getattr__(name: str) -> object:
         if name == "CloverConfig":
-            raise ImportError("clover.CloverConfig needs peft; pip install 'clover-attention[tune]'")
+            raise ImportError(
+                f"clover.CloverConfig needs peft 0.21 or later ({_missing}); pip install 'clover-attention[tune]'"
+            )
         raise AttributeError(f"module 'clover' has no attribute {name!r}")
+else:
+    register()
 
 
 __version__ = "0.1.0"

@@ -166,8 +166,8 @@ class CloverAttention(nn.Module):
         residual = call.pop("residual", None)
         weights: list[Tensor | None] = [None]
         if self.uneven:
-            self._tables.move(x.device, queries.dtype)
-        if self._writes_one(x):
+            self._tables.at(queries)
+        if self._writes_one(x, keys, mask):
             z = self._attend_one(queries, keys, values, mask)
         else:
             for name in ("hidden_states", "past_key_values", "key_value_states", "position_embeddings", "use_cache",
@@ -294,7 +294,7 @@ class CloverAttention(nn.Module):
         self, attend: Callable, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
     ) -> Tensor:
         """All heads in one call, padded to the largest: ``(batch, tokens, columns)``."""
-        padding = self._tables.padding
+        padding, _ = self._tables.at(queries)
         q, v = take(queries, padding.queries), take(values, padding.values)
         k = take(nn.functional.pad(keys, (0, 1)), padding.keys)
         mask = by_head(mask, self._all_heads)
@@ -312,11 +312,17 @@ class CloverAttention(nn.Module):
             m = by_head(mask, partial(self._query_heads, group))
             yield group, as_heads(q, n * h), as_heads(k, h), as_heads(v, h), m
 
-    def _writes_one(self, x: Tensor) -> bool:
+    def _writes_one(self, x: Tensor, keys: Tensor, mask: Any) -> bool:
         """Whether this is one new token for heads that no fused kernel can take together."""
         if not self.uneven or torch.compiler.is_exporting() or x.shape[1] != 1:  # exported, their number is free
             return False
-        return self.plain_softmax and not self.training and self.config._attn_implementation == "sdpa"
+        if not self.plain_softmax or self.training:
+            return False
+        name, window = self.config._attn_implementation, self.sliding_window
+        if name == "sdpa":
+            return True
+        padding = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)  # flash attention is told no more
+        return "flash" in name and padding and (window is None or keys.shape[1] <= window)
 
     def _attend_one(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """One token against the flat cache, all heads at once: ``(batch, 1, columns)``.
@@ -325,22 +331,26 @@ class CloverAttention(nn.Module):
         wide as all keys, zero outside its own head's columns, and of each row of results only its own head's columns
         are taken.
         """
-        n, results, dtype, mask = self.clover.queries, [], queries.dtype, by_head(mask, self._all_heads)
-        if queries.device.type == "cpu" and queries.dtype.itemsize < 4:
+        n, results, dtype, cpu = self.clover.queries, [], queries.dtype, queries.device.type == "cpu"
+        if isinstance(mask, Tensor) and mask.dim() == 2:  # flash attention's: what is padding
+            mask = mask[:, None, None, -keys.shape[1] :].bool()
+        mask, (_, spans) = by_head(mask, self._all_heads), self._tables.at(queries)
+        if cpu and queries.dtype.itemsize < 4:
             # oneDNN compiles a half-precision product anew for each length of the cache: milliseconds a token.
             queries, keys, values = queries.float(), keys.float(), values.float()
-        for span in self._tables.spans:
+        for span in spans:
             q, k, v = queries, keys, values
-            if len(self._tables.spans) > 1:
+            if len(spans) > 1:
                 q, k, v = (x[..., part] for x, part in zip((q, k, v), span.columns, strict=True))
             rows = span.rows(q.flatten(1))
-            logits = torch.bmm(k, rows.mT).mT  # rows @ k.mT: twice as long on CPUs
+            # rows @ k.mT takes CPUs twice as long, and GPUs a copy less in what follows.
+            logits = torch.bmm(k, rows.mT).mT if cpu else torch.bmm(rows, k.mT)
             if mask is not None:
                 m = mask[:, :, 0] if mask.shape[1] == 1 else mask[:, span.first * n : (span.first + span.heads) * n, 0]
                 least = max(LEAST, torch.finfo(logits.dtype).min)
-                logits = logits.masked_fill(~m, least) if m.dtype == torch.bool else logits + m
-            weights = logits.softmax(-1, dtype=torch.float32)
-            if weights.shape[-1] > FEW and weights.device.type == "cpu":
+                logits = torch.where(m, logits, least) if m.dtype == torch.bool else logits + m
+            weights = logits.softmax(-1, dtype=torch.float32 if cpu else None)  # GPUs compute in float32 by themselves
+            if weights.shape[-1] > FEW and cpu:
                 weights = nn.functional.threshold(weights, NOTHING, 0.0, inplace=not weights.requires_grad)
             summed = weighted_sum(weights.to(v.dtype), v)
             results.append(summed.flatten(1).index_select(1, span.from_rows))

@@ -187,7 +187,7 @@ class Basis:
         if moments is not None and fits:
             whole = heads.o.permute(2, 0, 1, 3).flatten(1).double()
             cut, bases = refit(whole, cut, bases, layout, moments.output, moments.gradient)
-            bias = bias + (whole - cut @ layout.spread(bases)) @ moments.mean
+            bias = bias + whole @ moments.mean - cut @ layout.times(bases, moments.mean.unsqueeze(1)).squeeze(1)
         rows = list(zip(bases.split([r for _, r in ranks]), (h for h, _ in ranks), strict=True))
         values = heads.v.new_empty(plan.vo_kept, heads.v.shape[-1])
         for kept, (basis, h) in zip(values.split([r for _, r in ranks]), rows, strict=True):
@@ -197,7 +197,8 @@ class Basis:
         if v_bias is not None and self.block.sinks is not None:  # the weights of the values don't sum to 1
             found["v_bias"] = torch.cat([basis @ v_bias[h] for basis, h in rows])
         elif v_bias is not None:
-            bias = bias + cut @ (layout.spread(bases) @ v_bias.unsqueeze(1).expand(-1, n, -1).flatten())
+            flat = v_bias.unsqueeze(1).expand(-1, n, -1).reshape(-1, 1)
+            bias = bias + cut @ layout.times(bases, flat).squeeze(1)
         return found | ({"o_bias": bias} if plan.output_bias else {})
 
 

@@ -58,21 +58,26 @@ def compare_runtime(
     result: dict[str, Any] = {"device": str(first.device), "dtype": str(first.dtype).removeprefix("torch.")}
     result |= {"batch": batch, "new_tokens": new_tokens, "repeats": repeats, "contexts": {}}
     for context in contexts if writes_text(first) or reads_text_alone(first) else [None]:
-        options: dict[str, Any] = {
-            "context": 1 if context is None else context,
-            "new_tokens": new_tokens,
-            "batch": batch,
-        }
-        rates = compare_throughput(models, repeats=repeats, **options)
+        rates = compare_throughput(models, repeats=repeats, **_work(context, new_tokens, batch))
         run = {key: [rates[side][key] for side in SIDES] for key in rates["dense"]}
         if context is not None and writes_text(first):
             cache = [(held[side]["kv_bytes_per_token"] or 0) * batch * (context + new_tokens) for side in SIDES]
             moved = [(held[side]["bytes"] or 0) + kv for side, kv in zip(SIDES, cache, strict=True)]
             run |= {"kv_bytes": cache, "decode_bound": [1.0, moved[0] / moved[1]]}
         run["weight_bytes"] = [held[side]["bytes"] for side in SIDES]
-        run["peak_bytes"] = [_peak(name, str(first.dtype).removeprefix("torch."), options) for name in (dense, pruned)]
         result["contexts"]["" if context is None else str(context)] = run
+    del first
+    models.clear()  # what is run in processes of their own needs the room
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    for context, run in result["contexts"].items():
+        options = _work(int(context) if context else None, new_tokens, batch)
+        run["peak_bytes"] = [_peak(name, result["dtype"], options) for name in (dense, pruned)]
     return result
+
+
+def _work(context: int | None, new_tokens: int, batch: int) -> dict[str, Any]:
+    return {"context": 1 if context is None else context, "new_tokens": new_tokens, "batch": batch}
 
 
 def _peak(name: str, dtype: str, options: dict[str, Any]) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from clover.block import Block, growth_at, head_bias
 from clover.errors import CloverError
 from clover.heads import Heads
+from clover.layerwise import forward
 from clover.progress import track
 from clover.rotary import features
 
@@ -73,21 +74,24 @@ def calibrate(
     draws = torch.Generator().manual_seed(seed)  # of the CPU: a GPU would draw others
     model.eval().requires_grad_(False)
     hooks = [hook for watcher in watchers for hook in watcher.attach()]
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # sums of shortened products are no Grams any more
     try:
         seen = answers = 0
         for batch in track(batches, "calibrate"):
             batch = on(batch, device)
-            masks = padding(batch)
+            masks = padding(batch, model)
             for watcher in watchers:
-                watcher.masks = masks
+                watcher.masks = masks.of(watcher.block.part)
             with torch.enable_grad():
-                answer, words = _answer(model(**batch) if isinstance(batch, Mapping) else model(batch))
-            valid = _valid(answer, masks)
-            if answer.requires_grad:  # else the batch reached no block, which is said below
-                answer.backward(_score(answer, words, valid, draws))
-            seen, answers = seen + 1, answers + int(valid.sum())
-            del answer  # or it would be there beside the next
+                said, words = answer(forward(model, batch))
+            real = valid(said, masks.decoder)
+            if said.requires_grad:  # else the batch reached no block, which is said below
+                said.backward(_score(said, words, real, draws))
+            seen, answers = seen + 1, answers + int(real.sum())
+            del said  # or it would be there beside the next
     finally:
+        torch.set_float32_matmul_precision(precision)
         for hook in hooks:
             hook.remove()
         for module in training:
@@ -100,40 +104,47 @@ def calibrate(
     return [watchers.pop().moments(answers) for _ in blocks]  # each let go of: the sums are as large as the moments
 
 
-def _answer(output: Any) -> tuple[Tensor, bool]:
-    """What a model says, and whether it is logits of tokens; else its first output (not a loss, one number for all)."""
-    if (logits := output.get("logits")) is not None and logits.dim() == 3:
+def answer(output: Any) -> tuple[Tensor, bool]:
+    """What a model says, and whether it is logits of words or classes; else its first output (not a loss).
+
+    Raises:
+        CloverError: the output has no names.
+    """
+    if not isinstance(output, Mapping):
+        raise CloverError(f"the model returned a {type(output).__name__}; set config.return_dict to True")
+    logits = output.get("logits")
+    if logits is not None and logits.dim() in (2, 3) and logits.shape[-1] > 1:
         return logits, True
-    said = (v for name, v in output.items() if name != "loss" and isinstance(v, Tensor) and v.requires_grad and v.dim())
+    said = (v for n, v in output.items() if n != "loss" and isinstance(v, Tensor) and v.is_floating_point() and v.dim())
     return next(said, torch.zeros(0)), False
 
 
 @torch.no_grad()
-def _score(answer: Tensor, words: bool, valid: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient by the answer of the log-likelihood of a sample from it: tokens from logits, else Gaussian noise.
+def _score(said: Tensor, words: bool, real: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient by what was said of the log-likelihood of a sample from it: tokens from logits, else Gaussian noise.
 
     Args:
         words: whether it is logits, ``(batch, tokens, words)``.
-        valid: what of it is not padding.
+        real: what of it is not padding.
     """
-    score = torch.zeros_like(answer)
-    if answer.dim() != 3:
-        return score.copy_(torch.randn(answer.shape, generator=generator))
-    rows = valid.nonzero()
+    score = torch.zeros_like(said)
+    if said.dim() != 3:
+        return score.copy_(torch.randn(said.shape, generator=generator))
+    rows = real.nonzero()
     if not words:
-        score[valid] = torch.randn(len(rows), answer.shape[-1], generator=generator).to(score)
+        score[real] = torch.randn(len(rows), said.shape[-1], generator=generator).to(score)
         return score
-    points = torch.rand(len(rows), 1, generator=generator).to(answer.device)
+    points = torch.rand(len(rows), 1, generator=generator).to(said.device)
     for where, point in zip(rows.split(ROWS), points.split(ROWS), strict=True):  # they dwarf all else
         b, t = where.T
-        chance = answer[b, t].float().softmax(-1)
+        chance = said[b, t].float().softmax(-1)
         mass = chance.cumsum(-1)
         drawn = torch.searchsorted(mass, point * mass[:, -1:]).clamp_max(mass.shape[-1] - 1)
         score[b, t] = (-chance).scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=chance.dtype)).to(score)
     return score
 
 
-def _valid(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
+def valid(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
     """Which tokens of ``x`` are not padding, ``(batch, tokens)``; of what has no tokens, all items."""
     if x.dim() != 3:
         return torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -143,10 +154,29 @@ def _valid(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
     return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
 
 
-def padding(batch: Any) -> list[Tensor]:
-    """The masks of a batch that keep padding out of the statistics."""
-    named = batch.items() if isinstance(batch, Mapping) else ()
-    return [mask.bool() for name, mask in named if name.endswith("attention_mask") and mask.dim() == 2]
+class Masks(NamedTuple):
+    """What of a batch is not padding, ``(batch, tokens)`` each: what an encoder reads, and what a decoder does."""
+
+    encoder: list[Tensor]
+    decoder: list[Tensor]
+
+    def of(self, part: str) -> list[Tensor]:
+        """Of the blocks of a part."""
+        return self.encoder if part == "encoder" else self.decoder
+
+
+def padding(batch: Any, model: nn.Module) -> Masks:
+    """The masks of a batch that keep padding out of the statistics.
+
+    Of an encoder-decoder that is given both texts, each side has its own: their lengths may happen to be equal.
+    """
+    named = dict(batch) if isinstance(batch, Mapping) else {}
+    found = {n: m.bool() for n, m in named.items() if n.endswith("attention_mask") and m.dim() == 2}
+    config: Any = getattr(model, "config", None)
+    if not (getattr(config, "is_encoder_decoder", False) and any(n.startswith(("decoder_", "labels")) for n in named)):
+        return Masks([*found.values()], [*found.values()])
+    sides = ([m for n, m in found.items() if n.startswith("decoder_") is wanted] for wanted in (False, True))
+    return Masks(*sides)
 
 
 def on(batch: Any, device: torch.device) -> Any:
@@ -182,10 +212,10 @@ class Watcher:
         """Watch the gradient that will come back to the block's output; the first block's is where the graph begins."""
         if not output.requires_grad:
             output.requires_grad_()
-        valid = _valid(output, self.masks)
+        real = valid(output, self.masks)
 
         def add(gradient: Tensor) -> None:
-            g = gradient[valid].float()
+            g = gradient[real].float()
             self._add("gradient", g.T @ g)
 
         output.register_hook(add)
@@ -193,7 +223,7 @@ class Watcher:
     @torch.no_grad()
     def _output(self, _: nn.Module, args: tuple) -> None:
         z = args[0].flatten(2)
-        z = z[_valid(z, self.masks)].float()
+        z = z[valid(z, self.masks)].float()
         self._add("output", z.T @ z)
         self._add("mean", z.sum(0))
         self.tokens += len(z)
@@ -207,8 +237,8 @@ class Watcher:
         by_head = head_bias(self.block.family, self.block.core, call, x.shape[1], source.shape[1], 0)
         pairs = self.heads.pairs
         angles = self.block.family.angles(call["position_embeddings"], x.shape[1], pairs) if pairs else ()
-        for b, valid in enumerate(_valid(x, self.masks)):
-            rows = self._sample(valid)
+        for b, real in enumerate(valid(x, self.masks)):
+            rows = self._sample(real)
             if not len(rows):
                 continue
             q = _apply(self.heads.q, self.heads.q_bias, x[b, rows])
@@ -233,8 +263,8 @@ class Watcher:
         window = self.block.family.window(self.block.core) or keys
         return (at > rows[:, None]) | (at <= rows[:, None] - window)
 
-    def _sample(self, valid: Tensor) -> Tensor:
-        rows = valid.nonzero()[:, 0]
+    def _sample(self, real: Tensor) -> Tensor:
+        rows = real.nonzero()[:, 0]
         pick = torch.randperm(len(rows), generator=self.generator)[: self.queries].sort().values
         return rows[pick.to(rows.device)]
 

@@ -11,10 +11,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,8 +30,10 @@ from transformers.core_model_loading import WeightConverter
 from transformers.models.auto import modeling_auto
 
 from clover.block import Block
-from clover.errors import CloverError
+from clover.errors import CloverError, reason
 from clover.families import blocks, is_attention
+from clover.folders import fresh_folder
+from clover.heads import finite
 from clover.plan import Plan
 from clover.surgery import install, skeleton
 
@@ -261,7 +260,7 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     except CloverError:
         raise
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise CloverError(f"{path} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise CloverError(f"{path} can't be loaded: {reason(error)}") from error
     return model.eval()
 
 
@@ -287,7 +286,7 @@ def _kind(path: str | os.PathLike[str], **config_args: Any) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         if isinstance(error, CloverError):
             raise
-        raise CloverError(f"{path} is no model that can be loaded: {str(error).splitlines()[0]}") from error
+        raise CloverError(f"{path} is no model that can be loaded: {reason(error)}") from error
     names = [n.removeprefix("Clover") for n in (config.architectures or [])]
     base = getattr(transformers, names[0], None) if names else None
     kind: Any = transformers.AutoModel if base is None else base
@@ -307,36 +306,18 @@ def save(
         max_shard_size: largest safetensors file.
 
     Raises:
-        CloverError: the folder exists, or can't be written.
+        CloverError: the folder exists or can't be written, or a cut is not finite in the model's dtype.
     """
+    for block in (getattr(model.config, "clover", None) or {}).get("blocks", ()):
+        for name, parameter in model.get_submodule(block["name"]).named_parameters():
+            plain = type(parameter.data) is torch.Tensor and not parameter.is_meta  # quantised ones are whole numbers
+            if plain and not finite(parameter):
+                raise CloverError(f"{block['name']}.{name} overflows {parameter.dtype}; save in float32 or bfloat16")
     with fresh_folder(path) as folder:
         for thing in (model, *beside):
             extra = {"max_shard_size": max_shard_size} if thing is model else {}
             thing.save_pretrained(folder, **extra)
     return Path(path).absolute()
-
-
-@contextmanager
-def fresh_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A hidden folder to fill, which gets its name at the end, or leaves no trace where filling it fails.
-
-    Raises:
-        CloverError: the folder exists, or can't be written.
-    """
-    target = check_writable(path)
-    folder = None
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        yield folder
-        sync(folder)
-        folder.chmod(0o755)
-        folder.rename(target)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CloverError(f"{target} can't be written: {reason}; free space or choose another place") from error
-    finally:
-        if folder is not None and folder.exists():
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_config(model: PreTrainedModel, folder: Path) -> None:
@@ -346,32 +327,6 @@ def write_config(model: PreTrainedModel, folder: Path) -> None:
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-
-
-def check_writable(path: str | os.PathLike[str]) -> Path:
-    """The path of a folder that can be made; parents are made at once.
-
-    Raises:
-        CloverError: it exists, or its parent can't be written.
-    """
-    target = Path(path).absolute()
-    if target.exists():
-        raise CloverError(f"{target} exists; remove it or choose another folder")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CloverError(f"{target} can't be written: {error.strerror}; choose another place") from error
-    if not os.access(target.parent, os.W_OK):
-        raise CloverError(f"{target.parent} can't be written; choose another place")
-    return target
-
-
-def sync(folder: Path) -> None:
-    """Force the files to disk, so that the rename is never ahead of what it names."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

@@ -26,12 +26,10 @@ from clover.options import (
     apart,
     batches_of,
     beside_of,
-    check_figure,
     check_metric,
     is_first,
     load_ready,
     quiet,
-    rule_of,
     tell,
     tell_loss,
 )
@@ -81,10 +79,10 @@ def inspect(
     from clover.families import blocks
     from clover.lossbudget import suggest
     from clover.pruning import find_bases
-    from clover.report import FORMATS, plot_spectra
+    from clover.report import FORMATS, check_target, plot_spectra
 
     if plot:
-        check_figure(plot, *FORMATS)
+        check_target(plot, *FORMATS)
 
     loaded, _ = load_ready(model)
     found = blocks(loaded, part)
@@ -130,14 +128,15 @@ def prune(
 ) -> None:
     """Remove the head directions that carry little, and save the smaller model as OUT."""
     from clover.budget import Limits
-    from clover.checkpoint import check_writable, save
+    from clover.checkpoint import save
+    from clover.folders import check_writable
     from clover.lossbudget import keep_apart, within
-    from clover.pruning import apply, check_loss, find_bases, plan_of, plan_ranks, summary
-    from clover.report import write_report
+    from clover.pruning import apply, check_loss, find_bases, plan_of, plan_ranks, rule, summary
+    from clover.report import check_target, write_report
 
     check_writable(out)
-    rules = rule_of("qk", qk, qk_threshold), rule_of("vo", vo, vo_threshold)
-    cuts = any((qk, vo, qk_threshold, vo_threshold))
+    rules = rule("--qk", qk, qk_threshold, None), rule("--vo", vo, vo_threshold, None)
+    cuts = bool(qk or vo) or qk_threshold is not None or vo_threshold is not None
     if max_loss is not None:
         given = any(value is not None for value in (qk, vo, qk_threshold, vo_threshold))
         check_loss(max_loss, None if metric == "weights" else calibration, given, "--max-loss")
@@ -149,7 +148,7 @@ def prune(
         )
     check_metric(metric, calibration)
     if report:
-        check_figure(report)
+        check_target(report)
     if cuts and (metric == "weights" or calibration is None):
         note("warning: pruning by the weights alone breaks most modern models; give --calibration FILE instead")
     if resume and not stream:
@@ -181,8 +180,8 @@ def prune(
         found = within(loaded, bases, kept_out, max_loss, **bounds)
         plan, loss = found.plan, {"loss": found.to_dict()}
         tell_loss(loss["loss"])
-    apply(loaded, bases, plan)
-    sizes = summary(loaded.to(dtype))
+    apply(loaded.to(dtype), bases, plan)  # before: the cut is checked in the dtype that it is saved in
+    sizes = summary(loaded)
     target = save(loaded, out, beside=beside_of(model))
     if report:
         spectra = [basis.spectrum() for basis in bases]
@@ -294,7 +293,8 @@ def export(
     ] = "padded",
 ) -> None:
     """Write a pruned model for places that don't know clover: in its original class, no smaller, or as ONNX."""
-    from clover.checkpoint import check_writable, load, save
+    from clover.checkpoint import load, save
+    from clover.folders import check_writable
 
     check_writable(out)
     quiet()

@@ -13,6 +13,8 @@ for V-O, whose values belong to a product of two weights; in Whisper 0.3).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +27,17 @@ SAME_BASE = 0.01
 """Relative difference of fingerprints up to which two weights are the same: bfloat16 rounding makes 0.002."""
 SAME_QUANTISED = 0.25
 """The same for a quantised base: four bits make about 0.1."""
+
+
+@contextmanager
+def still(module: nn.Module) -> Iterator[None]:
+    """Without dropout, while it lasts."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 class Core(nn.Module):
@@ -108,10 +121,9 @@ class Core(nn.Module):
     @torch.no_grad()
     def fold(self) -> None:
         """Keep ``E`` alone, for inference: a third of the numbers."""
-        training = self.training
-        self.change = nn.Parameter(self.eval().transform().to(self.change.dtype), self.change.requires_grad)
+        with still(self):
+            self.change = nn.Parameter(self.transform().to(self.change.dtype), self.change.requires_grad)
         self.left = self.right = self.values = None
-        self.train(training)
 
     def extra_repr(self) -> str:
         kind = "folded" if self.left is None else "diagonal" if self.change.dim() == 2 else "full"

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clover.errors import CloverError
+from clover.errors import CloverError, reason
 
 T = TypeVar("T")
 
@@ -81,7 +81,6 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
         raise CloverError(
-            f"another process of this run died or can't be reached ({reason}); start all again to go on"
+            f"another process of this run died or can't be reached ({reason(error)}); start all again to go on"
         ) from error

@@ -30,8 +30,8 @@ def loss_section(loss: Mapping[str, Any]) -> str:
         found = f"Every cut that was tried loses more than the bound of {_percent(bound)}; nothing was removed."
     note = (
         "Loss is the relative increase of perplexity (without logits: the squared error of the output), measured on "
-        "data kept out of the calibration. The line is foretold, the dots are measured; the bars end at the mean plus "
-        "1.645 standard errors. Hollow dots cut one of Q&#8209;K and V&#8209;O alone. "
+        "data kept out of the calibration. The line is foretold, the dots are measured; the bars end at what the mean "
+        "of such data is below 19 times in 20 (Student's t). Hollow dots cut one of Q&#8209;K and V&#8209;O alone. "
         "The filled square is the cut that was taken."
     )
     return (

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from clover.errors import CloverError
+from clover.errors import CloverError, reason
 from clover.files import Kind, extra, file_kind, read_audio, read_manifest, read_records, read_text
 from clover.progress import track
 
@@ -91,7 +91,7 @@ def load_processor(model_or_name: nn.Module | str | Path, kind: str) -> Any:
         loaded = getattr(transformers, kind).from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
         what = f"no {kind.removeprefix('Auto').lower()} can be loaded from {name}"
-        raise CloverError(f"{what} ({str(error).strip().splitlines()[0]}); copy the original model's there") from error
+        raise CloverError(f"{what} ({reason(error)}); copy the original model's there") from error
     tokenizer = getattr(loaded, "tokenizer", loaded)
     # A folder without tokenizer files can yield a tokenizer that knows nothing but its special tokens.
     if hasattr(tokenizer, "all_special_ids") and len(tokenizer) <= len(tokenizer.all_special_ids):

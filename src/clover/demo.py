@@ -9,10 +9,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +17,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from clover.budget import Share
-from clover.checkpoint import check_writable, load, ready, save
+from clover.checkpoint import load, ready, save
 from clover.cost import compare_throughput, writes_text
 from clover.data import calibration_batches, load_processor, max_positions, text_tokens
 from clover.errors import CloverError
 from clover.evaluate import perplexity
+from clover.folders import check_writable, fresh_folder
 from clover.progress import console
 from clover.pruning import apply, find_bases, plan_of, plan_ranks, summary
 from clover.report import write_report
@@ -66,7 +63,7 @@ def run(model: str | None = None, out: str | os.PathLike[str] = "clover-demo") -
     if not writes_text(source):
         raise CloverError(f"the demonstration needs a causal language model, but {model} is a {type(source).__name__}")
     dense, dtype = ready(source)
-    with _whole(target) as folder:
+    with fresh_folder(target) as folder:
         calibration, held_out = (folder / f"{part}.txt" for part in ("calibration", "held-out"))
         for file, text in zip((calibration, held_out), texts(), strict=True):
             file.write_text(text, encoding="utf-8")
@@ -139,18 +136,6 @@ def _smollm2() -> tuple[PreTrainedModel, Any]:
     plain.load_state_dict(packed.state_dict())
     plain.tie_weights()
     return plain.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-
-
-@contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """A hidden folder that gets the name ``target`` if all goes well, and is gone otherwise."""
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield draft
-        draft.chmod(0o755)
-        draft.rename(target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _say(step: str) -> None:

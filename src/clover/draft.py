@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clover.checkpoint import check_writable, sync
 from clover.crew import Crew
 from clover.errors import CloverError
+from clover.folders import SYNCED, check_writable, sync
 
 try:
     import fcntl
@@ -49,9 +49,9 @@ class Draft:
         path = self._path(kind, name)
         part = path.with_suffix(".part")
         save_file({key: value.contiguous() for key, value in tensors.items()}, part)
-        with open(part, "rb") as handle:
+        with open(part, SYNCED) as handle:
             os.fsync(handle.fileno())
-        part.rename(path)
+        part.replace(path)
 
     def load(self, kind: str, name: str) -> dict[str, Tensor]:
         """What ``keep`` kept."""

@@ -7,5 +7,10 @@ class CloverError(ValueError):
     """A request, a model or a file that cannot be worked with; the command line prints it and exits with 2."""
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class UnsupportedModelError(CloverError):
     """No attention block of the model belongs to a known family."""

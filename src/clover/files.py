@@ -88,7 +88,10 @@ def read_manifest(path: str | Path, split: str | None = None) -> list[Utterance]
     """
     path = Path(path)
     table = csv.DictReader(io.StringIO(read_text(path)), delimiter="\t", quoting=csv.QUOTE_NONE)
-    columns, rows = table.fieldnames or [], list(table)
+    try:
+        columns, rows = table.fieldnames or [], list(table)
+    except csv.Error as error:
+        raise CloverError(f"{path} is no table with tabs ({error}); correct that line") from error
     for column in ("file", "text") if split is None else ("file", "text", "split"):
         if column not in columns:
             raise CloverError(f"{path} has no column '{column}', only {list(columns)}; name it in the first line")

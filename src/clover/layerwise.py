@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clover.block import Block
-from clover.errors import CloverError
+from clover.errors import CloverError, reason
 from clover.progress import track
 
 MEMORY = 2**28
-"""Bytes of hidden states that are carried in memory; the rest lies on disk."""
+"""Bytes of hidden states that are carried in memory, on a GPU a quarter of what is free; the rest lies on disk."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ class Carried(Sequence[Tensor]):
 
     def append(self, value: Tensor) -> None:
         """Add a batch."""
+        if value.is_cuda and not self.held:
+            self.left = torch.cuda.mem_get_info(value.device)[0] // 4
         self.left, self.device = self.left - value.nbytes, str(value.device)
         if self.left >= 0 or self.folder is None:
             self.held.append(value)
@@ -219,9 +221,8 @@ def _record(
                 ) from None
             return first[0], calls
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
             raise CloverError(
-                f"the model can't be run up to {stack.name} without its layers ({reason}); calibrate it in memory"
+                f"the model can't be run up to {stack.name} alone ({reason(error)}); calibrate it in memory"
             ) from error
     raise CloverError(f"no calibration batch reached {stack.name}; give batches that run that part of the model")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from clover.basis import Basis
 from clover.budget import Costs, Granularity, Limits, Share, make_plan
-from clover.calibrate import on, padding
+from clover.calibrate import ROWS, answer, on, padding, valid
 from clover.errors import CloverError
+from clover.layerwise import forward
 from clover.plan import Plan
 from clover.progress import track
 from clover.surgery import operate
@@ -43,8 +44,6 @@ MOST = 0.95
 CERTAINTY = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
 """Standard errors that a measured mean must stay under the bound by, to be right 19 times of 20: Student's t for 2
 sequences, 3, ..., and for more than there are here the last."""
-ROWS = 256
-"""Tokens whose distributions are compared at once; those of many words dwarf all else."""
 
 
 def check_bound(max_loss: float) -> float:
@@ -356,21 +355,12 @@ def twin(model: nn.Module) -> nn.Module:
 
 def _by_sequence(whole: nn.Module, cut: nn.Module, batch: Any) -> Iterator[Tensor]:
     """The loss of every token of every sequence of a batch."""
-    before, after = (_answer(m(**batch) if isinstance(batch, Mapping) else m(batch)) for m in (whole, cut))
-    mask = next((m for m in padding(batch) if m.shape == before[0].shape[:2] and before[0].dim() > 2), None)
-    for row, (p, q) in enumerate(zip(before[0], after[0], strict=True)):
-        p, q = (x.reshape(-1, x.shape[-1]) for x in (p, q))
-        p, q = (p, q) if mask is None else (p[mask[row]], q[mask[row]])
-        compare = divergence if before[1] else relative_error
-        yield torch.cat([compare(a, b) for a, b in zip(p.split(ROWS), q.split(ROWS), strict=True)])
-
-
-def _answer(output: Any) -> tuple[Tensor, bool]:
-    """What a model says, and whether it is logits."""
-    if (logits := output.get("logits")) is not None:
-        return logits, True
-    said = (v for name, v in output.items() if name != "loss" and isinstance(v, Tensor) and v.is_floating_point())
-    return next(v for v in said if v.dim()), False
+    (p, words), (q, _) = (answer(forward(model, batch)) for model in (whole, cut))
+    compare, real = divergence if words else relative_error, valid(p, padding(batch, whole).decoder)
+    for row in range(len(p)):
+        kept = (x[row][real[row]] if x.dim() == 3 else x[row].reshape(1, -1) for x in (p, q))
+        pieces = zip(*(x.split(ROWS) for x in kept), strict=True)
+        yield torch.cat([compare(*pair) for pair in pieces])
 
 
 def divergence(p: Float[Tensor, "n words"], q: Float[Tensor, "n words"]) -> Float[Tensor, " n"]:

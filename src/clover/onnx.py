@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clover.checkpoint import fresh_folder
 from clover.errors import CloverError
 from clover.files import extra
+from clover.folders import fresh_folder
 from clover.graphs import Graph, graphs
 from clover.progress import track
 

@@ -7,16 +7,13 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from clover.errors import CloverError
 from clover.progress import console
 from clover.show import note, show
-
-if TYPE_CHECKING:
-    from clover.budget import Rule
 
 
 def _share(value: float | None) -> float | None:
@@ -73,15 +70,6 @@ Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Use at most
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
 
 
-def rule_of(name: str, share: float | None, threshold: float | None) -> Rule:
-    """The rule for ``--NAME`` or ``--NAME-threshold``."""
-    from clover.budget import Share, Threshold
-
-    if None not in (share, threshold):
-        raise CloverError(f"--{name} {share} and --{name}-threshold {threshold} exclude each other; give one")
-    return Share(share or 0.0) if threshold is None else Threshold(threshold)
-
-
 def check_metric(metric: str | None, calibration: Path | None) -> None:
     """Find out before the long work whether metric and data go together."""
     from clover.files import file_kind
@@ -92,18 +80,6 @@ def check_metric(metric: str | None, calibration: Path | None) -> None:
         file_kind(calibration)
         if metric == "weights":
             note(f"warning: --metric weights makes no use of {calibration}")
-
-
-def check_figure(path: Path, *kinds: str) -> None:
-    """Find out before the long work whether a page, or a picture of one of these kinds, can be made."""
-    from importlib.util import find_spec
-
-    if kinds and path.suffix.lower().lstrip(".") not in kinds:
-        raise CloverError(f"cannot plot to '{path}': its suffix must be one of .{', .'.join(kinds)}")
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise CloverError(f"{path} can't be written; name a file in an existing folder that you may write to")
-    if find_spec("matplotlib") is None:
-        raise CloverError('plots need matplotlib, which is missing: pip install "clover-attention[report]"')
 
 
 def is_first() -> bool:

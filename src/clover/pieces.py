@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 from clover.basis import Basis
 from clover.block import Block
 from clover.checkpoint import blank, workplace
-from clover.errors import CloverError
+from clover.errors import CloverError, reason
 from clover.families import blocks
 from clover.heads import finite
 from clover.plan import BlockPlan
@@ -209,9 +209,8 @@ class Pieces:
         try:
             return key, tuple(self.merged[key].value(key, shaped, self.model).shape)
         except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
             raise CloverError(
-                f"the parts of {key} in {self.source.folder} don't fit: {reason}; restore them"
+                f"the parts of {key} in {self.source.folder} don't fit: {reason(error)}; restore them"
             ) from error
 
 

@@ -82,16 +82,14 @@ class Plan:
         Raises:
             CloverError: a field is missing, unknown or contradicts another, or it is of another format.
         """
+        if "format" in data:
+            _check_format(data["format"])
         try:
             plan = cls(tuple(_block_from_dict(b) for b in data["blocks"]))
             wrong = next((b for b in plan.blocks if not _possible(b)), None)
         except (KeyError, TypeError) as error:
             raise CloverError(f"the clover plan in config.json is damaged ({error}); restore the file") from error
-        if (written := data.get("format")) != FORMAT:
-            raise CloverError(
-                f"the clover plan has format {written!r}, and this version reads {FORMAT}; install the version that "
-                "wrote it, or prune the original model again"
-            )
+        _check_format(data.get("format"))  # those of old have none
         if not plan.blocks:
             raise CloverError("the clover plan in config.json has no blocks; restore the file")
         if wrong is not None:
@@ -112,6 +110,14 @@ class Plan:
 def _block_from_dict(data: dict) -> BlockPlan:
     groups = tuple(Group(**(g | {"heads": tuple(g["heads"])})) for g in data["groups"])
     return BlockPlan(**(data | {"groups": groups}))
+
+
+def _check_format(written: object) -> None:
+    if written != FORMAT:
+        raise CloverError(
+            f"the clover plan has format {written!r}, and this version reads {FORMAT}; install the version that "
+            "wrote it, or prune the original model again"
+        )
 
 
 def _possible(block: BlockPlan) -> bool:

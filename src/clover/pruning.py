@@ -170,7 +170,7 @@ def rule(name: str, share: float | None, threshold: float | None, energy: float 
         CloverError: more than one was.
     """
     given = {"share": share, "threshold": threshold, "energy": energy}
-    chosen = [key for key, value in given.items() if value is not None]
+    chosen = [f"{key} {value:g}" for key, value in given.items() if value is not None]
     if len(chosen) > 1:
         raise CloverError(f"{name} is given a {' and a '.join(chosen)}; give one")
     if threshold is not None:

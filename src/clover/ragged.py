@@ -92,33 +92,39 @@ class Span(NamedTuple):
             spread = queries.index_select(1, self.query).view(-1, *self.own.shape)
         else:
             spread = queries.unsqueeze(1)
-        return (spread * self.own).to(queries.dtype)
+        if queries.dtype == self.own.dtype or queries.requires_grad or torch.compiler.is_compiling():
+            return (spread * self.own).to(queries.dtype)
+        rows = torch.empty(len(queries), *self.own.shape, dtype=queries.dtype, device=queries.device)
+        return torch.mul(spread, self.own, out=rows)  # computed wide, rounded as it is written
 
 
 class Tables:
-    """The index tables of a block's heads, on the device where the block is run.
+    """The index tables of a block's heads, on each device where the block is run.
 
-    Made by the first call: one that is not compiled, or the tables would belong to the graph.
+    Made by the first call there: one that is not compiled, or the tables would belong to the graph.
     """
-
-    padding: Padding
-    spans: list[Span]
 
     def __init__(self, sizes: list[tuple[int, int]], n: int, scale: float) -> None:
         """Heads of (Q-K, V-O) ``sizes`` in the order of the flat layout, ``n`` queries each; the scale of logits."""
         self.sizes, self.n, self.scale = sizes, n, scale
-        self.place: tuple[torch.device, torch.dtype] | None = None
+        self.made: dict[tuple[torch.device, torch.dtype], tuple[Padding, list[Span]]] = {}
 
-    def move(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Make the tables for queries of a dtype, unless they are there."""
-        if self.place == (device, dtype):
-            return
+    def at(self, queries: Tensor) -> tuple[Padding, list[Span]]:
+        """Those for queries of this dtype on this device."""
+        place = queries.device, queries.dtype
+        if place not in self.made:
+            self.made[place] = self._make(*place)
+        return self.made[place]
+
+    def _make(self, device: torch.device, dtype: torch.dtype) -> tuple[Padding, list[Span]]:
         span = SPAN if device.type == "cpu" else max(1, ROWS // self.n)
         firsts, last = range(0, len(self.sizes), span), len(self.sizes)
-        self.padding = Padding.of(self.sizes, self.n, device)
         scale = torch.tensor(self.scale, dtype=torch.promote_types(dtype, torch.float32), device=device)
-        self.spans = [Span.of(self.sizes, at, min(at + span, last), self.n, scale) for at in firsts]
-        self.place = device, dtype
+        spans = [Span.of(self.sizes, at, min(at + span, last), self.n, scale) for at in firsts]
+        return Padding.of(self.sizes, self.n, device), spans
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"made": {}}  # where it is loaded, devices may be others
 
 
 def by_head(mask: Any, heads: Callable[[], list[int]]) -> Any:
@@ -172,5 +178,8 @@ def weighted_sum(
 
 
 def padded(x: Tensor, size: int) -> Tensor:
-    """``x`` with zero columns up to ``size``."""
-    return nn.functional.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x
+    """``x`` with zero columns up to ``size``; on GPUs a copy unless kernels that read 16 bytes at once can take it."""
+    if x.shape[-1] < size:
+        return nn.functional.pad(x, (0, size - x.shape[-1]))
+    aligned = all(start * x.itemsize % 16 == 0 for start in (x.storage_offset(), *x.stride()[:-1]))
+    return x if aligned or x.device.type == "cpu" else x.clone(memory_format=torch.contiguous_format)

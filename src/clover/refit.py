@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 RIDGE = 1e-3
@@ -25,57 +26,44 @@ TOLERANCE = 1e-10
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each kept direction of a KV head stands: row of ``bases``, its rows and columns in ``D``."""
+    """Where the kept directions stand: KV head after KV head in ``bases``, query heads of each side by side in ``D``.
 
-    rows: Int[Tensor, "n kept"]
-    columns: Int[Tensor, "n kept e"]
-    width: int
-    ranks: tuple[int, ...]
-    """Directions kept of each KV head, in their order."""
+    Products with ``D``, which is zero but for a block a query head, go by groups of heads that keep equally many.
+    """
+
+    groups: tuple[tuple[Tensor, int], ...]
+    """KV heads that follow one another, int64, and how many directions each of them keeps."""
+    queries: int
+    size: int
+    kv_heads: int
 
     @classmethod
     def of(cls, ranks: list[tuple[int, int]], queries: int, size: int, kv_heads: int, device: torch.device) -> Layout:
-        """Flat values in the order of ``ranks`` (KV head, directions kept), query heads of a KV head side by side."""
-        rows, columns, at = [], [], 0
-        for head, rank in ranks:
-            steps = torch.arange(queries)[:, None] * rank + torch.arange(rank) + at
-            span = (head * queries + torch.arange(queries))[:, None] * size + torch.arange(size)
-            rows.append(steps)
-            columns.append(span[:, None].expand(queries, rank, size))
-            at += queries * rank
-        where = torch.cat(rows, 1).to(device), torch.cat(columns, 1).to(device)
-        return cls(*where, kv_heads * queries * size, tuple(rank for _, rank in ranks))
+        """Flat values in the order of ``ranks`` (KV head, directions kept)."""
+        equal = groupby(ranks, key=lambda rank: rank[1])
+        groups = tuple((torch.tensor([h for h, _ in heads], device=device), rank) for rank, heads in equal)
+        return cls(groups, queries, size, kv_heads)
 
-    def spread(self, bases: Float[Tensor, "kept e"]) -> Float[Tensor, "columns z"]:
-        """``D`` from the bases."""
-        down = bases.new_zeros(self.rows.numel(), self.width)
-        down[self.rows.unsqueeze(-1), self.columns] = bases.expand(len(self.rows), -1, -1)
-        return down
-
-    # Products with ``D`` go block by block: it is zero but for a block a query head.
-
-    def _blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rows of the bases, and rows and columns of ``D``, of every query head."""
-        at = 0
-        for rank in self.ranks:
-            if rank:
-                for rows, columns in zip(self.rows[:, at : at + rank], self.columns[:, at], strict=True):
-                    yield slice(at, at + rank), rows, columns
-            at += rank
+    def _parts(self, bases: Float[Tensor, "kept e"]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The heads of each group and their bases, ``(heads, rank, e)``."""
+        sizes = [len(heads) * rank for heads, rank in self.groups]
+        for (heads, rank), own in zip(self.groups, bases.split(sizes), strict=True):
+            yield heads, own.view(len(heads), rank, self.size)
 
     def times(self, bases: Float[Tensor, "kept e"], right: Float[Tensor, "z w"]) -> Float[Tensor, "columns w"]:
         """``D @ right``."""
-        product = right.new_empty(self.rows.numel(), right.shape[1])
-        for kept, rows, columns in self._blocks():
-            product[rows] = bases[kept] @ right[columns]
-        return product
+        by_head = right.unflatten(0, (self.kv_heads, self.queries, self.size))
+        return torch.cat([(own.unsqueeze(1) @ by_head[heads]).flatten(0, 2) for heads, own in self._parts(bases)])
 
     def gather(self, left: Float[Tensor, "columns m"], right: Float[Tensor, "m z"]) -> Float[Tensor, "kept e"]:
         """Sum of the entries of ``left @ right`` at each place where ``D`` has an entry of the bases (the adjoint)."""
-        total = right.new_zeros(sum(self.ranks), self.columns.shape[-1])
-        for kept, rows, columns in self._blocks():
-            total[kept] += left[rows] @ right[:, columns]
-        return total
+        by_head, found, at = right.unflatten(1, (self.kv_heads, self.queries, self.size)), [], 0
+        for heads, rank in self.groups:
+            rows = len(heads) * self.queries * rank
+            own = left[at : at + rows].view(len(heads), self.queries, rank, left.shape[1])
+            found.append((own @ by_head[:, heads].permute(1, 2, 0, 3)).sum(1).flatten(0, 1))
+            at += rows
+        return torch.cat(found)
 
 
 def refit(
@@ -138,8 +126,9 @@ def _fit_bases(
     wanted = layout.gather(left, target)
     residual = wanted - apply(bases)
     direction, energy = residual, residual.square().sum()
+    solved = TOLERANCE**2 * wanted.square().sum()
     for _ in range(STEPS):
-        if energy <= TOLERANCE**2 * wanted.square().sum():
+        if energy <= solved:
             break  # what is left is rounding; with little data the curvature along it may be zero or negative
         image = apply(direction)
         step = energy / (direction * image).sum()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clover.curve import loss_section
 from clover.errors import CloverError
+from clover.files import extra
 from clover.plan import BlockPlan, Plan, Spectrum
 
 if TYPE_CHECKING:
@@ -83,24 +84,25 @@ def plot_spectra(spectra: Sequence[Spectrum], path: str | os.PathLike[str]) -> N
     Raises:
         CloverError: no spectra, another suffix, a path that cannot be written, or matplotlib is not installed.
     """
-    path = Path(path)
-    kind = path.suffix.lower().removeprefix(".")
-    if kind not in FORMATS:
-        raise CloverError(f"cannot plot to {str(path)!r}: its suffix must be one of .{', .'.join(FORMATS)}")
+    check_target(path, *FORMATS)
     if not spectra:
         raise CloverError("there are no spectra to plot: the model has no attention block in the chosen part")
-    _replace(path, _render(spectra, kind, dpi=150))
+    _replace(Path(path), _render(spectra, Path(path).suffix.lower().removeprefix("."), dpi=150))
 
 
-def check_target(path: str | os.PathLike[str]) -> None:
-    """Raise now what ``write_report`` would raise after hours of work.
+def check_target(path: str | os.PathLike[str], *kinds: str) -> None:
+    """Raise now what writing a page, or a picture of one of these kinds, would raise after hours of work.
 
     Raises:
-        CloverError: matplotlib is not installed, or the folder of ``path`` is missing or cannot be written to.
+        CloverError: matplotlib is not installed, another suffix, or the folder of ``path`` is missing or cannot be
+            written to.
     """
-    _need_matplotlib()
-    if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK | os.X_OK):
-        raise _unwritable(Path(path))
+    path = Path(path)
+    if kinds and path.suffix.lower().removeprefix(".") not in kinds:
+        raise CloverError(f"cannot plot to {str(path)!r}: its suffix must be one of .{', .'.join(kinds)}")
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise _unwritable(path)
+    extra("matplotlib", "report")
 
 
 def write_report(
@@ -194,13 +196,6 @@ def _unwritable(path: Path) -> CloverError:
     return CloverError(f"cannot write {str(path)!r}: {cause}; name a file in a folder that you may write to")
 
 
-def _need_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise CloverError('plots need matplotlib, which is missing: pip install "clover-attention[report]"') from error
-
-
 def _render(spectra: Sequence[Spectrum], kind: str, *, dpi: int, transparent: bool = False) -> bytes:
     buffer = io.BytesIO()
     _figure(spectra).savefig(buffer, format=kind, dpi=dpi, transparent=transparent)
@@ -208,7 +203,7 @@ def _render(spectra: Sequence[Spectrum], kind: str, *, dpi: int, transparent: bo
 
 
 def _figure(spectra: Sequence[Spectrum]) -> Figure:
-    _need_matplotlib()
+    extra("matplotlib", "report")
     from matplotlib.figure import Figure  # no pyplot: no global state is touched, and no display asked for
     from matplotlib.lines import Line2D
 

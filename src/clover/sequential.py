@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from clover.basis import find_basis
 from clover.block import Block
-from clover.calibrate import Moments, Watcher, on, padding
+from clover.calibrate import Masks, Moments, Watcher, on, padding, valid
 from clover.checkpoint import workplace
 from clover.crew import Crew
 from clover.draft import Draft
@@ -47,11 +47,11 @@ class Sample:
     """The batches of this process: their numbers among all, and masks that keep padding out."""
 
     numbers: tuple[int, ...]
-    masks: tuple[list[Tensor], ...]
+    masks: tuple[Masks, ...]
     seed: int
 
     @classmethod
-    def of(cls, batches: Sequence[Any], we: Crew, seed: int) -> tuple[Sample, list[Any]]:
+    def of(cls, batches: Sequence[Any], model: nn.Module, we: Crew, seed: int) -> tuple[Sample, list[Any]]:
         """This process's share of the batches.
 
         Raises:
@@ -65,7 +65,7 @@ class Sample:
             )
         numbers = tuple(we.share(range(len(batches))))
         mine = [batches[i] for i in numbers]
-        return cls(numbers, tuple(padding(batch) for batch in mine), seed), mine
+        return cls(numbers, tuple(padding(batch, model) for batch in mine), seed), mine
 
 
 def inside(layer: str, blocks: Sequence[Block], module: nn.Module) -> list[Block]:
@@ -95,11 +95,11 @@ def observe(
         for at, (hidden, call) in enumerate(inputs):
             seed = sample.seed + crc32(blocks[0].name.encode()) + STRIDE * (sample.numbers[at] + 1)
             for i, watcher in enumerate(watchers):
-                watcher.masks = sample.masks[at]
+                watcher.masks = sample.masks[at].of(watcher.block.part)
                 watcher.generator.manual_seed(seed + i)
             noise = torch.Generator().manual_seed(seed)  # of the CPU: a GPU would draw others
             with torch.enable_grad():
-                score = _likelihood(run(module, hidden, call)[0], sample.masks[at], noise)
+                score = _likelihood(run(module, hidden, call)[0], sample.masks[at].of(blocks[0].part), noise)
             score.backward()
     finally:
         for hook in hooks:
@@ -119,9 +119,8 @@ def _add_up(watcher: Watcher, we: Crew) -> None:
 def _likelihood(output: Tensor, masks: Sequence[Tensor], generator: torch.Generator) -> Tensor:
     """Derivative by its mean of the log-likelihood of noise as large as each token's hidden state."""
     noise = torch.randn(output.shape, generator=generator).to(output.device)
-    for mask in masks:
-        if mask.shape == output.shape[:2]:
-            noise = noise * mask.unsqueeze(-1)
+    if output.dim() == 3:
+        noise = noise * valid(output, masks).unsqueeze(-1)
     size = output.detach().float().square().mean(-1, keepdim=True).sqrt()
     return (output.float() / size.clamp_min(torch.finfo(torch.float32).tiny) * noise).sum()
 
@@ -158,7 +157,7 @@ class Calibrated:
         model = pieces.shell([name for stack in order for name in stack.layers])
         device = workplace(pieces.model.dtype)[0]
         batches = [on(b, device) for b in (calibration(model) if callable(calibration) else calibration)]
-        sample, mine = Sample.of(batches, we, seed)
+        sample, mine = Sample.of(batches, model, we, seed)
         return cls(pieces, blocks, order, model, mine, sample, _fingerprint(batches))
 
     def survey(self, made: Draft, we: Crew) -> None:

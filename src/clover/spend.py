@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 PART = 8
-"""How small a part of a block's columns may move for the sake of tiles, or two tiles."""
+"""One of so many columns of a block may move for the sake of tiles, where two tiles don't do."""
 Head = tuple[int, int]
 """Number of the block, number of the KV head in it."""
 
@@ -121,7 +121,7 @@ def _level(curves: Mapping[int, Curve], least: Sequence[int], steps: Sequence[in
     None where the steps are too coarse for it.
     """
     columns = sum(c.size(s) for i, c in curves.items() for s in range(steps[i]))
-    for reach in (2 * tile, columns // PART):
+    for reach in _reaches(columns, tile):
         ways = _ways({i: _choices(c, steps[i], least[i], reach) for i, c in curves.items()}, reach)
         whole = [moved for moved in ways if (columns + moved) % tile == 0 and moved <= 0]
         if whole:
@@ -134,13 +134,18 @@ def _up(curves: Mapping[int, Curve], steps: Sequence[int], tile: int, left: int)
     """Add the steps that are worth most and fill tiles, or all there are; None where that can't be had for ``left``."""
     columns = sum(c.size(s) for i, c in curves.items() for s in range(steps[i]))
     rest = sum(c.size(s) for i, c in curves.items() for s in range(steps[i], len(c.prices)))
-    for reach in (2 * tile, columns // PART):
+    for reach in _reaches(columns, tile):
         ways = _ways({i: _choices(c, steps[i], steps[i], reach) for i, c in curves.items()}, min(left, reach))
         whole = [ways[moved] for moved in ways if moved and (moved % tile == 0 or moved == rest)]
         if whole:
             best = max(whole, key=lambda move: move.worth / move.columns)
             return best._replace(worth=best.worth / best.columns)
     return None
+
+
+def _reaches(columns: int, tile: int) -> list[int]:
+    """How many columns may move at most: first few, then more."""
+    return sorted({2 * tile, max(2 * tile, columns // PART)})
 
 
 def _choices(curve: Curve, now: int, least: int, reach: int) -> list[_Choice]:

@@ -21,7 +21,7 @@ from clover.block import Block
 from clover.budget import Granularity, Limits
 from clover.crew import Crew, crew
 from clover.draft import Draft, draft
-from clover.errors import CloverError
+from clover.errors import CloverError, reason
 from clover.layout import BASES, DONE, Layout
 from clover.packed import pack, pack_costs, unpack, unpack_costs
 from clover.pieces import Pieces, cut
@@ -114,7 +114,7 @@ def local(model: str | os.PathLike[str]) -> Path:
     try:
         return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise CloverError(f"{model} is no model that can be loaded: {str(error).splitlines()[0]}") from error
+        raise CloverError(f"{model} is no model that can be loaded: {reason(error)}") from error
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,12 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
-from clover.checkpoint import check_writable, load, ready, save
+from clover.checkpoint import load, ready, save
 from clover.cost import accepts, writes_text
 from clover.data import found_beside, load_processor, text_tokens
 from clover.errors import CloverError
 from clover.files import file_kind, read_records, read_text
+from clover.folders import check_writable
 from clover.progress import console
 from clover.recipe import Recipe, adapter_config
 

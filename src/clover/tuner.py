@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from clover.config import NAME, CloverConfig, extend_enum
-from clover.cores import Core, fingerprint, turn
+from clover.cores import Core, fingerprint, still, turn
 from clover.errors import CloverError, UnsupportedModelError
 from clover.families import FAMILIES
 from clover.heads import finite
@@ -176,24 +176,22 @@ class CloverLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _set_merged(self, names: list[str], check: bool = False) -> None:
         """Go from the merged adapters to ``names``: undo the one transform, apply the other."""
-        training = self.training
-        self.eval()  # without dropout
-        weight = _read(self.get_base_layer())
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        for core, transform in reversed(self._transforms(self.merged_adapters)):
-            rows = core.rows
-            whole = transform + torch.eye(rows.shape[1], device=wide.device)
-            wide = wide.index_copy(
-                0, rows.flatten(), torch.linalg.solve(whole.to(wide.dtype), wide[rows]).flatten(0, 1)
-            )
-        for core, transform in self._transforms(names):
-            rows = core.rows
-            wide = wide.index_add(0, rows.flatten(), (transform.to(wide.dtype) @ wide[rows]).flatten(0, 1))
-        if check and not finite(wide):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
-        self._write(wide.to(weight.dtype))
-        self.merged_adapters = names
-        self.train(training)
+        with still(self):
+            weight = _read(self.get_base_layer())
+            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            for core, transform in reversed(self._transforms(self.merged_adapters)):
+                rows = core.rows
+                whole = transform + torch.eye(rows.shape[1], device=wide.device)
+                wide = wide.index_copy(
+                    0, rows.flatten(), torch.linalg.solve(whole.to(wide.dtype), wide[rows]).flatten(0, 1)
+                )
+            for core, transform in self._transforms(names):
+                rows = core.rows
+                wide = wide.index_add(0, rows.flatten(), (transform.to(wide.dtype) @ wide[rows]).flatten(0, 1))
+            if check and not finite(wide):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
+            self._write(wide.to(weight.dtype))
+            self.merged_adapters = names
 
     def _write(self, weight: Float[Tensor, "out in"]) -> None:
         base: Any = self.get_base_layer()
@@ -212,7 +210,9 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         weight = _read(base)
         delta = torch.zeros_like(weight)
-        for core, transform in self._transforms([adapter]):
+        with still(self):
+            transforms = self._transforms([adapter])
+        for core, transform in transforms:
             rows = core.rows
             delta.index_copy_(0, rows.flatten(), (transform.to(weight.dtype) @ weight[rows]).flatten(0, 1))
         return delta.T if isinstance(base, Conv1D) else delta

@@ -1,0 +1,66 @@
+"""Folders that are whole or not there: filled under a hidden name, forced to disk, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from clover.errors import CloverError
+
+SYNCED = "r+b" if os.name == "nt" else "rb"
+"""How a file is opened to be forced to disk: Windows wants to be able to write it."""
+
+
+@contextmanager
+def fresh_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A hidden folder to fill, which gets its name at the end, or leaves no trace where filling it fails.
+
+    Raises:
+        CloverError: the folder exists, or can't be written.
+    """
+    target = check_writable(path)
+    folder = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        yield folder
+        sync(folder)
+        folder.chmod(0o755)
+        folder.rename(target)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise CloverError(f"{target} can't be written: {why}; free space or choose another place") from error
+    finally:
+        if folder is not None and folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """The path of a folder that can be made; parents are made at once.
+
+    Raises:
+        CloverError: it exists, or its parent can't be written.
+    """
+    target = Path(path).absolute()
+    if target.exists():
+        raise CloverError(f"{target} exists; remove it or choose another folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CloverError(f"{target} can't be written: {error.strerror}; choose another place") from error
+    if not os.access(target.parent, os.W_OK):
+        raise CloverError(f"{target.parent} can't be written; choose another place")
+    return target
+
+
+def sync(folder: Path) -> None:
+    """Force the files to disk, so that the rename is never ahead of what it names."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, SYNCED) as handle:
+                os.fsync(handle.fileno())
