@@ -31,9 +31,8 @@ class Costs:
     """What cutting costs in one block: a row per KV head, directions best first.
 
     ``*_cost[h, i]`` is the price of cutting direction ``i`` of head ``h`` once all after it are cut: nats of the
-    attention
-    distribution for Q-K, squared error of the block's output for V-O. ``*_norm`` is the paper's product of row norms
-    after the change of basis.
+    attention distribution for Q-K, squared error of the block's output for V-O. ``*_norm`` is the paper's product of
+    row norms after the change of basis.
     """
 
     name: str

@@ -25,6 +25,8 @@ from clover.rotary import features
 
 ROWS = 256
 """Tokens whose distributions are held at once."""
+FEATURES = 2**25
+"""Numbers of rotary features that are held at once on a GPU."""
 SOFTMAX_WEIGHT = 0.5
 """Share of the softmax in a key's weight; the rest is uniform over the visible keys, which catches keys that a cut
 could make jump up and that a purely local estimate can't see."""
@@ -388,11 +390,11 @@ def _weights(logits: Tensor, bias: Tensor, sinks: Tensor | None = None) -> Tenso
 
 def _feature_covariance(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
     """Sum over queries of the covariance of the rotary features, ``(kv, n, r, r)``."""
-    total = []  # a KV head at a time, to bound memory
-    for head in range(len(k)):
-        f = features(q[head], k[head].unsqueeze(0))
-        w = weights[head].unsqueeze(-1)
-        means = (w * f).sum(-2)
-        rooted = (w.sqrt() * f).flatten(1, 2)
-        total.append(rooted.mT @ rooted - means.mT @ means)
-    return torch.stack(total)
+    # A KV head at a time, to bound memory; on GPUs as many as fit a hundred megabytes, for they are slow to be told.
+    at_once = max(1, FEATURES // (q[0, ..., 0].numel() * k[0].numel())) if q.is_cuda else 1
+    found = []
+    for some_q, some_k, some_weights in zip(q.split(at_once), k.split(at_once), weights.split(at_once), strict=True):
+        f, w = features(some_q, some_k.unsqueeze(1)), some_weights.unsqueeze(-1)
+        means, rooted = (w * f).sum(-2), (w.sqrt() * f).flatten(-3, -2)
+        found.append(rooted.mT @ rooted - means.mT @ means)
+    return torch.cat(found)

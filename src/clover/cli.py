@@ -76,7 +76,6 @@ def inspect(
 ) -> None:
     """Show the singular values of every head, and with data what could go for a loss of 1, 2 and 5 %."""
     check_metric(metric, calibration)
-    from clover.families import blocks
     from clover.lossbudget import suggest
     from clover.pruning import find_bases
     from clover.report import FORMATS, check_target, plot_spectra
@@ -85,14 +84,13 @@ def inspect(
         check_target(plot, *FORMATS)
 
     loaded, _ = load_ready(model)
-    found = blocks(loaded, part)
     batches, kept_out = apart(batches_of(loaded, calibration, metric, split, limit, spare=True))
     bases = find_bases(loaded, part=part, calibration=batches, metric=metric)
     spectra = [basis.spectrum() for basis in bases]
     hints = [asdict(hint) for hint in suggest(loaded, bases, kept_out)] if kept_out else []
     if plot:
         plot_spectra(spectra, plot)
-    described = [describe(block, spectrum) for block, spectrum in zip(found, spectra, strict=True)]
+    described = [describe(basis.block, spectrum) for basis, spectrum in zip(bases, spectra, strict=True)]
     if as_json:
         print(json.dumps({"model": model, "blocks": described, "suggestions": hints}))
     else:

@@ -54,9 +54,10 @@ class Layout:
         for key, entry in pieces.untouched(gone):
             rest[entry.file.name][key] = entry
         tensors = {f: {n: (e.dtype, e.shape, e.size) for n, e in kept.items()} for f, kept in rest.items()}
+        state = model.state_dict()
         for block in found:
             inside = pieces.inside(block)
-            tensors[pieces.home(block)] |= {k: form(t) for k, t in model.state_dict().items() if k.startswith(inside)}
+            tensors[pieces.home(block)] |= {k: form(t) for k, t in state.items() if k.startswith(inside)}
         shards = {f: Shard(folder / f, of) for f, of in tensors.items()}
         return cls(pieces, model, shards, rest, tuple(b.name for b in found))
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from clover.basis import Basis
 from clover.block import Block
 from clover.budget import Costs
-from clover.calibrate import Moments
 from clover.decompose import Bases
 
 COSTS = "costs."
@@ -29,14 +28,14 @@ def pack(basis: Basis) -> dict[str, Tensor]:
     return packed
 
 
-def unpack(block: Block, packed: Mapping[str, Tensor], moments: Moments | None = None) -> Basis:
-    """The basis again, beside the block that it is of."""
+def unpack(block: Block, packed: Mapping[str, Tensor]) -> Basis:
+    """The basis again, beside the block that it is of; without moments."""
     heads = block.heads().map(Tensor.detach)
     here = {key: tensor.to(heads.q.device) for key, tensor in packed.items() if not key.startswith(COSTS)}
     values: dict[str, Any] = {key: tensor for key, tensor in here.items() if "." not in key}
     for name in {key.partition(".")[0] for key in here if "." in key}:
         values[name] = Bases(*(here[f"{name}.{key}"] for key in Bases._fields))
-    return Basis(block, heads, moments, **values)
+    return Basis(block, heads, None, **values)
 
 
 def pack_costs(costs: Costs) -> dict[str, Tensor]:

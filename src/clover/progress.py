@@ -12,6 +12,6 @@ T = TypeVar("T")
 console = Console(stderr=True)
 
 
-def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+def track(items: Iterable[T], what: str) -> Iterator[T]:
     """Yield ``items`` under a progress bar named ``what``; silent where standard error is no terminal."""
-    yield from _track(items, what, total=total, console=console, transient=True, disable=not console.is_terminal)
+    yield from _track(items, what, console=console, transient=True, disable=not console.is_terminal)

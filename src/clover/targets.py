@@ -105,7 +105,7 @@ def _in_blocks(rows: int, size: int) -> Int[Tensor, "b d"]:
     return torch.arange(0 if rows % size else rows).unflatten(0, (-1, size))
 
 
-def rows_in_blocks(name: str, module: nn.Module, size: int, part: str = "block") -> Slot:
+def rows_in_blocks(name: str, module: nn.Module, size: int) -> Slot:
     """All rows of a projection in blocks of ``size``, each decomposed alone.
 
     Raises:
@@ -117,7 +117,7 @@ def rows_in_blocks(name: str, module: nn.Module, size: int, part: str = "block")
             f"{name} has {rows} rows, which blocks of {size} don't divide; choose a block_size that does "
             f"(a divisor of {rows}), or leave the module out"
         )
-    return Slot(part, torch.arange(rows).unflatten(0, (-1, size)))
+    return Slot("block", _in_blocks(rows, size))
 
 
 def out_features(module: Any) -> int:
