@@ -18,6 +18,7 @@ from clover.calibrate import Moments
 from clover.decompose import Bases, decompose, square_root, weight_gram
 from clover.heads import Heads, energies
 from clover.plan import BlockPlan, Group, Spectrum
+from clover.ragged import joined
 from clover.refit import Layout, refit
 from clover.rotary import by_energy, chosen, eliminate, fit_gains, gained, white_gram
 
@@ -148,13 +149,13 @@ class Basis:
             if group.plain:
                 side = plain[0] if self.block.normed else plain[0].unsqueeze(1)
                 rows.append(side @ x[:, :, rotary:].double())
-            return _joined(rows, 2).flatten(0, 2)
+            return joined(rows, 2).flatten(0, 2)
 
         def keys(x: Tensor) -> Tensor:
             rows = [chosen(x[:, :rotary], kept)] if rotary else []
             if group.plain:
                 rows.append(plain[1] @ x[:, rotary:].double())
-            return _joined(rows, 1).flatten(0, 1)
+            return joined(rows, 1).flatten(0, 1)
 
         return queries, keys
 
@@ -269,10 +270,6 @@ def _ridged(gram: Tensor) -> Tensor:
     if failed.any():
         ridge = torch.where(failed, ridge - torch.linalg.eigvalsh(gram)[..., 0].clamp_max(0), ridge)
     return gram + ridge[..., None, None] * eye
-
-
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 def _rows(values: Tensor) -> tuple[tuple[float, ...], ...]:

@@ -153,9 +153,9 @@ def take(x: Tensor, which: Tensor) -> Tensor:
     return x.gather(-1, which.expand(*x.shape[:-1], -1))
 
 
-def joined(parts: list[Tensor]) -> Tensor:
-    """Columns of all parts in one tensor."""
-    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+def joined(parts: list[Tensor], dim: int = -1) -> Tensor:
+    """All parts in one tensor, by their columns if not said otherwise; a single one as it is."""
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 def weighted_sum(
