@@ -27,8 +27,11 @@ if not torch.cuda.is_available():
 
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # for convolutions it is the default
 
-NEAR = 1e-3
-"""Relative: rotations and norms are computed in float32, and decompositions round otherwise."""
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # of a thread that has no context yet
+
+NEAR = 1e-2
+"""Relative: rotations and norms are computed in float32, and where a value that is kept nearly equals one that is not,
+directions turn by much more than what made them differ."""
 
 
 def put(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -39,14 +42,14 @@ def waits(call: Callable[[], Any]) -> int:
     """How often a call makes the processor wait for the GPU."""
     call()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
             call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(w.message) for w in found)
+    return sum("called a synchronizing" in str(w.message) for w in found)
 
 
 # --- every family ---

@@ -22,9 +22,10 @@ from clover.block import Block, arguments, growth_at, head_bias, norm_entries
 from clover.cache import grow
 from clover.eager import eager_attention
 from clover.errors import CloverError
-from clover.plan import BlockPlan, Group
+from clover.plan import BlockPlan
 from clover.portable import attend as attend_plainly
-from clover.ragged import Tables, as_heads, by_head, joined, kernel_size, padded, take, weighted_sum
+from clover.portable import exporting
+from clover.ragged import Tables, as_heads, by_head, is_by_head, joined, kernel_size, padded, take, weighted_sum
 
 SHORT = 2**16, 2**24
 """Up to this many logits a head, on a CPU and elsewhere, heads of unequal sizes are padded into one call: launches cost
@@ -96,7 +97,9 @@ class CloverAttention(nn.Module):
         self.norms = block.norms
         self._take_over(block)
         rotated = (n + 1) * plan.qk_kept // 2 if self.rotary else 0
-        self._tables = Tables([(g.qk, g.value) for g in plan.groups for _ in g.heads], n, self.scaling)
+        sizes = [(g.qk, g.value) for g in plan.groups for _ in g.heads]
+        order = [h * n + i for g in plan.groups for h in g.heads for i in range(n)]
+        self._tables = Tables(sizes, n, self.scaling, order)
         self.register_buffer("frequencies", torch.zeros(rotated, dtype=torch.int64, device=device))
 
     @torch.no_grad()
@@ -263,7 +266,7 @@ class CloverAttention(nn.Module):
     ) -> tuple[Tensor, list[Tensor | None]]:
         """One call a group: ``(batch, tokens, columns)``, and the weights of each group."""
         groups = self._groups(queries, keys, values, mask)
-        if torch.compiler.is_exporting() and self.plain_softmax:
+        if exporting() and self.plain_softmax:
             return attend_plainly(((q, k, v, m) for _, q, k, v, m in groups), self.scaling), [None]
         name = self.config._attn_implementation
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
@@ -271,22 +274,24 @@ class CloverAttention(nn.Module):
         options |= {"scaling": self.scaling, "sliding_window": self.sliding_window, "dropout": dropout}
         short = SHORT[queries.device.type != "cpu"]
         if self.uneven and name != "eager" and queries.shape[1] * keys.shape[1] <= short:
-            options |= {} if self.plain_softmax else self._softmax_options(self._all_heads())
+            options |= {} if self.plain_softmax else self._softmax_options(slice(None))
             return self._attend_padded(partial(interface, self, **options), queries, keys, values, mask), [None]
-        outputs, weights = [], []
+        outputs, weights, last = [], [], 0
         for group, q, k, v, m in groups:
+            first, last = last, last + q.shape[1]
             if name != "eager":
                 q, k, v = (padded(t, kernel_size(group.qk, group.value, q.dtype)) for t in (q, k, v))
-            out, weight = interface(self, q, k, v, m, **options, **self._softmax_options(self._query_heads(group)))
+            out, weight = interface(self, q, k, v, m, **options, **self._softmax_options(slice(first, last)))
             outputs.append(out[..., : group.value].flatten(2))
             weights.append(weight)
         return joined(outputs), weights
 
-    def _softmax_options(self, heads: list[int]) -> dict[str, Any]:
-        """What the attention of these query heads needs besides; plain softmax must not be told of it."""
+    def _softmax_options(self, heads: slice) -> dict[str, Any]:
+        """What the attention of these query heads of the flat layout needs besides; plain softmax must not know it."""
+        sinks = getattr(self, self.family.sinks) if self.family.sinks else None
         options = {
             "softcap": self.softcap,
-            "s_aux": getattr(self, self.family.sinks)[heads] if self.family.sinks else None,
+            "s_aux": None if sinks is None else sinks[self._tables.heads(sinks.device)[heads]],
         }
         return {name: value for name, value in options.items() if value is not None}
 
@@ -297,7 +302,7 @@ class CloverAttention(nn.Module):
         padding, _ = self._tables.at(queries)
         q, v = take(queries, padding.queries), take(values, padding.values)
         k = take(nn.functional.pad(keys, (0, 1)), padding.keys)
-        mask = by_head(mask, self._all_heads)
+        mask = by_head(mask, self._tables.heads)
         q, k, v = (as_heads(t, t.shape[-1] // padding.size) for t in (q, k, v))
         return take(attend(q, k, v, mask)[0].flatten(2), padding.outputs)
 
@@ -308,13 +313,15 @@ class CloverAttention(nn.Module):
         qk = [h * group.qk for h, group in zip(heads, groups, strict=True)]
         vo = [h * group.value for h, group in zip(heads, groups, strict=True)]
         split = queries.split([n * size for size in qk], -1), keys.split(qk, -1), values.split(vo, -1)
-        for group, h, q, k, v in zip(groups, heads, *split, strict=True):
-            m = by_head(mask, partial(self._query_heads, group))
+        masks = [mask] * len(groups)
+        if is_by_head(mask):
+            masks = by_head(mask, self._tables.heads).split([n * h for h in heads], 1)
+        for group, h, q, k, v, m in zip(groups, heads, *split, masks, strict=True):
             yield group, as_heads(q, n * h), as_heads(k, h), as_heads(v, h), m
 
     def _writes_one(self, x: Tensor, keys: Tensor, mask: Any) -> bool:
         """Whether this is one new token for heads that no fused kernel can take together."""
-        if not self.uneven or torch.compiler.is_exporting() or x.shape[1] != 1:  # exported, their number is free
+        if not self.uneven or exporting() or x.shape[1] != 1:  # exported, their number is free
             return False
         if not self.plain_softmax or self.training:
             return False
@@ -334,7 +341,10 @@ class CloverAttention(nn.Module):
         n, results, dtype, cpu = self.clover.queries, [], queries.dtype, queries.device.type == "cpu"
         if isinstance(mask, Tensor) and mask.dim() == 2:  # flash attention's: what is padding
             mask = mask[:, None, None, -keys.shape[1] :].bool()
-        mask, (_, spans) = by_head(mask, self._all_heads), self._tables.at(queries)
+        mask, (_, spans) = by_head(mask, self._tables.heads), self._tables.at(queries)
+        # Products that end in rows of logits of no whole 16 bytes take GPUs several times as long; so do those that
+        # begin with them.
+        turned = cpu or keys.shape[1] * keys.itemsize % 16 != 0
         if cpu and queries.dtype.itemsize < 4:
             # oneDNN compiles a half-precision product anew for each length of the cache: milliseconds a token.
             queries, keys, values = queries.float(), keys.float(), values.float()
@@ -344,7 +354,7 @@ class CloverAttention(nn.Module):
                 q, k, v = (x[..., part] for x, part in zip((q, k, v), span.columns, strict=True))
             rows = span.rows(q.flatten(1))
             # rows @ k.mT takes CPUs twice as long, and GPUs a copy less in what follows.
-            logits = torch.bmm(k, rows.mT).mT if cpu else torch.bmm(rows, k.mT)
+            logits = torch.bmm(k, rows.mT).mT if turned else torch.bmm(rows, k.mT)
             if mask is not None:
                 m = mask[:, :, 0] if mask.shape[1] == 1 else mask[:, span.first * n : (span.first + span.heads) * n, 0]
                 least = max(LEAST, torch.finfo(logits.dtype).min)
@@ -352,16 +362,11 @@ class CloverAttention(nn.Module):
             weights = logits.softmax(-1, dtype=torch.float32 if cpu else None)  # GPUs compute in float32 by themselves
             if weights.shape[-1] > FEW and cpu:
                 weights = nn.functional.threshold(weights, NOTHING, 0.0, inplace=not weights.requires_grad)
+            if turned and not cpu:
+                weights = weights.mT.contiguous().mT
             summed = weighted_sum(weights.to(v.dtype), v)
             results.append(summed.flatten(1).index_select(1, span.from_rows))
         return joined(results).unsqueeze(1).to(dtype)
-
-    def _all_heads(self) -> list[int]:
-        return [h for group in self.clover.groups for h in self._query_heads(group)]
-
-    def _query_heads(self, group: Group) -> list[int]:
-        n = self.clover.queries
-        return [h * n + i for h in group.heads for i in range(n)]
 
     def _mask(self, mask: Any, bias: Tensor | None, queries: Any, keys: Any) -> Any:
         """The mask; a bias by head is added to it."""
@@ -381,10 +386,9 @@ class CloverAttention(nn.Module):
         """Attention weights of all groups in the order of the original query heads."""
         if weights[0] is None:
             return None
-        order = self._all_heads()
         known = torch.cat([w for w in weights if w is not None], 1)
         whole = known.new_zeros(known.shape[0], self.clover.kv_heads * self.clover.queries, *known.shape[2:])
-        return whole.index_copy(1, torch.tensor(order, device=whole.device), known)
+        return whole.index_copy(1, self._tables.heads(whole.device), known)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{len(g.heads)} kv heads of {g.qk}/{g.value}" for g in self.clover.groups)

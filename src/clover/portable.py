@@ -8,6 +8,15 @@ import torch
 from torch import Tensor
 
 
+def exporting() -> bool:
+    """Whether a graph is being made that leaves PyTorch.
+
+    In older versions of PyTorch ``is_exporting`` is also true in what ``torch.compile`` compiles (its issue 176347);
+    exporters don't go through its front end, unless they are told to be strict.
+    """
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def attend(groups: Iterable[tuple[Tensor, Tensor, Tensor, Tensor | None]], scaling: float) -> Tensor:
     """Attention of all heads of a block.
 

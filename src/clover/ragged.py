@@ -104,10 +104,16 @@ class Tables:
     Made by the first call there: one that is not compiled, or the tables would belong to the graph.
     """
 
-    def __init__(self, sizes: list[tuple[int, int]], n: int, scale: float) -> None:
-        """Heads of (Q-K, V-O) ``sizes`` in the order of the flat layout, ``n`` queries each; the scale of logits."""
-        self.sizes, self.n, self.scale = sizes, n, scale
+    def __init__(self, sizes: list[tuple[int, int]], n: int, scale: float, order: list[int]) -> None:
+        """Heads of (Q-K, V-O) ``sizes`` in the order of the flat layout, ``n`` queries each.
+
+        Args:
+            scale: of the logits.
+            order: the numbers that the query heads have in the original, in the order of the flat layout.
+        """
+        self.sizes, self.n, self.scale, self.order = sizes, n, scale, order
         self.made: dict[tuple[torch.device, torch.dtype], tuple[Padding, list[Span]]] = {}
+        self.orders: dict[torch.device, Tensor] = {}
 
     def at(self, queries: Tensor) -> tuple[Padding, list[Span]]:
         """Those for queries of this dtype on this device."""
@@ -115,6 +121,15 @@ class Tables:
         if place not in self.made:
             self.made[place] = self._make(*place)
         return self.made[place]
+
+    def heads(self, device: torch.device) -> Tensor:
+        """The query heads of the flat layout, int64, by their numbers in the original."""
+        if torch.compiler.is_compiling():
+            return torch.tensor(self.order, device=device)
+        if device not in self.orders:
+            with torch.inference_mode(False):
+                self.orders[device] = torch.tensor(self.order, device=device)
+        return self.orders[device]
 
     def _make(self, device: torch.device, dtype: torch.dtype) -> tuple[Padding, list[Span]]:
         span = SPAN if device.type == "cpu" else max(1, ROWS // self.n)
@@ -124,13 +139,17 @@ class Tables:
         return Padding.of(self.sizes, self.n, device), spans
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"made": {}}  # where it is loaded, devices may be others
+        return vars(self) | {"made": {}, "orders": {}}  # where it is loaded, devices may be others
 
 
-def by_head(mask: Any, heads: Callable[[], list[int]]) -> Any:
-    """What of a mask is for some heads, asked for if it matters; one for all, or of a kind of its own, as it is."""
-    own = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1
-    return mask[:, heads()] if own else mask
+def by_head(mask: Any, heads: Callable[[torch.device], Tensor]) -> Any:
+    """A mask with its heads in this order, asked for if it matters; one for all, or of a kind of its own, as it is."""
+    return mask.index_select(1, heads(mask.device)) if is_by_head(mask) else mask
+
+
+def is_by_head(mask: Any) -> bool:
+    """Whether a mask has something of its own for each query head."""
+    return isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1
 
 
 def kernel_size(qk: int, value: int, dtype: torch.dtype) -> int:
