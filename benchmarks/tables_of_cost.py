@@ -210,7 +210,7 @@ def tuning_cost(results: Results) -> str:
 
 
 def gpu(results: Results) -> str:
-    run, cost, tuned = (results[f"gpu-{name}"]["result"] for name in ("eager", "pruning", "tuning"))
+    run, cost, tuned, fast = (results[f"gpu-{name}"]["result"] for name in ("eager", "pruning", "tuning", "compiled"))
     rows = []
     for r in run["rows"]:
         key = f"{r['what']}_tokens_per_second"
@@ -226,6 +226,11 @@ def gpu(results: Results) -> str:
         *(f"{cut} removed" for cut in CUT),
         *(f"bound at {c}" for c in CUT),
     ]
+    compiled = [
+        [f"{r['context']:,}", r["batch"], f"{r['milliseconds']['dense']:.2f}",
+         *(f"{r[which][cut]:.2f}" for which in ("ratio", "bound") for cut in CUT)]
+        for r in fast["rows"]
+    ]  # fmt: skip
     weights, calibrated = (
         {k: v for k, v in cost[n].items() if k.endswith("seconds")} for n in ("weights", "calibrated")
     )
@@ -238,9 +243,10 @@ def gpu(results: Results) -> str:
     return (
         "A model of LLaMA-2-7B's shape with random weights, bfloat16, on one "
         f"{results['gpu-eager']['machine']['gpu']}: speed over dense, without compilation, each cut in Q-K and V-O "
-        "alike. Measured before blocks of many heads kept whole tiles of columns: a good part of these products ran in "
-        "kernels for odd sizes, and where that counts a cut was slower than the dense model.\n\n"
+        "alike. Where a new token is no faster, starting kernels takes the time, not what they do.\n\n"
         f"{table(' | '.join(header), rows)}\n\n"
+        f"One token with a static cache, compiled (`reduce-overhead`, so one CUDA graph), {fast['layers']} layers:\n\n"
+        f"{table(' | '.join(['context', 'batch', 'dense ms', *header[4:]]), compiled)}\n\n"
         f"Pruning it takes {sum(weights.values()):.1f} s by the weights, {sum(calibrated.values()):.0f} s calibrated "
         f"on {cost['sequences']} x {cost['length']} tokens. A training step of {tuned['batch'][0]} x "
         f"{tuned['batch'][1]} tokens, same modules:\n\n"
