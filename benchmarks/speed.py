@@ -27,7 +27,7 @@ import language
 import speech
 from clover.block import Block
 from clover.budget import Share
-from clover.evaluate import compare_throughput
+from clover.cost import compare_throughput
 from clover.families import blocks
 from clover.plan import BlockPlan
 from clover.pruning import apply, find_bases, plan_ranks

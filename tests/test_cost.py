@@ -64,18 +64,19 @@ def test_cache_of_a_decoder_beside_an_encoder_and_of_none() -> None:
 
 
 def test_throughput_of_a_language_model() -> None:
-    speed = cost.throughput(llama(), context=8, new_tokens=2, batch=2, repeats=2)
+    speed = cost.compare_throughput({"model": llama()}, context=8, new_tokens=2, batch=2, repeats=2)["model"]
     assert set(speed) == {"prefill_tokens_per_second", "decode_tokens_per_second"} and min(speed.values()) > 0
 
 
 @pytest.mark.parametrize("model", [bert, vit, clip, whisper])
 def test_throughput_of_an_encoder(model: Any) -> None:
-    speed = cost.throughput(model(), context=32, batch=2, repeats=1)
+    speed = cost.compare_throughput({"model": model()}, context=32, batch=2, repeats=1)["model"]
     assert set(speed) == {"items_per_second"} and speed["items_per_second"] > 0
 
 
 def test_own_inputs() -> None:
-    speed = cost.throughput(bert(), inputs={"input_ids": torch.zeros(3, 5, dtype=torch.long)}, repeats=1)
+    inputs = {"input_ids": torch.zeros(3, 5, dtype=torch.long)}
+    speed = cost.compare_throughput({"model": bert()}, inputs=inputs, repeats=1)["model"]
     assert speed["items_per_second"] > 0
 
 
@@ -98,7 +99,20 @@ def test_models_take_turns_and_the_first_run_does_not_count(monkeypatch: pytest.
 @pytest.mark.parametrize("options", [{"repeats": 0}, {"batch": 0}, {"context": 31, "new_tokens": 2}])
 def test_impossible_measurements(options: dict[str, int]) -> None:
     with pytest.raises(CloverError, match=r"must be at least 1|exceed the 32 positions"):
-        cost.throughput(llama(), **options)
+        cost.compare_throughput({"model": llama()}, **options)
+
+
+def test_a_spectrogram_is_an_image_of_the_config_s_size() -> None:
+    config = t.ASTConfig(**TINY, max_length=32)
+    speed = cost.compare_throughput({"model": t.ASTModel(config).eval()}, repeats=1)["model"]
+    assert speed["items_per_second"] > 0
+
+
+def test_sound_in_a_form_that_is_not_known() -> None:
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 32}
+    model = t.Speech2TextForConditionalGeneration(t.Speech2TextConfig(**sizes))
+    with pytest.raises(CloverError, match="Speech2TextForConditionalGeneration reads as sound has a form"):
+        cost.random_inputs(model, 1, 8)
 
 
 def test_a_pruned_model_is_counted_and_timed_beside_the_dense_one() -> None:

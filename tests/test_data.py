@@ -433,3 +433,16 @@ def test_real_speech(whisper: Path, speech: Path) -> None:
 def test_real_text(minilm: Path, wikitext2: Path) -> None:
     batches = data.calibration_batches(wikitext2 / "test.txt.gz", t.BertModel.from_pretrained(minilm))
     assert [b["input_ids"].shape for b in batches] == [(4, 512)] * 4
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_a_tokenizer_in_plain_python_gives_all_windows(tmp_path: Path, long: bool) -> None:
+    """transformers' own hand back what overflows in another way than those in Rust, or not at all."""
+    text, path = "abcdefgh" * (4000 if long else 20), tmp_path / "text.txt"
+    path.write_text(text)
+    model = t.T5ForConditionalGeneration(t.T5Config(vocab_size=384, d_model=16, num_layers=1, num_heads=2, d_ff=16))
+    model.config.decoder_start_token_id = 0
+    batches = data.calibration_batches(path, model, processor=t.ByT5Tokenizer(), sequences=6, length=32)
+    rows = torch.cat([batch["input_ids"] for batch in batches])
+    assert rows.shape == (6 if long else 5, 32)
+    assert (rows[:, -1] == 1).all()  # the end of the sentence, as the tokenizer puts it

@@ -61,36 +61,6 @@ def _cache_bytes(model: Any, tokens: int = 4) -> int | None:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in attends) // tokens
 
 
-def throughput(
-    model: nn.Module,
-    *,
-    context: int = 512,
-    new_tokens: int = 32,
-    batch: int = 1,
-    repeats: int = 5,
-    inputs: dict[str, torch.Tensor] | None = None,
-) -> dict[str, float]:
-    """Median speed of a model, after one run to warm up.
-
-    Args:
-        model: a causal language model, or anything else, of which the encoder is run then.
-        context: tokens read before the first is written.
-        new_tokens: tokens written one at a time with the cache.
-        batch: sequences at once.
-        repeats: timed runs.
-        inputs: what the forward pass gets; by default random tokens, or random speech or images of the model's size.
-
-    Returns:
-        ``prefill_tokens_per_second`` (logits of the last token only) and ``decode_tokens_per_second``, each over the
-        whole batch; or ``items_per_second`` of an encoder.
-
-    Raises:
-        CloverError: a count below 1, or more tokens than the model has positions for.
-    """
-    options: dict[str, Any] = {"context": context, "new_tokens": new_tokens, "batch": batch, "repeats": repeats}
-    return compare_throughput({"model": model}, **options, inputs=inputs)["model"]
-
-
 @torch.inference_mode()
 def compare_throughput(
     models: Mapping[str, nn.Module],
@@ -104,15 +74,23 @@ def compare_throughput(
 ) -> dict[str, dict[str, Any]]:
     """Speed of several models side by side: they take turns, so what slows the machine down slows all of them.
 
-    Args and errors are those of :func:`throughput`; the models must read the same inputs.
-
     Args:
+        models: causal language models, or anything else, of which the encoders are run then; they read the same inputs.
+        context: tokens read before the first is written.
+        new_tokens: tokens written one at a time with the cache.
+        batch: sequences at once.
+        repeats: timed runs, after one to warm up.
+        inputs: what the forward pass gets; by default random tokens, or random speech or images of the model's size.
         decode_only: read the context once, as one sequence that the whole batch shares, and time only the writing of
             new tokens behind it: for long contexts, which take minutes to read.
 
     Returns:
-        For each name what :func:`throughput` returns, and under ``ratio``, for every name but the first, the median of
-        its rates over those of the first in the same turn: a machine that slows down for a while slows both.
+        For each name the medians of ``prefill_tokens_per_second`` (logits of the last token only) and
+        ``decode_tokens_per_second``, each over the whole batch, or ``items_per_second`` of an encoder; and under
+        ``ratio``, for every name but the first, the median of its rates over those of the first in the same turn.
+
+    Raises:
+        CloverError: a count below 1, or more tokens than the model has positions for.
     """
     names = list(models)
     first = models[names[0]]
@@ -142,7 +120,7 @@ def compare_throughput(
 
 @torch.inference_mode()
 def use(model: nn.Module, *, context: int, new_tokens: int, batch: int) -> None:
-    """Run a model once as ``throughput`` does, untimed."""
+    """Run a model once as ``compare_throughput`` does, untimed."""
     _rates(model, random_inputs(model, batch, context), new_tokens)
 
 
@@ -199,15 +177,18 @@ def random_inputs(model: Any, batch: int, context: int) -> dict[str, torch.Tenso
     config, reads = model.config, accepts(model)
     random = torch.Generator().manual_seed(0)
     inputs: dict[str, torch.Tensor] = {}
-    if "input_features" in reads:
+    if "input_features" in reads and hasattr(config, "num_mel_bins"):
         shape = [batch, config.num_mel_bins, 2 * config.max_source_positions]
         inputs["input_features"] = torch.randn(shape, generator=random).to(model.dtype)
     elif "input_values" in reads:
-        inputs["input_values"] = torch.randn((batch, SAMPLES), generator=random).to(model.dtype)
+        shape = [batch, config.max_length, config.num_mel_bins] if hasattr(config, "num_mel_bins") else [batch, SAMPLES]
+        inputs["input_values"] = torch.randn(shape, generator=random).to(model.dtype)
     elif "pixel_values" in reads:
         vision = getattr(config, "vision_config", config)
         shape = [batch, vision.num_channels, vision.image_size, vision.image_size]
         inputs["pixel_values"] = torch.randn(shape, generator=random).to(model.dtype)
+    elif {"input_features", "input_values"} & set(reads):
+        raise CloverError(f"what {type(model).__name__} reads as sound has a form that isn't known; pass inputs for it")
     if "input_ids" in reads:
         text = config.get_text_config()
         length = min(context, getattr(text, "max_position_embeddings", context))

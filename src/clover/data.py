@@ -192,11 +192,22 @@ def _windows(text: str, tokenizer: Any, length: int, sequences: int, path: Path)
         pieces = [text[start : start + excerpt] for start in starts]
     else:
         pieces = [text]
-    windows = tokenizer(pieces, truncation=True, max_length=length, return_overflowing_tokens=True).input_ids
+    windows = _in_windows(pieces, tokenizer, length)
     full = [window for window in windows if len(window) == length] or windows[:1]
     if not text.strip() or len(full[0]) < 2:
         raise CloverError(f"{path} is no calibration data: it holds {'too little' if text.strip() else 'no'} text")
     return _spread(full, sequences)
+
+
+def _in_windows(pieces: list[str], tokenizer: Any, length: int) -> list[list[int]]:
+    """All tokens of each piece, ``length`` at a time; the last window of a piece may be shorter."""
+    if tokenizer.is_fast:
+        return tokenizer(pieces, truncation=True, max_length=length, return_overflowing_tokens=True).input_ids
+    # Tokenizers in plain Python give back the first window alone.
+    room = length - tokenizer.num_special_tokens_to_add()
+    written = tokenizer(pieces, add_special_tokens=False, verbose=False).input_ids
+    parts = [ids[start : start + room] for ids in written for start in range(0, len(ids), room)]
+    return [tokenizer.build_inputs_with_special_tokens(part) for part in parts]
 
 
 def _audio_batches(

@@ -14,24 +14,13 @@ import torch
 from torch import nn
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-from clover.cost import accepts, compare_throughput, encoder, sizes, throughput, writes_text
+from clover.cost import accepts, encoder, writes_text
 from clover.data import audio_features, is_multilingual, load_processor, max_positions, text_tokens
 from clover.errors import CloverError
 from clover.files import Question, Utterance, extra, file_kind, read_manifest, read_questions, read_text
 from clover.layerwise import replaced
 from clover.progress import track
 
-__all__ = [
-    "Score",
-    "compare_throughput",
-    "embedding_cosine",
-    "evaluate",
-    "multiple_choice",
-    "perplexity",
-    "sizes",
-    "throughput",
-    "word_error_rate",
-]
 TASKS = {"perplexity": "text", "wer": "manifest", "choice": "questions"}
 
 
