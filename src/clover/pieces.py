@@ -16,7 +16,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
-    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -234,7 +233,7 @@ def _match(model: PreTrainedModel, source: Checkpoint) -> tuple[dict[str, str], 
                 f"{name} in {source.folder} holds several tensors of the model, which streaming can't take apart; "
                 "prune it in memory"
             )
-        merged.setdefault(key, Merged(converter, {})).parts[apply_renamings(name, renamings)] = name, pattern
+        merged.setdefault(key, Merged(converter, {})).parts[rename_source_key(name, renamings, [])[0]] = name, pattern
     return names, merged
 
 
