@@ -81,7 +81,7 @@ def behind(model: Any, bases: Sequence[Basis], plan: Plan, batches: list, way: s
             parts = aimed(block, basis, plans[block.name], torch.cat(seen[block.name]), uncut[block.name])
         else:
             parts = filled(block, basis, plans[block.name])
-        install(module, replace(block, name=block.name.removeprefix(f"{name}.")), *parts)
+        install(module, block, parts, f"{name}.")
         return module
 
     walk(model, stacks(model, found), mine, layer)
@@ -93,11 +93,12 @@ def aimed(block: Block, basis: Basis, plan: Any, here: Tensor, there: Tensor) ->
     means = here.mean(0), there.mean(0)
     cross = ((there - means[1]).T @ (here - means[0])).double() / len(here)
 
-    with mock.patch("clover.basis.refit", lambda whole, *rest: fit(whole @ cross, *rest)):
-        attention, output = filled(block, basis, plan)
+    whole: Any = block.projection("o").weight
+    with mock.patch("clover.basis.fit", lambda _, *rest: fit(whole.double() @ cross, *rest)):
+        made: Any = filled(block, basis, plan)
     with torch.no_grad():
-        attention.o_proj.bias += block.projection("o").weight @ (means[1] - means[0])
-    return attention, output
+        made[block.core_name].o_proj.bias += whole @ (means[1] - means[0])
+    return made
 
 
 def main(shares: Sequence[float]) -> None:

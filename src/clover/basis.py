@@ -19,7 +19,7 @@ from clover.decompose import Bases, decompose, square_root, weight_gram
 from clover.heads import Heads, energies
 from clover.plan import BlockPlan, Group, Spectrum
 from clover.ragged import joined
-from clover.refit import Layout, refit
+from clover.refit import Layout, fit
 from clover.rotary import by_energy, chosen, eliminate, fit_gains, gained, white_gram
 
 PORTION = {False: 2**20, True: 2**26}
@@ -187,7 +187,7 @@ class Basis:
         bias = bases.new_zeros(len(cut)) if heads.o_bias is None else heads.o_bias.double()
         if moments is not None and fits:
             whole = heads.o.permute(2, 0, 1, 3).flatten(1).double()
-            cut, bases = refit(whole, cut, bases, layout, moments.output, moments.gradient)
+            cut, bases = fit(whole @ moments.output, cut, bases, layout, moments.output, moments.gradient)
             bias = bias + whole @ moments.mean - cut @ layout.times(bases, moments.mean.unsqueeze(1)).squeeze(1)
         rows = list(zip(bases.split([r for _, r in ranks]), (h for h, _ in ranks), strict=True))
         values = heads.v.new_empty(plan.vo_kept, heads.v.shape[-1])

@@ -139,6 +139,15 @@ class Block:
     def core_name(self) -> str:
         return f"{self.name}.{self.family.core}" if self.family.core else self.name
 
+    @property
+    def output_name(self) -> str:
+        return f"{self.name}.{self.family.o}"
+
+    @property
+    def replaced(self) -> tuple[str, str]:
+        """What the names in the model of all that a cut takes the place of begin with."""
+        return f"{self.core_name}.", f"{self.output_name}."
+
     def get(self, path: str) -> Any:
         """An attribute of the core by dotted path."""
         first, _, rest = path.partition(".")

@@ -240,7 +240,7 @@ def rebuild(model: nn.Module, plan: Plan) -> None:
                 f"the plan of {part.name} is for {part.kv_heads} KV heads of {part.qk}, but config.json gives "
                 f"{kv} of {d}; restore config.json"
             )
-        install(model, block, *skeleton(block, part))
+        install(model, block, skeleton(block, part))
 
 
 def load(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:

@@ -41,7 +41,7 @@ def pad(model: PreTrainedModel) -> PreTrainedModel:
     stock = _stock(model, any(b.output_bias for b in plan.blocks))
     here = {block.name: block for block in blocks(stock)}
     cut = [here[b.name] for b in plan.blocks]
-    replaced = tuple(name for b in cut for name in (f"{b.core_name}.", f"{b.name}.{b.family.o}."))
+    replaced = tuple(name for b in cut for name in b.replaced)
     rest = {k: v for k, v in model.state_dict().items() if not k.startswith(replaced)}
     missing = [k for k in stock.load_state_dict(rest, strict=False).missing_keys if not k.startswith(replaced)]
     if missing:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from threading import Event
@@ -49,15 +49,14 @@ class Layout:
         model = copy.deepcopy(pieces.model)
         rebuild(model, plan)
         adopt(model, plan)
-        gone = tuple(start for block in found for start in pieces.inside(block))
+        gone = tuple(start for block in found for start in block.replaced)
         rest: dict[str, dict[str, Entry]] = {file: {} for file in pieces.source.files}
         for key, entry in pieces.untouched(gone):
             rest[entry.file.name][key] = entry
         tensors = {f: {n: (e.dtype, e.shape, e.size) for n, e in kept.items()} for f, kept in rest.items()}
         state = model.state_dict()
         for block in found:
-            inside = pieces.inside(block)
-            tensors[pieces.home(block)] |= {k: form(t) for k, t in state.items() if k.startswith(inside)}
+            tensors[pieces.home(block)] |= {k: form(t) for k, t in state.items() if k.startswith(block.replaced)}
         shards = {f: Shard(folder / f, of) for f, of in tensors.items()}
         return cls(pieces, model, shards, rest, tuple(b.name for b in found))
 
@@ -77,14 +76,11 @@ class Layout:
 
     def install(self, block: Block, layer: nn.Module, layer_name: str, plan: BlockPlan) -> None:
         """Put the cut of a block that was written into the layer that holds it, in the dtype of the layer."""
-        attention, output = skeleton(block, plan)
-        made: dict[str, nn.Module] = {block.core_name: attention}
-        if output is not None:
-            made[f"{block.name}.{block.family.o}"] = output
+        made = skeleton(block, plan)
         shard = self.shards[self.pieces.home(block)]
         for name, module in made.items():
             module.load_state_dict({key: shard.read(f"{name}.{key}") for key in module.state_dict()})
-        install(layer, replace(block, name=block.name.removeprefix(f"{layer_name}.")), attention, output)
+        install(layer, block, made, f"{layer_name}.")
 
     @contextmanager
     def copying(self, made: Draft, we: Crew) -> Iterator[None]:

@@ -103,7 +103,7 @@ class Pieces:
     def expect(self, block: Block) -> None:
         """Let the system read a block's files ahead, while something else is computed."""
         for key, name in self.names.items():
-            if key.startswith(self.inside(block)):
+            if key.startswith(block.replaced):
                 self.source.entries[name].expect()
 
     def real(self, block: Block) -> Block:
@@ -174,13 +174,9 @@ class Pieces:
             if not key.startswith(gone):
                 yield from ((part, self.source.entries[name]) for part, (name, _) in merged.parts.items())
 
-    def inside(self, block: Block) -> tuple[str, ...]:
-        """What the names in the model of all that a cut of the block takes the place of begin with."""
-        return f"{block.core_name}.", f"{block.name}.{block.family.o}."
-
     def home(self, block: Block) -> str:
         """The file that holds the block's output projection."""
-        return self.source.entries[self.names[f"{block.name}.{block.family.o}.weight"]].file.name
+        return self.source.entries[self.names[f"{block.output_name}.weight"]].file.name
 
     def _check(self) -> None:
         tied, ignored = self.model.all_tied_weights_keys, self.model._keys_to_ignore_on_load_missing or ()
@@ -244,10 +240,7 @@ def cut(block: Block, basis: Basis, plan: BlockPlan, dtype: torch.dtype) -> dict
     Raises:
         CloverError: the cut is not finite in that dtype.
     """
-    attention, output = filled(block, basis, plan)
-    made: dict[str, nn.Module] = {block.core_name: attention}
-    if output is not None:
-        made[f"{block.name}.{block.family.o}"] = output
+    made = filled(block, basis, plan)
     state = {f"{name}.{key}": t for name, m in made.items() for key, t in m.to(dtype).state_dict().items()}
     for name, tensor in state.items():
         if not finite(tensor):

@@ -66,8 +66,8 @@ class Layout:
         return torch.cat(found)
 
 
-def refit(
-    whole: Float[Tensor, "M z"],
+def fit(
+    target: Float[Tensor, "M z"],
     cut: Float[Tensor, "M columns"],
     bases: Float[Tensor, "kept e"],
     layout: Layout,
@@ -77,7 +77,8 @@ def refit(
     """Fit the output projection and the bases of a cut block in turn.
 
     Args:
-        whole, cut: output projection before and after the cut.
+        target: ``E[y z^T]`` of the block's output ``y`` and the head outputs, both centred: ``W @ covariance``.
+        cut: output projection after the cut.
         bases: kept rows of the value transforms, KV head after KV head in the order of ``layout``.
         covariance: of the uncut head outputs.
         metric: ``E[g g^T]`` of the gradient at the block's output.
@@ -85,18 +86,6 @@ def refit(
     Returns:
         The fitted projection and bases. At full rank they are what came in.
     """
-    return fit(whole @ covariance, cut, bases, layout, covariance, metric)
-
-
-def fit(
-    target: Float[Tensor, "M z"],
-    cut: Float[Tensor, "M columns"],
-    bases: Float[Tensor, "kept e"],
-    layout: Layout,
-    covariance: Float[Tensor, "z z"],
-    metric: Float[Tensor, "M M"],
-) -> tuple[Float[Tensor, "M columns"], Float[Tensor, "kept e"]]:
-    """As ``refit``, to any output ``y``: ``target`` is ``E[y z^T]``, of ``y`` and the head outputs, both centred."""
     fitted = _fit_output(target, cut, bases, layout, covariance)
     for _ in range(ROUNDS):
         bases = _fit_bases(target, fitted, bases, layout, covariance, metric)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,8 @@ from clover.errors import CloverError
 from clover.families import blocks
 from clover.heads import finite
 from clover.plan import BlockPlan, Plan
+
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"
 
 
 @torch.no_grad()
@@ -35,26 +37,24 @@ def operate(model: nn.Module, bases: Sequence[Basis], plan: Plan) -> None:
     ready = [
         (here[b.name], filled(here[b.name], b, block_plan)) for b, block_plan in zip(bases, plan.blocks, strict=True)
     ]
-    for block, (attention, output) in ready:
-        install(model, block, attention, output)
+    for block, made in ready:
+        install(model, block, made)
 
 
 @torch.no_grad()
-def filled(block: Block, basis: Basis, plan: BlockPlan) -> tuple[CloverAttention, nn.Linear | None]:
-    """The module for a block with its cut weights, and the output projection where it lives outside of it.
+def filled(block: Block, basis: Basis, plan: BlockPlan) -> dict[str, nn.Module]:
+    """What takes the place of a block, as ``skeleton``, with the weights of its cut.
 
     Raises:
         CloverError: the cut is not finite in the block's dtype.
     """
-    attention, output = skeleton(block, plan)
-    attention.fill(basis.cut(plan), output)
-    named = dict(attention.named_parameters()) | {f"o_proj.{n}": p for n, p in _parameters(output)}
-    for name, parameter in named.items():
-        if not finite(parameter):
-            raise CloverError(
-                f"{basis.name}: {name} overflows {parameter.dtype}; load the model in float32 or bfloat16"
-            )
-    return attention, output
+    made: dict[str, Any] = skeleton(block, plan)
+    made[block.core_name].fill(basis.cut(plan), made.get(block.output_name))
+    for name, module in made.items():
+        for inside, parameter in module.named_parameters():
+            if not finite(parameter):
+                raise CloverError(f"{name}.{inside} overflows {parameter.dtype}; load the model in float32 or bfloat16")
+    return made
 
 
 @cache
@@ -73,12 +73,8 @@ def _empty(kind: type) -> nn.Module:
     return made.__new__(made)
 
 
-def _parameters(module: nn.Module | None) -> Iterable[tuple[str, nn.Parameter]]:
-    return () if module is None else module.named_parameters()
-
-
-def skeleton(block: Block, plan: BlockPlan) -> tuple[CloverAttention, nn.Linear | None]:
-    """The module for a block, weights not yet set, and the output projection where it lives outside of it."""
+def skeleton(block: Block, plan: BlockPlan) -> dict[str, nn.Module]:
+    """What takes a block's place, by name, weights not yet set: attention, and its output where that lies outside."""
     weight: Any = block.projection("o").weight
     kind: Any = type(block.core)
     attention = attention_class(kind)(block, plan, weight.dtype, weight.device)
@@ -86,18 +82,16 @@ def skeleton(block: Block, plan: BlockPlan) -> tuple[CloverAttention, nn.Linear 
     # How transformers initialises the original class is not true of this one, whose weights all come from elsewhere.
     vars(attention)["_is_hf_initialized"] = True
     if not block.family.core:
-        return attention, None
+        return {block.core_name: attention}
     sizes = plan.queries * plan.vo_kept, block.heads().o.shape[-2]
     kwargs = {"bias": plan.output_bias, "dtype": weight.dtype, "device": weight.device}
-    return attention, nn.utils.skip_init(nn.Linear, *sizes, **kwargs).requires_grad_(weight.requires_grad)
+    output = nn.utils.skip_init(nn.Linear, *sizes, **kwargs).requires_grad_(weight.requires_grad)
+    return {block.core_name: attention, block.output_name: output}
 
 
-def install(model: nn.Module, block: Block, attention: CloverAttention, output: nn.Linear | None) -> None:
-    """Swap the module in; hooks of the one it replaces move over."""
-    attention._forward_hooks.update(block.core._forward_hooks)
-    attention._forward_pre_hooks.update(block.core._forward_pre_hooks)
-    attention._forward_hooks_with_kwargs.update(block.core._forward_hooks_with_kwargs)
-    attention._forward_pre_hooks_with_kwargs.update(block.core._forward_pre_hooks_with_kwargs)
-    if output is not None:
-        model.set_submodule(f"{block.name}.{block.family.o}", output)
-    model.set_submodule(block.core_name, attention)
+def install(model: nn.Module, block: Block, made: Mapping[str, nn.Module], prefix: str = "") -> None:
+    """Swap the modules in; hooks of the attention that goes move over. ``prefix`` is the model's own name in theirs."""
+    for kind in HOOKS:
+        getattr(made[block.core_name], kind).update(getattr(block.core, kind))
+    for name, module in made.items():
+        model.set_submodule(name.removeprefix(prefix), module)
