@@ -20,11 +20,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clover.block import Block, arguments, growth_at, head_bias, norm_entries
 from clover.cache import grow
-from clover.eager import eager_attention
+from clover.eager import eager_attention, exporting
 from clover.errors import CloverError
 from clover.plan import BlockPlan
-from clover.portable import attend as attend_plainly
-from clover.portable import exporting
 from clover.ragged import Tables, as_heads, by_head, is_by_head, joined, kernel_size, padded, take, weighted_sum
 
 SHORT = 2**16, 2**24
@@ -265,26 +263,26 @@ class CloverAttention(nn.Module):
         self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, options: dict[str, Any]
     ) -> tuple[Tensor, list[Tensor | None]]:
         """One call a group: ``(batch, tokens, columns)``, and the weights of each group."""
-        groups = self._groups(queries, keys, values, mask)
-        if exporting() and self.plain_softmax:
-            return attend_plainly(((q, k, v, m) for _, q, k, v, m in groups), self.scaling), [None]
         name = self.config._attn_implementation
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
+        if exporting() and self.plain_softmax:  # other runtimes know no fused kernel for these sizes
+            interface = eager_attention
+        plainly = interface is eager_attention
         dropout = self.attention_dropout if self.training else 0.0
         options |= {"scaling": self.scaling, "sliding_window": self.sliding_window, "dropout": dropout}
         short = SHORT[queries.device.type != "cpu"]
-        if self.uneven and name != "eager" and queries.shape[1] * keys.shape[1] <= short:
+        if self.uneven and not plainly and queries.shape[1] * keys.shape[1] <= short:
             options |= {} if self.plain_softmax else self._softmax_options(slice(None))
             return self._attend_padded(partial(interface, self, **options), queries, keys, values, mask), [None]
         outputs, weights, last = [], [], 0
-        for group, q, k, v, m in groups:
+        for group, q, k, v, m in self._groups(queries, keys, values, mask):
             first, last = last, last + q.shape[1]
-            if name != "eager":
+            if not plainly:
                 q, k, v = (padded(t, kernel_size(group.qk, group.value, q.dtype)) for t in (q, k, v))
             out, weight = interface(self, q, k, v, m, **options, **self._softmax_options(slice(first, last)))
             outputs.append(out[..., : group.value].flatten(2))
             weights.append(weight)
-        return joined(outputs), weights
+        return joined(outputs), weights if name == "eager" else [None]
 
     def _softmax_options(self, heads: slice) -> dict[str, Any]:
         """What the attention of these query heads of the flat layout needs besides; plain softmax must not know it."""
