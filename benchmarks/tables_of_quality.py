@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from cells import CUTS, METHODS, Results, percent, result, table
 from plots import AXES
 from plots import MODELS as PLOTTED
 from plots import TITLES as ARMS
+
+LOSS_MODELS = {
+    "smollm2": "SmolLM2", "gemma3": "Gemma 3", "minilm": "MiniLM", "whisper-encoder": "Whisper-base, encoder",
+}  # fmt: skip
 
 
 def language(results: Results) -> str:
@@ -255,24 +260,34 @@ def healing_speech(results: Results) -> str:
 
 
 def loss_rank(results: Results) -> str:
-    """Foretold, measured and true loss of cuts; foretold prices are gauged at 25 % of either kind."""
-    r = results["loss-rank"]["result"]
-    points = sorted(r["points"], key=lambda p: p["true"])
-    single = {k: next(p for p in points if p[k] == 0.25 and p["qk"] + p["vo"] == 0.25) for k in ("qk", "vo")}
-    rates = {k: single[k]["measured"] / single[k][f"{k}_cost"] for k in single}
-    for p in points:
-        p["foretold"] = sum(rates[k] * p[f"{k}_cost"] for k in rates)
-    told = [[p[k] for p in points] for k in ("foretold", "measured", "true")]
+    """Foretold, measured and true loss of cuts, in full for SmolLM2, as rank correlations for all."""
     about = (
-        f"SmolLM2-135M-Instruct, {len(points)} cuts: relative increase of perplexity, foretold, "
-        "measured as divergence on data kept out of the calibration, and in truth "
-        "on the first 24,576 tokens of WikiText-2 test. Spearman's rank "
-        f"correlation with the truth: foretold {spearman(told[0], told[2]):.3f}, "
-        f"measured {spearman(told[1], told[2]):.3f}."
+        "Relative increase of perplexity, foretold, measured as divergence on data kept out of the calibration, and in "
+        "truth, on test data: SmolLM2-135M-Instruct (the first 24,576 tokens of WikiText-2 test) and Gemma 3 270M (8,192, "
+        "V-O alone); Whisper-base's encoder (divergence of what is written of the test clips); of all-MiniLM-L6-v2 the "
+        "relative squared error of its output."
     )
+    rows, named = [], {r["result"].get("model", "smollm2"): r["result"] for _, r in _of(results, "loss-rank")}
+    for model in (m for m in LOSS_MODELS if m in named):
+        points = _foretold(named[model]["points"])
+        told = [[p[k] for p in points] for k in ("foretold", "measured", "true")]
+        rows.append([LOSS_MODELS[model], len(points), *(f"{spearman(x, told[2]):.3f}" for x in told[:2])])
+    ranks = table("Model | cuts | Spearman's correlation of foretold and true | of measured and true", rows)
+    points = sorted(_foretold(named["smollm2"]["points"]), key=lambda p: p["true"])
     rows = [[percent(p["qk"]), percent(p["vo"]), *(percent(math.expm1(p[k])) for k in ("foretold", "measured", "true"))]
             for p in points]  # fmt: skip
-    return f"{about}\n\n{table('Q-K removed | V-O removed | foretold | measured | true', rows)}"
+    return f"{about}\n\n{ranks}\n\nSmolLM2:\n\n" + table("Q-K removed | V-O removed | foretold | measured | true", rows)
+
+
+def _of(results: Results, kind: str) -> list[tuple[str, Any]]:
+    return [(name, r) for name, r in results.items() if name == kind or name.startswith(f"{kind}-")]
+
+
+def _foretold(points: list[dict]) -> list[dict]:
+    """With what was foretold, whose prices are gauged at 25 % of either kind."""
+    single = {k: [p for p in points if p[k] == 0.25 and p["qk"] + p["vo"] == 0.25] for k in ("qk", "vo")}
+    rates = {k: found[0]["measured"] / found[0][f"{k}_cost"] for k, found in single.items() if found}
+    return [p | {"foretold": sum(rates[k] * p[f"{k}_cost"] for k in rates)} for p in points]
 
 
 def spearman(a: list[float], b: list[float]) -> float:
@@ -283,16 +298,17 @@ def spearman(a: list[float], b: list[float]) -> float:
 
 
 def loss_bound(results: Results) -> str:
-    runs = sorted(results["loss-bound"]["result"]["runs"], key=lambda r: r["max_loss"])
-    rows = [[percent(r["max_loss"]), *(percent(r["chosen"][k]) for k in ("qk", "vo", "measured", "ceiling")),
-             percent(r["true"]), len(r["measured"]), f"{r['seconds']:.0f}"] for r in runs if r["chosen"]]  # fmt: skip
+    named = {r["result"].get("model", "smollm2"): r["result"]["runs"] for _, r in _of(results, "loss-bound")}
+    runs = [(m, r) for m in LOSS_MODELS if m in named for r in sorted(named[m], key=lambda r: r["max_loss"])]
+    rows = [[LOSS_MODELS[model], percent(r["max_loss"]),
+             *(percent(r["chosen"][k]) for k in ("qk", "vo", "measured", "ceiling")),
+             percent(r["true"]), len(r["measured"]), f"{r['seconds']:.0f}"] for model, r in runs if r["chosen"]]  # fmt: skip
+    kept = sum(r["true"] <= r["max_loss"] for _, r in runs)
     about = (
-        "SmolLM2-135M-Instruct, `--max-loss`: what is delivered for a bound, and the true increase of perplexity "
-        "on the first 24,576 tokens of WikiText-2 test (in bfloat16, as of the dense model)."
+        f"`--max-loss`: what is delivered for a bound, and the true loss as above. The bound is kept in {kept} of "
+        f"{len(runs)} runs."
     )
-    columns = (
-        "Bound | Q-K removed | V-O removed | measured | with near certainty under | true | cuts measured | seconds"
-    )
+    columns = "Model | bound | Q-K removed | V-O removed | measured | with near certainty under | true | cuts measured | seconds"
     return f"{about}\n\n{table(columns, rows)}"
 
 
