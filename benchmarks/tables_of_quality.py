@@ -263,7 +263,7 @@ def loss_rank(results: Results) -> str:
     """Foretold, measured and true loss of cuts, in full for SmolLM2, as rank correlations for all."""
     about = (
         "Relative increase of perplexity, foretold, measured as divergence on data kept out of the calibration, and in "
-        "truth, on test data: SmolLM2-135M-Instruct (the first 24,576 tokens of WikiText-2 test) and Gemma 3 270M (8,192, "
+        "truth, on test data: SmolLM2 (the first 24,576 tokens of WikiText-2 test) and Gemma 3 270M (8,192; "
         "V-O alone); Whisper-base's encoder (divergence of what is written of the test clips); of all-MiniLM-L6-v2 the "
         "relative squared error of its output."
     )
@@ -302,13 +302,16 @@ def loss_bound(results: Results) -> str:
     runs = [(m, r) for m in LOSS_MODELS if m in named for r in sorted(named[m], key=lambda r: r["max_loss"])]
     rows = [[LOSS_MODELS[model], percent(r["max_loss"]),
              *(percent(r["chosen"][k]) for k in ("qk", "vo", "measured", "ceiling")),
-             percent(r["true"]), len(r["measured"]), f"{r['seconds']:.0f}"] for model, r in runs if r["chosen"]]  # fmt: skip
+             percent(r["true"]), len(r["measured"]), f"{r['seconds']:.0f}"]
+            for model, r in runs if r["chosen"]]  # fmt: skip
     kept = sum(r["true"] <= r["max_loss"] for _, r in runs)
     about = (
         f"`--max-loss`: what is delivered for a bound, and the true loss as above. The bound is kept in {kept} of "
         f"{len(runs)} runs."
     )
-    columns = "Model | bound | Q-K removed | V-O removed | measured | with near certainty under | true | cuts measured | seconds"
+    columns = (
+        "Model | bound | Q-K removed | V-O removed | measured | near certainly under | true | cuts measured | seconds"
+    )
     return f"{about}\n\n{table(columns, rows)}"
 
 
