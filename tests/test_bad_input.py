@@ -91,7 +91,7 @@ def test_part_that_the_model_lacks() -> None:
 
 def test_activations_without_calibration() -> None:
     model, batch = build("gpt2")
-    with refused(model, batch, "metric 'activations' needs calibration data; give some, or choose metric 'weights'"):
+    with refused(model, batch, "metric activations needs calibration data; give calibration, or metric weights"):
         clover.prune(model, metric="activations")
 
 

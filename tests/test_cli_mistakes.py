@@ -71,7 +71,6 @@ def test_output_folder_that_cannot_be_written(narrow: Path, words: Path) -> None
         (["--method", "adalora"], "method 'adalora' is unknown; choose among clover, lora, dora, pissa"),
         (["--steps", 0], "steps is 0"),
         (["--lr", "nan"], "lr is nan"),
-        (["--rank", 4, "--match-parameters"], "--rank 4 and --match-parameters exclude each other"),
         (["--data", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--method", "lora", "--rank", 0], "rank is 0"),
     ],
@@ -92,7 +91,7 @@ def test_merge_refuses(wide: Path, narrow: Path, tmp_path: Path) -> None:
     [
         ([], "nothing is to be removed"),
         (["--qk", 0.5, "--qk-threshold", 0.1], "--qk is given a share 0.5 and a threshold 0.1; give one"),
-        (["--vo", 0.5, "--metric", "activations"], "--calibration FILE"),
+        (["--vo", 0.5, "--metric", "activations"], "give --calibration, or --metric weights"),
         (["--vo", 0.5, "--calibration", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--vo", 0.5, "--report", "nowhere/page.html"], "cannot write 'nowhere/page.html'"),
         (["--vo", 0.5, "--part", "encoder"], "no attention block in part 'encoder'"),
