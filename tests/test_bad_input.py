@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import unwrap
+from linecache import getline
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ import transformers as t
 from torch import nn
 
 import clover
+from clover import pruning
+from clover.data import load_processor
 from clover.errors import CloverError, UnsupportedModelError
 from clover.families import FAMILIES, REFUSED, blocks
 from families import build, outputs
@@ -78,6 +83,28 @@ def test_two_rules_for_one_thing() -> None:
         clover.prune(model, qk=0.1, qk_threshold=0.1)
 
 
+@pytest.mark.parametrize("asked", [{"vo": 0.3}, {"max_loss": 0.1}])
+def test_metric_that_is_none(asked: dict[str, float]) -> None:
+    model, batch = build("gpt2")
+    with refused(model, batch, "metric is 'taste'; it must be activations or weights"):
+        unwrap(clover.prune)(model, calibration=[batch, batch], metric="taste", **asked)  # past the types
+
+
+def test_mistakes_name_the_argument_as_the_caller_knows_it() -> None:
+    for given in ({"qk": 2.0}, {"vo_threshold": -1.0}, {"qk_energy": 0.0}, {"max_loss": 0.1}, {"metric": "taste"}):
+        with pytest.raises(CloverError, match=f"^the {next(iter(given))}[: ]"):
+            pruning.wanted(**given, called="the {}".format)
+
+
+def test_a_warning_names_the_line_that_called() -> None:
+    caller = {"__name__": "clover.somewhere", "warn": unwrap(pruning._warn)}
+    exec("def deep(): warn('so it is')\ndef prune(): deep()", caller)
+    with pytest.warns(UserWarning, match="so it is") as caught:
+        caller["prune"]()  # this line
+    assert caught[0].filename == __file__
+    assert "# this line" in getline(__file__, caught[0].lineno)
+
+
 def test_part_that_the_model_lacks() -> None:
     model, batch = build("gpt2")
     with refused(model, batch, "no attention block in part 'cross'; it has decoder, or all"):
@@ -91,7 +118,7 @@ def test_part_that_the_model_lacks() -> None:
 
 def test_activations_without_calibration() -> None:
     model, batch = build("gpt2")
-    with refused(model, batch, "metric 'activations' needs calibration data; give some, or choose metric 'weights'"):
+    with refused(model, batch, "metric activations needs calibration data; give calibration, or metric weights"):
         clover.prune(model, metric="activations")
 
 
@@ -154,6 +181,16 @@ def test_weights_that_are_not_finite(name: str, path: str, match: str, value: fl
         clover.prune(model, vo=0.3, calibration=[batch])
 
 
+def test_weights_that_are_not_finite_on_disk(tmp_path: Path) -> None:
+    model, batch = build("llama-gqa", torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight[0, 0] = math.nan
+    model.save_pretrained(tmp_path / "model")
+    for name, calibration in {"weights": None, "calibrated": [batch]}.items():
+        with pytest.raises(CloverError, match=r"layers\.1\.self_attn: the weights of k contain NaN"):
+            clover.prune_folder(tmp_path / "model", tmp_path / name, vo=0.3, calibration=calibration)
+
+
 def test_weights_that_are_not_there() -> None:
     with torch.device("meta"):
         model = t.GPT2LMHeadModel(t.GPT2Config(vocab_size=60, n_embd=48, n_layer=1, n_head=6))
@@ -196,6 +233,19 @@ def test_wrong_head_counts_in_the_config(name: str, change: dict[str, int], matc
     with pytest.raises(CloverError, match=match):
         clover.prune(model, vo=0.3)
     assert list(model.state_dict()) == list(state) and not hasattr(model.config, "clover")
+
+
+def test_code_of_a_repository_runs_only_when_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("a question was asked"))
+    config = {"model_type": "odd", "auto_map": {"AutoConfig": "odd.Config", "AutoModel": "odd.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    names = {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": ["odd.Tokenizer", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    for attempt in (clover.load, lambda path: load_processor(path, "AutoTokenizer")):
+        with pytest.raises(CloverError, match="contains custom code"):
+            attempt(tmp_path)
+    with pytest.raises(CloverError, match=r"odd\.py"):  # which isn't there, but was looked for
+        clover.load(tmp_path, trust_remote_code=True)
 
 
 def test_unknown_family() -> None:

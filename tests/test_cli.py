@@ -35,7 +35,7 @@ def test_help_names_the_commands_and_their_options() -> None:
         "inspect": ["plot", "json"],
         "prune": ["qk", "vo", "part", "calibration", "metric", "qk-threshold", "vo-threshold", "granularity", "report"],
         "eval": ["data", "task", "split", "limit", "json"],
-        "tune": ["data", "method", "steps", "lr", "batch", "seed", "eval-data", "match-parameters", "json"],
+        "tune": ["data", "method", "steps", "lr", "batch", "seed", "eval-data", "json"],
         "demo": ["model", "out", "json"],
     }
     for command, names in fixed.items():
@@ -198,9 +198,7 @@ def test_tune_and_merge(wide: Path, words: Path, tmp_path: Path) -> None:
     assert (found["method"], found["steps"], found["seed"]) == ("clover", 4, 0)
     assert found["eval_loss_after"] < found["eval_loss_before"]
     assert f"saved {tmp_path / 'adapter'}" in said
-    lora, _ = succeed(
-        "tune", wide, tmp_path / "lora", "--data", words, *sizes, "--method", "lora", "--match-parameters"
-    )
+    lora, _ = succeed("tune", wide, tmp_path / "lora", "--data", words, *sizes, "--method", "lora")
     assert 0.5 < lora["trainable_parameters"] / found["trainable_parameters"] < 2
     result = run("merge", wide, tmp_path / "adapter", tmp_path / "merged")
     assert (result.code, result.out) == (0, "")

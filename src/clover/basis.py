@@ -208,13 +208,13 @@ def find_basis(block: Block, moments: Moments | None = None) -> Basis:
     """Decompose one block.
 
     Args:
+        block: of finite weights, see ``Heads.check_finite``.
         moments: activation statistics; without them the metric is the paper's, weights only.
 
     Raises:
-        CloverError: weights that are not finite, or shapes that contradict the config.
+        CloverError: shapes that contradict the config.
     """
     heads = block.heads().map(Tensor.detach)
-    heads.check_finite(block.name)
     moments = moments and moments.to(heads.q.device)
     kv, n, _, _ = heads.q.shape
     rotary, e = heads.rotary, heads.v.shape[1]

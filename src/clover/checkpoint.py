@@ -253,6 +253,7 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     Raises:
         CloverError: no model there, or a checkpoint that contradicts itself.
     """
+    kwargs.setdefault("trust_remote_code", False)  # left out, transformers asks at a terminal whether to run it
     keys = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir", "local_files_only")
     _, kind = _kind(path, **{k: kwargs[k] for k in keys if k in kwargs})
     try:

@@ -5,13 +5,26 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from clover import __version__
+from clover.bench import compare_runtime
+from clover.budget import Granularity, Limits
+from clover.checkpoint import load, save
+from clover.demo import run as run_demo
 from clover.errors import CloverError
+from clover.evaluate import evaluate as measure
+from clover.export import pad
+from clover.files import extra
+from clover.folders import check_writable
+from clover.lossbudget import suggest
+from clover.onnx import check_installed
+from clover.onnx import export as write_onnx
 from clover.options import (
     Calibration,
     Json,
@@ -26,14 +39,18 @@ from clover.options import (
     apart,
     batches_of,
     beside_of,
-    check_metric,
+    flag,
     is_first,
     load_ready,
+    measured_by,
     quiet,
     tell,
     tell_loss,
 )
+from clover.pruning import NOTHING, apply, choose, find_bases, summary, wanted
+from clover.report import FORMATS, check_target, plot_spectra, table, write_report
 from clover.show import Commands, describe, note, show, show_blocks, show_hints, show_runtime
+from clover.streaming import prune_folder
 
 app = typer.Typer(
     cls=Commands,
@@ -45,8 +62,6 @@ app = typer.Typer(
 
 def _version(wanted: bool | None) -> None:
     if wanted:
-        from clover import __version__
-
         print(f"clover {__version__}")
         raise typer.Exit
 
@@ -75,14 +90,9 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show the singular values of every head, and with data what could go for a loss of 1, 2 and 5 %."""
-    check_metric(metric, calibration)
-    from clover.lossbudget import suggest
-    from clover.pruning import find_bases
-    from clover.report import FORMATS, check_target, plot_spectra
-
+    metric = measured_by(metric, calibration)
     if plot:
         check_target(plot, *FORMATS)
-
     loaded, _ = load_ready(model)
     batches, kept_out = apart(batches_of(loaded, calibration, metric, split, limit, spare=True))
     bases = find_bases(loaded, part=part, calibration=batches, metric=metric)
@@ -110,7 +120,7 @@ def prune(
     qk_threshold: Threshold = None,
     vo_threshold: Threshold = None,
     max_loss: MaxLoss = None,
-    granularity: Annotated[Literal["head", "layer", "model"], typer.Option(help="What has ranks of its own.")] = "head",
+    granularity: Annotated[Granularity, typer.Option(help="What has ranks of its own.")] = "head",
     groups: Annotated[int, typer.Option(min=1, metavar="N", help="Most head sizes that a block may have.")] = 4,
     split: Split = None,
     limit: Limit = None,
@@ -125,66 +135,51 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Remove the head directions that carry little, and save the smaller model as OUT."""
-    from clover.budget import Limits
-    from clover.checkpoint import save
-    from clover.folders import check_writable
-    from clover.lossbudget import keep_apart, within
-    from clover.pruning import apply, check_loss, find_bases, plan_of, plan_ranks, rule, summary
-    from clover.report import check_target, write_report
-
+    shares: dict[str, Any] = {"qk": qk, "vo": vo, "qk_threshold": qk_threshold, "vo_threshold": vo_threshold}
+    request = wanted(**shares, max_loss=max_loss, metric=metric, data=calibration, called=flag)
     check_writable(out)
-    rules = rule("--qk", qk, qk_threshold, None), rule("--vo", vo, vo_threshold, None)
-    cuts = bool(qk or vo) or qk_threshold is not None or vo_threshold is not None
-    if max_loss is not None:
-        given = any(value is not None for value in (qk, vo, qk_threshold, vo_threshold))
-        check_loss(max_loss, None if metric == "weights" else calibration, given, "--max-loss")
-        if stream:
-            raise CloverError(f"--max-loss {max_loss:g} compares whole models; leave out it or --stream")
-    elif not cuts and None in (qk, vo):
+    if request == NOTHING and None in (qk, vo):
         raise CloverError(
             "nothing is to be removed; give --qk, --vo, a threshold or --max-loss (--qk 0 --vo 0 only turns the basis)"
         )
-    check_metric(metric, calibration)
+    metric = measured_by(metric, calibration)
     if report:
         check_target(report)
-    if cuts and (metric == "weights" or calibration is None):
-        note("warning: pruning by the weights alone breaks most modern models; give --calibration FILE instead")
     if resume and not stream:
         raise CloverError("--resume goes on with a run of --stream; give both")
+    if metric == "weights" and request != NOTHING:
+        note("warning: pruning by the weights alone breaks most modern models; give --calibration FILE instead")
+
+    def data(reader: Any) -> Iterable[Any] | None:
+        return batches_of(reader, calibration, metric, split, limit, spare=max_loss is not None)
+
+    settings: dict[str, Any] = {"part": part, "granularity": granularity, "limits": Limits(groups=groups), "seed": seed}
     if stream:
-        if report:
-            raise CloverError(f"--report {report} needs all blocks at once; leave out --report or --stream")
-        from clover.streaming import prune_folder
-
+        _check_streams(max_loss, report)
         quiet()
-        weights = metric == "weights" or calibration is None
-        sizes = prune_folder(
-            model, out, qk=qk, vo=vo, part=part, qk_threshold=qk_threshold, vo_threshold=vo_threshold,
-            granularity=granularity, limits=Limits(groups=groups), beside=beside_of(model), resume=resume, seed=seed,
-            calibration=None if weights else lambda shell: batches_of(shell, calibration, metric, split, limit) or (),
-        )  # fmt: skip
-        tell(sizes, f"saved {out.absolute()}", as_json)
+        settings |= shares | {"calibration": None if metric == "weights" else data, "beside": beside_of(model)}
+        tell(prune_folder(model, out, **settings, resume=resume), f"saved {out.absolute()}", as_json)
         return
-
     loaded, dtype = load_ready(model)
-    batches = batches_of(loaded, calibration, metric, split, limit, spare=max_loss is not None)
-    batches, kept_out = (batches, []) if max_loss is None else keep_apart(batches or ())
-    bases = find_bases(loaded, part=part, calibration=batches, metric=metric, seed=seed)
-    bounds: dict[str, Any] = {"granularity": granularity, "limits": Limits(groups=groups)}
-    loss: dict[str, Any] = {}
-    if max_loss is None:
-        plan = plan_ranks(bases, *rules, **bounds)
-    else:
-        found = within(loaded, bases, kept_out, max_loss, **bounds)
-        plan, loss = found.plan, {"loss": found.to_dict()}
+    found = choose(loaded, request, calibration=data(loaded), metric=metric, **settings)
+    loss = {} if found.outcome is None else {"loss": found.outcome.to_dict()}
+    if loss:
         tell_loss(loss["loss"])
-    apply(loaded.to(dtype), bases, plan)  # before: the cut is checked in the dtype that it is saved in
+    apply(loaded.to(dtype), found.bases, found.plan)  # before: the cut is checked in the dtype that it is saved in
     sizes = summary(loaded)
     target = save(loaded, out, beside=beside_of(model))
     if report:
-        spectra = [basis.spectrum() for basis in bases]
-        write_report(report, title=f"{model}, pruned", spectra=spectra, plan=plan_of(loaded), summary=sizes, **loss)
+        spectra = [basis.spectrum() for basis in found.bases]
+        write_report(report, title=f"{model}, pruned", spectra=spectra, plan=found.plan, summary=sizes, **loss)
     tell(sizes | loss, f"saved {target}" + (f" and {report}" if report else ""), as_json)
+
+
+def _check_streams(max_loss: float | None, report: Path | None) -> None:
+    """Refuse what can't be had from file to file."""
+    if max_loss is not None:
+        raise CloverError(f"--max-loss {max_loss:g} compares whole models; leave out it or --stream")
+    if report:
+        raise CloverError(f"--report {report} needs all blocks at once; leave out --report or --stream")
 
 
 @app.command("eval")
@@ -199,8 +194,6 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a model, pruned or not: perplexity of a text, word error rate of speech, or multiple choice."""
-    from clover.evaluate import evaluate as measure
-
     quiet()
     score = measure(model, data, task, split, limit)
     if as_json:
@@ -234,23 +227,16 @@ def tune(
     rank: Annotated[
         int | None, typer.Option(metavar="R", help="Of the LoRA methods.", show_default="as many parameters as clover")
     ] = None,
-    match_parameters: Annotated[
-        bool, typer.Option("--match-parameters", help="Take the rank nearest to clover's number of parameters.")
-    ] = False,
     eval_data: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Measure the loss on it, before and after.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Tune a language model by an adapter. A run that was killed goes on when it is called again."""
-    from clover.files import extra
-
     extra("peft", "tune")
     from clover.recipe import Recipe
-    from clover.training import tune as run
+    from clover.training import tune as run  # seconds to import
 
-    if rank is not None and match_parameters:
-        raise CloverError(f"--rank {rank} and --match-parameters exclude each other; give one")
     quiet()
     recipe = Recipe(method, steps, lr, batch, seed, length=length, core=core, block_size=block_size, rank=rank)
     result = run(model, adapter, data, recipe, eval_data=eval_data)
@@ -272,10 +258,8 @@ def merge(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
 ) -> None:
     """Merge an adapter into its model: the same outputs at the speed of the model alone."""
-    from clover.files import extra
-
     extra("peft", "tune")
-    from clover.training import merge as run
+    from clover.training import merge as run  # seconds to import
 
     quiet()
     note(f"saved {run(model, adapter, out)}")
@@ -291,21 +275,13 @@ def export(
     ] = "padded",
 ) -> None:
     """Write a pruned model for places that don't know clover: in its original class, no smaller, or as ONNX."""
-    from clover.checkpoint import load, save
-    from clover.folders import check_writable
-
     check_writable(out)
     quiet()
     if kind == "padded":
-        from clover.export import pad
-
         note(f"saved {save(pad(load(model)), out, beside=beside_of(model))}; padded with zeros, so it is no smaller")
         return
-    from clover.onnx import check_installed
-    from clover.onnx import export as write
-
     check_installed()
-    seen = write(load(model, dtype="float32"), out, beside=beside_of(model))
+    seen = write_onnx(load(model, dtype="float32"), out, beside=beside_of(model))
     note(f"saved {out}: " + ", ".join(f"{k}.onnx within {v:.1g} of PyTorch" for k, v in seen.items()))
 
 
@@ -325,8 +301,6 @@ def runtime(
     as_json: Json = False,
 ) -> None:
     """Prefill, decode, peak memory and KV-cache of both models, side by side in alternating rounds."""
-    from clover.bench import compare_runtime
-
     quiet()
     result = compare_runtime(
         model, pruned, contexts=context or [512], new_tokens=new_tokens, batch=batch, repeats=repeats, dtype=dtype
@@ -346,11 +320,8 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Prune a real model, compare it with the original, write a report: minutes on two cores."""
-    from clover.demo import run
-    from clover.report import table
-
     quiet()
-    result = run(model, out)
+    result = run_demo(model, out)
     if as_json:
         print(json.dumps(result.to_dict()))
         return

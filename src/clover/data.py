@@ -86,9 +86,9 @@ def load_processor(model_or_name: nn.Module | str | Path, kind: str) -> Any:
     if not name:
         raise CloverError("the model does not say where it was loaded from; pass its tokenizer or processor")
     # Without torchvision the default image backend is a stub that fails; the PIL one gives the same numbers.
-    options = {"backend": "pil"} if kind == "AutoImageProcessor" else {}
+    options: dict[str, Any] = {"backend": "pil"} if kind == "AutoImageProcessor" else {}
     try:
-        loaded = getattr(transformers, kind).from_pretrained(name, **options)
+        loaded = getattr(transformers, kind).from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError) as error:
         what = f"no {kind.removeprefix('Auto').lower()} can be loaded from {name}"
         raise CloverError(f"{what} ({reason(error)}); copy the original model's there") from error

@@ -98,7 +98,7 @@ def draft(
 
     Args:
         path: the folder to make.
-        request: plain data; a draft of any other request is refused.
+        request: data, compared as JSON tells it; a draft of any other request is refused.
         crew: all processes that write to it; the folder must be one for all.
         kinds: of the pieces that will be kept.
         resume: insist on a draft that is there.
@@ -152,7 +152,7 @@ def _lock(file: Path, target: Path) -> int:
 
 
 def _agree(file: Path, request: Mapping[str, Any]) -> None:
-    request = json.loads(json.dumps(request))
+    request = json.loads(json.dumps(request, default=str))  # as it will be read again
     if not file.exists():
         part = file.with_suffix(".part")
         part.write_text(json.dumps(request, indent=1))

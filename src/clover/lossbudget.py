@@ -207,7 +207,7 @@ def within(
         CloverError: ``max_loss`` is not positive and finite, or a batch that the model gives no finite output for.
     """
     bound = check_bound(max_loss)
-    trials = _Trials(model, bases, [basis.costs() for basis in bases], kept_out, granularity, limits)
+    trials = _Trials(model, bases, kept_out, granularity, limits)
     forecast = trials.gauge(bound)
     if any(point.ceiling == math.inf for point in trials.tried.values()):
         raise CloverError(
@@ -253,7 +253,7 @@ def gauge(model: nn.Module, bases: Sequence[Basis], kept_out: Sequence[Any], nat
 
     ``shares`` of it divides a total between Q-K and V-O. Other arguments and errors are those of ``within``.
     """
-    return _Trials(model, bases, [basis.costs() for basis in bases], kept_out, "head", None).gauge(nats)
+    return _Trials(model, bases, kept_out).gauge(nats)
 
 
 class _Trials:
@@ -263,15 +263,15 @@ class _Trials:
         self,
         model: nn.Module,
         bases: Sequence[Basis],
-        costs: Sequence[Costs],
         kept_out: Sequence[Any],
-        granularity: Granularity,
-        limits: Limits | None,
+        granularity: Granularity = "head",
+        limits: Limits | None = None,
     ) -> None:
-        self.model, self.bases, self.costs, self.kept_out = model, bases, costs, kept_out
+        self.model, self.bases, self.kept_out = model, bases, kept_out
         self.granularity, self.limits = granularity, limits
+        self.costs = [basis.costs() for basis in bases]
         self.tried: dict[Plan, Point] = {}
-        self.grain = 1 / sum(c.kv_heads * (c.qk + c.count("value")) for c in costs)
+        self.grain = 1 / sum(c.kv_heads * (c.qk + c.count("value")) for c in self.costs)
         """Share of one column."""
 
     def plan(self, qk: float, vo: float) -> Plan:

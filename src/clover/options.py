@@ -7,25 +7,19 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
+from transformers.utils import logging
 
-from clover.errors import CloverError
+from clover import pruning
+from clover.checkpoint import load, ready
+from clover.data import calibration_batches, found_beside
+from clover.files import file_kind
+from clover.lossbudget import keep_apart
 from clover.progress import console
+from clover.report import table
 from clover.show import note, show
-
-
-def _share(value: float | None) -> float | None:
-    if value is not None and not 0 <= value < 1:
-        raise typer.BadParameter(f"{value} is no share of the directions; it must be at least 0 and less than 1")
-    return value
-
-
-def _threshold(value: float | None) -> float | None:
-    if value is not None and not 0 <= value < math.inf:
-        raise typer.BadParameter(f"{value} is no threshold; it must be a finite number that is not negative")
-    return value
 
 
 def _loss(text: str) -> float:
@@ -43,12 +37,9 @@ def _loss(text: str) -> float:
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub name.")]
 Share = Annotated[
-    float | None,
-    typer.Option(metavar="R", callback=_share, help="Share of these directions to remove, at least 0, less than 1."),
+    float | None, typer.Option(metavar="R", help="Share of these directions to remove, at least 0, less than 1.")
 ]
-Threshold = Annotated[
-    float | None, typer.Option(metavar="T", callback=_threshold, help="Instead: remove norm products of at most T.")
-]
+Threshold = Annotated[float | None, typer.Option(metavar="T", help="Instead: remove norm products of at most T.")]
 MaxLoss = Annotated[
     float | None,
     typer.Option(
@@ -56,13 +47,13 @@ MaxLoss = Annotated[
         help="Instead: remove as much as costs at most this, 2% more perplexity say, measured on calibration data.",
     ),
 ]  # fmt: skip
-Part = Annotated[Literal["encoder", "decoder", "cross", "all"], typer.Option(help="Which attention blocks.")]
+Part = Annotated[pruning.Part, typer.Option(help="Which attention blocks.")]
 Calibration = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Text .txt, questions .jsonl, audio manifest .tsv, or a folder of images."),
 ]
 Metric = Annotated[
-    Literal["activations", "weights"] | None,
+    pruning.Metric | None,
     typer.Option(help="How directions are measured.", show_default="activations with --calibration, else weights"),
 ]
 Split = Annotated[str | None, typer.Option(metavar="NAME", help="Rows of a manifest that are used.")]
@@ -70,16 +61,19 @@ Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Use at most
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
 
 
-def check_metric(metric: str | None, calibration: Path | None) -> None:
-    """Find out before the long work whether metric and data go together."""
-    from clover.files import file_kind
+def flag(argument: str) -> str:
+    """What an argument of the library is called here."""
+    return "--" + argument.replace("_", "-")
 
-    if metric == "activations" and calibration is None:
-        raise CloverError("--metric activations needs data; give --calibration FILE, or choose --metric weights")
+
+def measured_by(metric: pruning.Metric | None, calibration: Path | None) -> pruning.Metric:
+    """The metric; finds out before the long work whether it and the data go together."""
+    chosen = pruning.measured_by(metric, calibration, flag)
     if calibration is not None:
         file_kind(calibration)
-        if metric == "weights":
+        if chosen == "weights":
             note(f"warning: --metric weights makes no use of {calibration}")
+    return chosen
 
 
 def is_first() -> bool:
@@ -87,10 +81,8 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def tell(sizes: dict[str, float | int], sentence: str, as_json: bool) -> None:
+def tell(sizes: dict[str, Any], sentence: str, as_json: bool) -> None:
     """What became of the model; once, where several processes made it."""
-    from clover.report import table
-
     if not is_first():
         return
     note(sentence)
@@ -111,8 +103,6 @@ def tell_loss(found: dict[str, Any]) -> None:
 
 def quiet() -> None:
     """Keep transformers from talking beside results; its progress bars stay where someone can see them move."""
-    from transformers.utils import logging
-
     logging.set_verbosity_error()
     if not console.is_terminal:
         logging.disable_progress_bar()
@@ -120,18 +110,14 @@ def quiet() -> None:
 
 def load_ready(name: str) -> tuple[Any, Any]:
     """The model, ready to be computed with, and the dtype of its checkpoint."""
-    from clover.checkpoint import load, ready
-
     quiet()
-    return ready(load(name, trust_remote_code=False))
+    return ready(load(name))
 
 
 def batches_of(
     model: Any, calibration: Path | None, metric: str | None, split: str | None, limit: int | None, spare: bool = False
 ) -> Iterable[Any] | None:
     """Calibration batches for the model, where the metric has use for them; some to spare, where loss is measured."""
-    from clover.data import calibration_batches
-
     if calibration is None or metric == "weights":
         return None
     sizes = {} if limit is None else {"sequences": limit, "limit": limit}
@@ -141,16 +127,12 @@ def batches_of(
 
 def apart(batches: Iterable[Any] | None) -> tuple[Iterable[Any] | None, list[Any]]:
     """Batches to calibrate on, and some to measure on if there are two at least."""
-    from clover.lossbudget import keep_apart
-
     whole = None if batches is None else list(batches)
     return keep_apart(whole) if whole and len(whole) > 1 else (whole, [])
 
 
 def beside_of(name: str) -> tuple[Any, ...]:
     """What lies beside a model and must go with it: its processor or tokenizer."""
-    from clover.data import found_beside
-
     found = found_beside(name)
     if not found:
         note(f"warning: {name} has no tokenizer or processor that could be saved with the pruned model")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
@@ -16,12 +18,25 @@ from clover.calibrate import calibrate
 from clover.checkpoint import adopt
 from clover.errors import CloverError
 from clover.families import blocks
-from clover.lossbudget import check_bound, keep_apart, within
+from clover.lossbudget import Outcome, check_bound, keep_apart, within
 from clover.plan import Plan, Spectrum
 from clover.surgery import operate
 
 Part = Literal["encoder", "decoder", "cross", "all"]
 Metric = Literal["activations", "weights"]
+Rules = tuple[Rule, Rule]
+"""What goes of Q-K, and of V-O."""
+NOTHING: Rules = (Share(0.0), Share(0.0))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ``prune`` decides before the model changes."""
+
+    bases: list[Basis]
+    plan: Plan
+    outcome: Outcome | None = None
+    """How a bound on the loss was kept, where there was one."""
 
 
 def orthogonalize(model: PreTrainedModel, *, part: Part = "all") -> PreTrainedModel:
@@ -84,18 +99,117 @@ def prune(
         CloverError: a ratio outside [0, 1), weights that are not finite, head counts that contradict the weights, no
             calibration data where the metric needs it, or rules that leave nothing. The model is then unchanged.
     """
-    rules = rule("qk", qk, qk_threshold, qk_energy), rule("vo", vo, vo_threshold, vo_energy)
-    if max_loss is not None:
-        others = (qk, vo, qk_threshold, vo_threshold, qk_energy, vo_energy)
-        check_loss(max_loss, calibration if metric != "weights" else None, any(o is not None for o in others))
-        used, kept_out = keep_apart(calibration or ())
-        bases = find_bases(model, part=part, calibration=used, seed=seed)
-        apply(model, bases, within(model, bases, kept_out, max_loss, granularity=granularity, limits=limits).plan)
-        return model
-    bases = find_bases(model, part=part, calibration=calibration, metric=metric, seed=seed)
-    plan = plan_ranks(bases, *rules, granularity=granularity, limits=limits)
-    apply(model, bases, plan)
+    request = wanted(
+        qk=qk, vo=vo, qk_threshold=qk_threshold, vo_threshold=vo_threshold, qk_energy=qk_energy, vo_energy=vo_energy,
+        max_loss=max_loss, metric=metric, data=calibration,
+    )  # fmt: skip
+    found = choose(
+        model, request, part=part, calibration=calibration, metric=metric, granularity=granularity, limits=limits,
+        seed=seed,
+    )  # fmt: skip
+    apply(model, found.bases, found.plan)
     return model
+
+
+# --- what is asked for ---
+
+
+def wanted(
+    *,
+    max_loss: float | None = None,
+    metric: str | None = None,
+    data: object = None,
+    called: Callable[[str], str] = str,
+    **shares: float | None,
+) -> Rules | float:
+    """Two rules or a bound on the loss, as ``choose`` takes them; what doesn't go together is refused before any work.
+
+    Args:
+        max_loss, metric, shares: as in ``prune``.
+        data: the calibration data, or what they are to be read from.
+        called: the name that the user knows an argument of ``prune`` by.
+
+    Raises:
+        CloverError: names the argument.
+    """
+    found = rules(**shares, called=called)
+    measured_by(metric, data, called)
+    if max_loss is None:
+        return found
+    check_bound(max_loss)
+    given = f"{called('max_loss')} {max_loss:g}"
+    if any(value is not None for value in shares.values()):
+        raise CloverError(f"{given} decides about Q-K and V-O by itself; leave out it or the other rules")
+    if data is None or metric == "weights":
+        raise CloverError(
+            f"{given} needs calibration data to measure on; give {called('calibration')}, and not the metric weights"
+        )
+    return float(max_loss)
+
+
+def rules(
+    *,
+    qk: float | None = None,
+    vo: float | None = None,
+    qk_threshold: float | None = None,
+    vo_threshold: float | None = None,
+    qk_energy: float | None = None,
+    vo_energy: float | None = None,
+    called: Callable[[str], str] = str,
+) -> Rules:
+    """The rule for Q-K and that for V-O; where none is given, all stays. Arguments and errors as in ``wanted``."""
+    return _rule("qk", called, qk, qk_threshold, qk_energy), _rule("vo", called, vo, vo_threshold, vo_energy)
+
+
+def _rule(name: str, called: Callable[[str], str], *values: float | None) -> Rule:
+    kinds: dict[str, type[Rule]] = {name: Share, f"{name}_threshold": Threshold, f"{name}_energy": Energy}
+    given = [(a, kind, value) for (a, kind), value in zip(kinds.items(), values, strict=True) if value is not None]
+    if len(given) > 1:
+        each = " and a ".join(f"{kind.__name__.lower()} {value:g}" for _, kind, value in given)
+        raise CloverError(f"{called(name)} is given a {each}; give one")
+    for argument, kind, value in given:
+        try:
+            return kind(value)
+        except CloverError as error:
+            raise CloverError(f"{called(argument)}: {error}") from None
+    return Share(0.0)
+
+
+def measured_by(metric: str | None, data: object, called: Callable[[str], str] = str) -> Metric:
+    """The metric, by default the one that the data allow. Arguments and errors as in ``wanted``."""
+    chosen = metric or ("weights" if data is None else "activations")
+    name = called("metric")
+    if chosen == "weights":
+        return "weights"
+    if chosen != "activations":
+        raise CloverError(f"{name} is {chosen!r}; it must be activations or weights")
+    if data is None:
+        raise CloverError(f"{name} activations needs calibration data; give {called('calibration')}, or {name} weights")
+    return "activations"
+
+
+# --- the steps ---
+
+
+def choose(
+    model: PreTrainedModel,
+    request: Rules | float,
+    *,
+    part: Part = "all",
+    calibration: Iterable[Any] | None = None,
+    metric: Metric | None = None,
+    granularity: Granularity = "head",
+    limits: Limits | None = None,
+    seed: int = 0,
+) -> Choice:
+    """Bases and ranks for what is ``wanted``; the model stays as it is. Other arguments and errors as in ``prune``."""
+    if isinstance(request, tuple):
+        bases = find_bases(model, part=part, calibration=calibration, metric=metric, seed=seed)
+        return Choice(bases, plan_ranks(bases, *request, granularity=granularity, limits=limits))
+    used, kept_out = keep_apart(calibration or ())
+    bases = find_bases(model, part=part, calibration=used, metric=metric, seed=seed)
+    outcome = within(model, bases, kept_out, request, granularity=granularity, limits=limits)
+    return Choice(bases, outcome.plan, outcome)
 
 
 def find_bases(
@@ -107,11 +221,7 @@ def find_bases(
     seed: int = 0,
 ) -> list[Basis]:
     """First step of ``prune``: decompose every block; the model stays as it is. Arguments as there."""
-    metric = metric or ("weights" if calibration is None else "activations")
-    if metric not in ("activations", "weights"):
-        raise CloverError(f"metric is {metric!r}; it must be activations or weights")
-    if metric == "activations" and calibration is None:
-        raise CloverError("metric 'activations' needs calibration data; give some, or choose metric 'weights'")
+    metric = measured_by(metric, calibration)
     found = blocks(model, part)
     for block in found:
         block.heads().check_finite(block.name)
@@ -134,10 +244,7 @@ def plan_costs(
     """As ``plan_ranks``, from what the directions of each block cost."""
     fixed = sum(c.fixed_qk for c in costs)
     if fixed and qk != Share(0.0):
-        warnings.warn(
-            f"Q-K of {fixed} of {len(costs)} blocks stays whole: a norm stands between their projections and logits",
-            stacklevel=4,
-        )
+        _warn(f"Q-K of {fixed} of {len(costs)} blocks stays whole: a norm stands between their projections and logits")
     return make_plan(costs, qk, vo, granularity=granularity, limits=limits)
 
 
@@ -147,37 +254,15 @@ def apply(model: PreTrainedModel, bases: list[Basis], plan: Plan) -> None:
     adopt(model, plan)
 
 
-def check_loss(max_loss: float, calibration: object, others: bool, name: str = "max_loss") -> None:
-    """Whether a bound on the loss can be worked with; ``name`` is what the caller gave it as.
-
-    Raises:
-        CloverError: no number that can be a bound, no calibration data for the metric, or other rules beside it.
-    """
-    check_bound(max_loss)
-    if others:
-        raise CloverError(f"{name} {max_loss:g} decides about Q-K and V-O by itself; leave out it or the other rules")
-    if calibration is None:
-        raise CloverError(
-            f"{name} {max_loss:g} needs calibration data to measure on; give some (--calibration FILE), "
-            "and not the metric weights"
-        )
+def _warn(text: str) -> None:
+    """Warn of the line that called this package, from however deep in it."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "clover":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
 
 
-def rule(name: str, share: float | None, threshold: float | None, energy: float | None) -> Rule:
-    """The one rule of three that was given.
-
-    Raises:
-        CloverError: more than one was.
-    """
-    given = {"share": share, "threshold": threshold, "energy": energy}
-    chosen = [f"{key} {value:g}" for key, value in given.items() if value is not None]
-    if len(chosen) > 1:
-        raise CloverError(f"{name} is given a {' and a '.join(chosen)}; give one")
-    if threshold is not None:
-        return Threshold(threshold)
-    if energy is not None:
-        return Energy(energy)
-    return Share(share or 0.0)
+# --- what is told of models ---
 
 
 def inspect(

@@ -199,6 +199,8 @@ class Calibrated:
         blocks = list(inside(name, self.blocks, module))
         if all(made.has(kind, block.name) for block in blocks):
             return module, blocks, []
+        for block in blocks:
+            block.heads().check_finite(block.name)
         return module, blocks, list(zip(blocks, observe(module, blocks, inputs, self.sample, we), strict=True))
 
     def _walk(self, layer: Callable[..., nn.Module], kind: str, made: Draft, we: Crew) -> None:

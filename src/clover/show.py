@@ -5,21 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from clover.block import Block
 from clover.errors import CloverError
+from clover.plan import Spectrum
 from clover.progress import console
-
-if TYPE_CHECKING:
-    from clover.block import Block
-    from clover.plan import Spectrum
-    from clover.report import Row
-
+from clover.report import Row
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
@@ -58,7 +55,7 @@ def describe(block: Block, spectrum: Spectrum) -> dict[str, Any]:
     kv_heads, queries, qk, _ = block.heads().q.shape
     heads = {"query_heads": kv_heads * queries, "kv_heads": kv_heads}
     sizes = {"qk_size": qk, "vo_size": block.heads().v.shape[1]}
-    return {"name": spectrum.name, "part": spectrum.part, **heads, **sizes, **asdict(spectrum)}
+    return asdict(spectrum) | heads | sizes
 
 
 def show(rows: Iterable[Row]) -> None:

@@ -7,13 +7,14 @@ finished is never done again: a run that was killed goes on where it was.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedModel
 
 from clover.basis import find_basis
@@ -27,7 +28,7 @@ from clover.packed import pack, pack_costs, unpack, unpack_costs
 from clover.pieces import Pieces, cut
 from clover.plan import FORMAT, Plan
 from clover.progress import track
-from clover.pruning import Part, plan_costs, rule, summary
+from clover.pruning import Part, plan_costs, rules, summary
 from clover.sequential import Calibrated
 
 Calibration = Iterable[Any] | Callable[[PreTrainedModel], Iterable[Any]]
@@ -74,7 +75,9 @@ def prune_folder(
         CloverError: as in ``prune``; files that are damaged or contradict each other; ``out`` exists, is being made by
             another run or can't be written.
     """
-    rules = rule("qk", qk, qk_threshold, qk_energy), rule("vo", vo, vo_threshold, vo_energy)
+    qk_rule, vo_rule = rules(
+        qk=qk, vo=vo, qk_threshold=qk_threshold, vo_threshold=vo_threshold, qk_energy=qk_energy, vo_energy=vo_energy
+    )
     limits = limits or Limits()
     with crew() as we:
         pieces = Pieces.open(local(model))
@@ -82,16 +85,16 @@ def prune_folder(
         request = {
             "model": pieces.source.fingerprint(), "config": _settings(pieces.model.config), "part": part,
             "format": FORMAT,
-            "qk": repr(rules[0]), "vo": repr(rules[1]), "granularity": granularity, "limits": asdict(limits),
+            "qk": repr(qk_rule), "vo": repr(vo_rule), "granularity": granularity, "limits": asdict(limits),
         }  # fmt: skip
         work: Weights | Calibrated = Weights(pieces, found)
         if calibration is not None:
             work = Calibrated.of(pieces, found, calibration, we, seed)
             request |= {"calibration": work.fingerprint, "seed": seed}
-        with draft(out, _plain(request), we, kinds=(BASES, DONE), resume=resume) as made:
+        with draft(out, request, we, kinds=(BASES, DONE), resume=resume) as made:
             work.survey(made, we)
             costs = [unpack_costs(made.load(BASES, block.name)) for block in found]
-            plan = plan_costs(costs, *rules, granularity=granularity, limits=limits)
+            plan = plan_costs(costs, qk_rule, vo_rule, granularity=granularity, limits=limits)
             layout = Layout.of(pieces, found, plan, made.out)
             layout.begin(made, we)
             with layout.copying(made, we):
@@ -108,9 +111,6 @@ def local(model: str | os.PathLike[str]) -> Path:
     """
     if Path(model).is_dir():
         return Path(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
     try:
         return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
@@ -130,7 +130,9 @@ class Weights:
         for block, coming in zip(track(mine, "decompose"), [*mine[1:], None], strict=False):
             if coming is not None:
                 self.pieces.expect(coming)
-            basis = find_basis(self.pieces.real(block))
+            real = self.pieces.real(block)
+            real.heads().check_finite(block.name)
+            basis = find_basis(real)
             made.keep(BASES, block.name, pack(basis) | pack_costs(basis.costs()))
         we.meet()
 
@@ -147,7 +149,3 @@ class Weights:
 def _settings(config: Any) -> dict[str, Any]:
     """A config without the path by which the model was named this time."""
     return {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
-
-
-def _plain(request: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(request, default=str))

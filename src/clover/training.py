@@ -21,7 +21,7 @@ from accelerate.utils import broadcast
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from clover.checkpoint import load, ready, save
@@ -175,8 +175,6 @@ def train(
         model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=[_StopAtNaN()]
     )  # fmt: skip
     if quiet:
-        from transformers import PrinterCallback
-
         trainer.remove_callback(PrinterCallback)
     last = _last_whole(folder) if save_every else None
     with contiguous_head(base):
@@ -231,13 +229,7 @@ def tune(
     recipe.check()
     target = check_writable(out)
     processes = PartialState(cpu=_on_cpu())  # first: it gives each process its own device
-    base, dtype = ready(load(model))
-    if not writes_text(base):
-        raise CloverError(
-            f"{model} is a {type(base).__name__}; clover tune trains causal language models: tune others through peft"
-        )
-    if dtype == torch.float16 and not getattr(base, "is_quantized", False):
-        base = base.float()  # its range is too small for gradients
+    base = _trainable(model)
     tokenizer = load_processor(model, "AutoTokenizer")
     learned = examples(data, tokenizer, recipe.length)
     held_out = None if eval_data is None else examples(eval_data, tokenizer, recipe.length)
@@ -246,7 +238,7 @@ def tune(
         content = hashlib.sha256(Path(data).read_bytes()).hexdigest()
         draft = _draft(target, {"model": model, "data": str(data), "sha256": content, **recipe.to_dict()})
     set_seed(recipe.seed)
-    before = None if held_out is None else mean_loss(base, held_out)
+    losses = {} if held_out is None else {"eval_loss_before": mean_loss(base, held_out)}
     adapted = get_peft_model(base, config)
     for buffer in adapted.buffers():  # once: during training they stand still
         broadcast(buffer)
@@ -255,17 +247,27 @@ def tune(
     except CloverError:
         shutil.rmtree(draft, ignore_errors=True)  # there is nothing to go on from
         raise
-    result = {
-        **recipe.to_dict(),
-        "trainable_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
-        "loss": sum(e["loss"] for e in log[-10:]) / len(log[-10:]),
-    }
     if held_out is not None:
-        result |= {"eval_loss_before": before, "eval_loss_after": mean_loss(adapted, held_out)}
+        losses["eval_loss_after"] = mean_loss(adapted, held_out)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    last = [entry["loss"] for entry in log[-10:]]
+    result = {**recipe.to_dict(), "trainable_parameters": trained, "loss": sum(last) / len(last), **losses}
     if processes.is_main_process:
         _finish(adapted, tokenizer, {**result, "log": log}, draft, target)
     processes.wait_for_everyone()
     return result
+
+
+def _trainable(model: str) -> Any:
+    """A causal language model in a dtype that it can be trained in."""
+    base, dtype = ready(load(model))
+    if not writes_text(base):
+        raise CloverError(
+            f"{model} is a {type(base).__name__}; clover tune trains causal language models: tune others through peft"
+        )
+    if dtype == torch.float16 and not getattr(base, "is_quantized", False):
+        return base.float()  # its range is too small for gradients
+    return base
 
 
 def _on_cpu() -> bool:
