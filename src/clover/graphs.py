@@ -71,7 +71,8 @@ def graphs(model: Any) -> list[Graph]:
                 f"{type(model).__name__} reads text in its encoder, and of encoder-decoders only those of speech are "
                 "written as ONNX; use --format padded"
             )
-        return [_cross_encoder(model), _cross_decoder(model)]
+        encoder = _cross_encoder(model)
+        return [encoder, _cross_decoder(model, encoder)]
     towers = {"text": "get_text_features", "vision": "get_image_features"}
     if all(hasattr(model, method) for method in towers.values()):
         return [_plain(model, f"{name}_model", getattr(model, method)) for name, method in towers.items()]
@@ -183,9 +184,9 @@ def _cross_encoder(model: Any) -> Graph:
     return Graph("encoder_model", _Call(model, compute), inputs, outputs, fill, ({"batch": 2}, {"batch": 1}))
 
 
-def _cross_decoder(model: Any) -> Graph:
+def _cross_decoder(model: Any, encoder: Graph) -> Graph:
     """The decoder of an encoder-decoder, which meets the encoder in the cross-attention's cache alone."""
-    encoder, width = _cross_encoder(model), model.config.hidden_size
+    width = model.config.hidden_size
 
     def hear(batch: int) -> Tensor:
         return encoder.module(*encoder.fill({"batch": batch}).values())[0]

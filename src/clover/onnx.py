@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clover.errors import CloverError
+from clover.errors import CloverError, reason
 from clover.files import extra
 from clover.folders import fresh_folder
 from clover.graphs import Graph, graphs
@@ -73,8 +73,7 @@ def _write(graph: Graph, file: Path) -> float:
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
-            reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-            raise CloverError(f"{file.stem} can't be written as ONNX: {reason}; use --format padded") from error
+            raise CloverError(f"{file.stem} can't be written as ONNX: {reason(cause)}; use --format padded") from error
         program.save(str(file))
     return compare(graph, file)
 
