@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from clover.decompose import Bases, decompose, weight_gram
 from clover.errors import CloverError
-from clover.families import block_of, is_attention
+from clover.families import MLP, block_of, is_attention
 
 Part = Literal["qk", "q", "vo", "up", "gate"]
 PARTS: tuple[Part, ...] = ("qk", "q", "vo", "up", "gate")
@@ -170,13 +170,12 @@ def _pruned_heads(model: nn.Module, name: str, module: Any) -> Iterator[_Heads]:
 
 def _mlp(modules: dict[str, nn.Module], name: str, module: Any) -> Iterator[tuple[str, str]]:
     """Paths of the MLP projections beside an attention block, with their part."""
-    if not is_attention(module) and not hasattr(module, "clover"):
+    if hasattr(module, "clover"):
+        name = name.removesuffix("." + module.family.core)
+    elif not is_attention(module):
         return
-    family = module.family if hasattr(module, "clover") else block_of(modules[""], name, module).family
-    if hasattr(module, "clover") and family.core:
-        name = name.removesuffix("." + family.core)
     parent = name.rpartition(".")[0]
-    for part, paths in (("up", family.up), ("gate", family.gate)):
+    for part, paths in MLP.items():
         for path in paths:
             full = f"{parent}.{path}" if parent else path
             if full in modules:
