@@ -71,9 +71,8 @@ _ROWS: dict[str, Family] = {
     # language
     # the first pass no window on, though Qwen2-MoE has one
     "LlamaAttention ArceeAttention EuroBertAttention GemmaAttention GraniteAttention GraniteMoeAttention "
-    "GraniteMoeSharedAttention HyperCLOVAXAttention PhimoeAttention Qwen2MoeAttention": replace(
-        _LLAMA, window=_no_window,
-    ),
+    "GraniteMoeSharedAttention HyperCLOVAXAttention PhimoeAttention "
+    "Qwen2MoeAttention": replace(_LLAMA, window=_no_window),
     "BambaAttention MinistralAttention NemotronAttention Qwen2Attention Qwen2VLAttention Qwen2_5_VLAttention": _LLAMA,
     "MistralAttention MixtralAttention": _SLIDING,
     "Ministral3Attention": replace(_SLIDING, growth=_rope_growth),
