@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,8 @@ import transformers as t
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import clover
-from clover.alike import alike, code
-from clover.errors import UnsupportedModelError
+from clover.alike import _files, alike, code
+from clover.errors import CloverError, UnsupportedModelError
 from clover.families import FAMILIES, blocks
 from families import outputs
 from tiny import LAYERS, LM, VISION, causal, encoder, gemma, image, text, vision
@@ -29,6 +30,7 @@ TWINS: dict[str, tuple[Callable[[], Any], Callable[[], BATCH]]] = {
     "NemotronHAttention": (lambda: nemotron_h(), text),
     "Aimv2Attention": (lambda: t.Aimv2VisionModel(t.Aimv2VisionConfig(**VISION)), image),
     "BeitAttention": (lambda: vision("Beit"), image),
+    "TimeSeriesTransformerAttention": (lambda: series_transformer(), lambda: series()),
 }
 
 
@@ -37,6 +39,18 @@ def nemotron_h() -> Any:
     state = {"mamba_num_heads": 8, "mamba_head_dim": 12, "n_groups": 2, "ssm_state_size": 8, "chunk_size": 4}
     kinds = ["mamba", "attention"]
     return t.NemotronHForCausalLM(t.NemotronHConfig(**sizes, **state, layers_block_type=kinds))
+
+
+def series_transformer() -> Any:
+    """An encoder-decoder: some of its blocks attend to another sequence."""
+    times = {"context_length": 8, "prediction_length": 4, "lags_sequence": [1, 2], "num_time_features": 1}
+    return t.TimeSeriesTransformerModel(t.TimeSeriesTransformerConfig(d_model=48, **times))
+
+
+def series() -> BATCH:
+    features = {"past_time_features": torch.randn(2, 10, 1), "future_time_features": torch.randn(2, 4, 1)}
+    values = {"past_values": torch.randn(2, 10), "future_values": torch.randn(2, 4)}
+    return features | values | {"past_observed_mask": torch.ones(2, 10)}
 
 
 LINES = """
@@ -60,6 +74,7 @@ class FirstAttention(nn.Module):
 """
 
 
+@pytest.mark.usefixtures("exact_steps")
 @pytest.mark.parametrize("kind", TWINS)
 def test_a_class_without_a_row(kind: str, tmp_path: Path) -> None:
     assert kind not in FAMILIES
@@ -69,6 +84,7 @@ def test_a_class_without_a_row(kind: str, tmp_path: Path) -> None:
     given = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
     dense = outputs(model, given)
     assert kind in {type(block.module).__name__ for block in blocks(model)}
+    assert (outputs(clover.orthogonalize(copy.deepcopy(model)), given) - dense).abs().max() < 1e-9
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         clover.prune(model, qk=0.25, vo=0.25, calibration=[given])
@@ -112,6 +128,20 @@ def test_what_counts_as_the_same_code(tmp_path: Path, changes: dict[str, str], s
         file.write_text(text)
         digests.append(code("SecondAttention" if "Second" in text else "FirstAttention", file))
     assert (digests[0] == digests[1]) == same
+
+
+def test_rows_of_the_same_code_are_equal() -> None:
+    """Else a class of that code would be read by whichever comes first."""
+    files, rows = _files(), {}
+    for name, family in FAMILIES.items():
+        assert rows.setdefault(code(name, files[name]), family) == family, name
+
+
+def test_another_sequence_is_not_taken_for_self_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = series_transformer(), series()
+    monkeypatch.setattr("clover.families.CROSS", set())
+    with pytest.raises(CloverError, match="key_value_states"):
+        outputs(clover.orthogonalize(model), batch)
 
 
 def test_every_row_knows_its_own_class() -> None:

@@ -76,13 +76,8 @@ class Family:
     """What else the class's own methods need, and the rewritten block takes over."""
     dropout: str | None = "attention_dropout"
     output_dropout: str | None = None
-    cross: tuple[str, ...] = ()
-    """Last name of a block that attends to another sequence."""
     rename: Mapping[str, str] = field(default_factory=dict)
     """This class's argument names -> the ones that we use."""
-    up: tuple[str, ...] = ("mlp.up_proj",)
-    """First projections of the MLP beside the attention, as paths from their common parent; tuning can take them."""
-    gate: tuple[str, ...] = ()
     unless: Mapping[str, str] = field(default_factory=dict)
     """Paths of settings with which the row is not true -> why."""
 
@@ -314,11 +309,18 @@ class Block:
 def arguments(
     family: Family, cross: bool, positional: tuple[str, ...], args: tuple, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Name the arguments of an attention ``forward``, whose own names are ``positional``, as this project does."""
+    """Name the arguments of an attention ``forward``, whose own names are ``positional``, as this project does.
+
+    Raises:
+        CloverError: a block read as self-attention is given another sequence.
+    """
     names = dict(zip(positional, args, strict=False)) | kwargs
     call: dict[str, Any] = {family.rename.get(name, name): value for name, value in names.items()}
-    if not cross:
-        call.pop("key_value_states", None)
+    if not cross and call.pop("key_value_states", None) is not None:
+        raise CloverError(
+            "an attention block that clover reads as self-attention was given key_value_states, another sequence; "
+            "add the name under which its layer holds it to CROSS in clover/families.py"
+        )
     if (mask := call.pop("encoder_attention_mask", None)) is not None and cross:
         call["attention_mask"] = mask
     return call

@@ -1,7 +1,8 @@
-"""The only home of Hugging Face names: one row for each attention class of transformers.
+"""The only home of Hugging Face names: a row for every attention class of transformers, shared by those that are alike.
 
 A row (see ``clover.block.Family``) says where a block keeps its projections, sizes and dropouts, and how its
-``forward`` is called. The algorithm knows nothing of it. To add a family, add a row (CONTRIBUTING.md has the recipe).
+``forward`` is called. The algorithm knows nothing of it. To add a family, add a class to a row, or a row of its own
+(CONTRIBUTING.md has the recipe).
 A class that computes as one in the table, under a new name and with a constructor of its own, needs none (``alike``).
 """
 
@@ -52,207 +53,138 @@ def _growth_without_rope(core: Any) -> tuple[float, float, float] | None:
     return (core.attn_scale, core.floor_scale, 1) if core.attn_temperature_tuning and not core.use_rope else None
 
 
-_LLAMA = Family(kv_heads="config.num_key_value_heads", rotary=True, gate=("mlp.gate_proj",))
+_LLAMA = Family(kv_heads="config.num_key_value_heads", rotary=True)
 _SLIDING = replace(_LLAMA, window=_configs_window)
-_BERT = Family(
-    q="query", k="key", v="value", o="output.dense", core="self", heads="num_attention_heads",
-    head_dim="attention_head_size", dropout="dropout", cross=("crossattention",),
-    rename={"encoder_hidden_states": "key_value_states"}, up=("intermediate.dense",),
-)  # fmt: skip
-_BART = Family(o="out_proj", heads="num_heads", dropout="dropout", up=("fc1",))
-
 _QWEN3 = replace(_LLAMA, norms=("q_norm", "k_norm"))
-_BAMBA = replace(_LLAMA, up=("feed_forward.up_proj",), gate=("feed_forward.gate_proj",))
-_GEMMA2 = replace(_LLAMA, softcap="attn_logit_softcapping")
 _OLMO2 = replace(_QWEN3, norm_spans_heads=True)
 _GLM = replace(_LLAMA, neighbours=True)
 _COHERE = replace(_GLM, table="neighbours")
-_MOE = replace(_LLAMA, up=(), gate=())  # experts are stacked in one tensor
-_NORMED_MOE = replace(_MOE, norms=("q_norm", "k_norm"))
-_TRANSLATOR = replace(_BART, cross=("encoder_attn",))
-_VIT = Family(up=("mlp.fc1",))
-_CLIP = replace(_BART, scale=("scale",), up=("mlp.fc1",))
-_SPEECH = replace(_BART, up=("feed_forward.intermediate_dense",))
-_T5 = Family(
-    q="q", k="k", v="v", o="o", heads="n_heads", head_dim="key_value_proj_dim", dropout="dropout",
-    position_bias="relative_attention_bias", cross=("EncDecAttention",), rename={"mask": "attention_mask"}, up=(),
-    kept=("is_decoder", "relative_attention_num_buckets", "relative_attention_max_distance"),
+_BART = Family(o="out_proj", heads="num_heads", dropout="dropout")
+_CLIP = replace(_BART, scale=("scale",))
+_BERT = Family(
+    q="query", k="key", v="value", o="output.dense", core="self", heads="num_attention_heads",
+    head_dim="attention_head_size", dropout="dropout", rename={"encoder_hidden_states": "key_value_states"},
 )  # fmt: skip
 _CLIP_QKV = {"config.clip_qkv": "values are clipped (clip_qkv), and what is clipped can't be rotated"}
 
-FAMILIES: dict[str, Family] = {
+_ROWS: dict[str, Family] = {
     # language
-    "LlamaAttention": _LLAMA,
-    "MistralAttention": _SLIDING,
-    "MinistralAttention": _LLAMA,
+    # the first pass no window on, though Qwen2-MoE has one
+    "LlamaAttention ArceeAttention EuroBertAttention GemmaAttention GraniteAttention GraniteMoeAttention "
+    "GraniteMoeSharedAttention HyperCLOVAXAttention PhimoeAttention "
+    "Qwen2MoeAttention": replace(_LLAMA, window=_no_window),
+    "BambaAttention MinistralAttention NemotronAttention Qwen2Attention Qwen2VLAttention Qwen2_5_VLAttention": _LLAMA,
+    "MistralAttention MixtralAttention": _SLIDING,
     "Ministral3Attention": replace(_SLIDING, growth=_rope_growth),
     "Llama4TextAttention": replace(
         _GLM, rotary=attrgetter("use_rope"), table="complex", norms=("qk_norm", "qk_norm"), norms_last=True,
-        growth=_growth_without_rope, up=("feed_forward.up_proj",), gate=("feed_forward.gate_proj",),
+        growth=_growth_without_rope,
     ),
     "HunYuanDenseV1Attention": replace(_LLAMA, norms=("query_layernorm", "key_layernorm"), norms_last=True),
-    "NanoChatAttention": replace(_QWEN3, norms_last=True, clockwise=True, up=("mlp.fc1",), gate=()),
-    "Qwen2Attention": _LLAMA,
-    "Qwen2VLAttention": _LLAMA,
-    "Qwen2_5_VLAttention": _LLAMA,
-    "Qwen3Attention": _QWEN3,
-    "Qwen3VLTextAttention": _QWEN3,
-    "Qwen3VLMoeTextAttention": _NORMED_MOE,
-    "GemmaAttention": _LLAMA,
-    "Gemma2Attention": _GEMMA2,
-    "Gemma3Attention": _QWEN3,
-    "GraniteAttention": _LLAMA,
-    "GraniteMoeAttention": _MOE,
-    "GraniteMoeSharedAttention": _MOE,
-    "HyperCLOVAXAttention": _LLAMA,
-    "ArceeAttention": replace(_LLAMA, gate=()),
-    "NemotronAttention": replace(_LLAMA, gate=()),
-    "ApertusAttention": replace(_QWEN3, gate=()),
+    "NanoChatAttention": replace(_QWEN3, norms_last=True, clockwise=True),
+    "ApertusAttention Dots1Attention Gemma3Attention Glm4MoeAttention Qwen3Attention Qwen3MoeAttention "
+    "Qwen3VLMoeTextAttention Qwen3VLTextAttention": _QWEN3,
+    "Gemma2Attention": replace(_LLAMA, softcap="attn_logit_softcapping"),
     "SeedOssAttention": replace(_LLAMA, output_dropout="residual_dropout"),
     "StableLmAttention": replace(
         _LLAMA, unless={"qk_layernorm": "each head's queries and keys go through a norm of their own (qk_layernorm)"},
     ),
     "SmolLM3Attention": replace(_LLAMA, rotary=attrgetter("use_rope")),
-    "Starcoder2Attention": replace(_SLIDING, output_dropout="residual_dropout", up=("mlp.c_fc",), gate=()),
+    "Starcoder2Attention": replace(_SLIDING, output_dropout="residual_dropout"),
     "OlmoAttention": replace(_LLAMA, unless=_CLIP_QKV),
-    "Olmo2Attention": _OLMO2,
-    "Olmo3Attention": _OLMO2,
+    "FlexOlmoAttention MiniMaxM2Attention Olmo2Attention Olmo3Attention": _OLMO2,
+    "OlmoeAttention": replace(_OLMO2, window=_configs_window, unless=_CLIP_QKV),
     "CohereAttention": replace(_COHERE, norms=("q_norm", "k_norm")),
     "Cohere2Attention": replace(_COHERE, rotary=attrgetter("sliding_window")),
-    "Cohere2MoeAttention": replace(_COHERE, rotary=_slides_or_must, up=(), gate=()),
+    "Cohere2MoeAttention": replace(_COHERE, rotary=_slides_or_must),
     "Exaone4Attention": replace(_QWEN3, rotary=_is_global_or_slides, window=_window_where_sliding),
-    "GlmAttention": replace(_GLM, up=("mlp.gate_up_proj",), gate=()),
-    "Glm4Attention": replace(_GLM, up=("mlp.gate_up_proj",), gate=()),
-    "HeliumAttention": _GLM,
-    "Ernie4_5Attention": _GLM,
-    "PhiAttention": replace(_LLAMA, o="dense", norms=("q_layernorm", "k_layernorm"), up=("mlp.fc1",), gate=()),
-    "Phi3Attention": replace(_SLIDING, fused="qkv_proj", up=("mlp.gate_up_proj",), gate=()),
-    "MixtralAttention": replace(_SLIDING, up=(), gate=()),
-    "PhimoeAttention": _MOE,
-    "Qwen2MoeAttention": replace(_MOE, window=_no_window),
-    "Qwen3MoeAttention": _NORMED_MOE,
-    "OlmoeAttention": replace(_NORMED_MOE, norm_spans_heads=True, window=_configs_window, unless=_CLIP_QKV),
-    "FlexOlmoAttention": replace(_OLMO2, up=(), gate=()),
-    "MiniMaxM2Attention": replace(_NORMED_MOE, norm_spans_heads=True),
-    "Dots1Attention": _NORMED_MOE,
-    "Glm4MoeAttention": _NORMED_MOE,
-    "Ernie4_5_MoeAttention": replace(_GLM, up=(), gate=()),
-    "GptOssAttention": replace(_MOE, sinks="sinks", table="once"),
-    "ModernBertDecoderAttention": replace(
-        _LLAMA, kv_heads=None, o="Wo", output_dropout="out_drop", up=("mlp.Wi",), gate=(),
-    ),
+    "Ernie4_5Attention Ernie4_5_MoeAttention GlmAttention Glm4Attention HeliumAttention": _GLM,
+    "PhiAttention": replace(_LLAMA, o="dense", norms=("q_layernorm", "k_layernorm")),
+    "Phi3Attention": replace(_SLIDING, fused="qkv_proj"),
+    "GptOssAttention": replace(_LLAMA, sinks="sinks", table="once"),
+    "ModernBertDecoderAttention": replace(_LLAMA, kv_heads=None, o="Wo", output_dropout="out_drop"),
     # language, beside state-space layers
-    "GraniteMoeHybridAttention": replace(_MOE, rotary=_says_rope),
-    "BambaAttention": _BAMBA,
-    "JambaAttention": replace(_BAMBA, rotary=False),
-    "FalconH1Attention": replace(_BAMBA, scale=("scaling", "key_multiplier")),
-    "Lfm2Attention": replace(
-        _LLAMA, o="out_proj", norms=("q_layernorm", "k_layernorm"), dropout=None, up=("feed_forward.w3",),
-        gate=("feed_forward.w1",),
-    ),
+    "GraniteMoeHybridAttention": replace(_LLAMA, rotary=_says_rope),
+    "JambaAttention": replace(_LLAMA, rotary=False),
+    "FalconH1Attention": replace(_LLAMA, scale=("scaling", "key_multiplier")),
+    "Lfm2Attention": replace(_LLAMA, o="out_proj", norms=("q_layernorm", "k_layernorm"), dropout=None),
     # language, fused
     "GPTNeoXAttention": Family(
         fused="query_key_value", interleaved=True, o="dense", head_dim="head_size", rotary=True,
-        rename={"layer_past": "past_key_values"}, up=("mlp.dense_h_to_4h",),
+        rename={"layer_past": "past_key_values"},
     ),
     "FalconAttention": Family(
         fused="query_key_value", interleaved=True, o="dense", heads="num_heads", kv_heads="num_kv_heads",
-        scale=("inv_norm_factor",), rotary=attrgetter("config.rotary"), dropout="attention_dropout",
-        rename={"layer_past": "past_key_values"}, up=("mlp.dense_h_to_4h",),
+        scale=("inv_norm_factor",), rotary=attrgetter("config.rotary"), rename={"layer_past": "past_key_values"},
         unless={"config.alibi": "each implementation of its attention adds another bias by distance (alibi)"},
     ),
     "GPT2Attention": Family(
         q="q_attn", fused="c_attn", o="c_proj", heads="num_heads", dropout="attn_dropout",
-        output_dropout="resid_dropout",
-        cross=("crossattention",), rename={"encoder_hidden_states": "key_value_states"}, up=("mlp.c_fc",),
+        output_dropout="resid_dropout", rename={"encoder_hidden_states": "key_value_states"},
     ),
     "GPTBigCodeAttention": Family(
         fused="c_attn", interleaved=True, o="c_proj", heads="num_heads", kv_heads="kv_heads", dropout="attn_dropout",
         output_dropout="resid_dropout",
-        rename={"layer_past": "past_key_values", "encoder_hidden_states": "key_value_states"}, up=("mlp.c_fc",),
+        rename={"layer_past": "past_key_values", "encoder_hidden_states": "key_value_states"},
     ),
     "BloomAttention": Family(
         fused="query_key_value", interleaved=True, o="dense", heads="num_heads", scale=("inv_norm_factor",),
-        dropout="attention_dropout", output_dropout="hidden_dropout",
-        rename={"layer_past": "past_key_values"}, up=("mlp.dense_h_to_4h",),
+        output_dropout="hidden_dropout", rename={"layer_past": "past_key_values"},
     ),
-    "OPTAttention": _BART,
-    "BioGptAttention": _BART,
-    # encoders and decoders
-    "BartAttention": _TRANSLATOR,
-    "MBartAttention": _TRANSLATOR,
-    "MarianAttention": _TRANSLATOR,
-    "PegasusAttention": _TRANSLATOR,
-    "M2M100Attention": _TRANSLATOR,
-    "NllbMoeAttention": replace(_TRANSLATOR, cross=("cross_attention",)),
-    "PLBartAttention": _TRANSLATOR,
-    "BlenderbotAttention": _TRANSLATOR,
-    "BlenderbotSmallAttention": _TRANSLATOR,
-    "WhisperAttention": _TRANSLATOR,
-    "Speech2TextAttention": _TRANSLATOR,
-    "T5Attention": _T5,
-    "MT5Attention": _T5,
-    "SwitchTransformersAttention": _T5,
-    "BertAttention": _BERT,
-    "RobertaAttention": _BERT,
-    "XLMRobertaAttention": _BERT,
-    "CamembertAttention": _BERT,
-    "Data2VecTextAttention": _BERT,
-    "ErnieAttention": _BERT,
-    "RoCBertAttention": _BERT,
-    "BertGenerationAttention": _BERT,
-    "ElectraAttention": _BERT,
+    # language, speech, encoders and decoders
+    "BartAttention BioGptAttention BlenderbotAttention BlenderbotSmallAttention Data2VecAudioAttention HubertAttention "
+    "M2M100Attention MBartAttention MarianAttention NllbMoeAttention OPTAttention PLBartAttention PegasusAttention "
+    "SEWAttention Speech2TextAttention UniSpeechAttention UniSpeechSatAttention Wav2Vec2Attention "
+    "WhisperAttention": _BART,
+    "MT5Attention SwitchTransformersAttention T5Attention": Family(
+        q="q", k="k", v="v", o="o", heads="n_heads", head_dim="key_value_proj_dim", dropout="dropout",
+        position_bias="relative_attention_bias", rename={"mask": "attention_mask"},
+        kept=("is_decoder", "relative_attention_num_buckets", "relative_attention_max_distance"),
+    ),
+    # encoders
+    "BertAttention BertGenerationAttention CamembertAttention Data2VecTextAttention ElectraAttention ErnieAttention "
+    "RoCBertAttention RobertaAttention XLMRobertaAttention": _BERT,
     "LayoutLMAttention": replace(_BERT, dropout="attention_dropout"),
     "MPNetSelfAttention": Family(
         q="q", k="k", v="v", o="o", head_dim="attention_head_size", heads="num_attention_heads", scale=(),
-        dropout="dropout", causal=False, up=(),
+        dropout="dropout", causal=False,
     ),
     "DistilBertSelfAttention": Family(
         q="q_lin", k="k_lin", v="v_lin", o="out_lin", heads="n_heads", head_dim="attention_head_size",
-        dropout="dropout", up=("ffn.lin1",),
+        dropout="dropout",
     ),
     "ModernBertAttention": Family(
-        fused="Wqkv", o="Wo", rotary=True, scale=(), output_dropout="config.attention_dropout", up=("mlp.Wi",),
+        fused="Wqkv", o="Wo", rotary=True, scale=(), output_dropout="config.attention_dropout",
     ),
-    "EuroBertAttention": _LLAMA,
-    "NomicBertAttention": replace(_LLAMA, kv_heads=None),
-    "GteAttention": replace(_LLAMA, kv_heads=None),
-    "ViTAttention": _VIT,
-    "DeiTAttention": _VIT,
-    "ViTMAEAttention": _VIT,
-    "ViTMSNAttention": _VIT,
-    "IJepaAttention": _VIT,
-    "ASTAttention": _VIT,
-    "Dinov2Attention": _VIT,
-    "Dinov2WithRegistersAttention": _VIT,
-    "DINOv3ViTAttention": replace(
-        _VIT, rotary=True, dropout="dropout", up=("mlp.up_proj",), gate=("mlp.gate_proj",),
-    ),
-    "CLIPAttention": _CLIP,
-    "MetaClip2Attention": _CLIP,
-    "SiglipAttention": _CLIP,
-    "Siglip2Attention": _CLIP,
-    "PixtralAttention": replace(
-        _CLIP, o="o_proj", scale=("scaling",), rotary=True, up=("feed_forward.up_proj",),
-        gate=("feed_forward.gate_proj",),
-    ),
-    "Llama4VisionAttention": replace(
-        _VIT, scale=(), rotary=True, neighbours=True, table="complex", causal=False,
+    "GteAttention NomicBertAttention": replace(_LLAMA, kv_heads=None),
+    "ASTAttention DeiTAttention Dinov2Attention Dinov2WithRegistersAttention IJepaAttention ViTAttention "
+    "ViTMAEAttention ViTMSNAttention": Family(),
+    "DINOv3ViTAttention": Family(rotary=True, dropout="dropout"),
+    "CLIPAttention Idefics3VisionAttention MetaClip2Attention SiglipAttention Siglip2Attention "
+    "SmolVLMVisionAttention": _CLIP,
+    "PixtralAttention": replace(_BART, o="o_proj", rotary=True),
+    "Llama4VisionAttention": Family(
+        scale=(), rotary=True, neighbours=True, table="complex", causal=False,
         rename={"freqs_ci": "position_embeddings"},
     ),
     "InternVLVisionAttention": replace(
         _CLIP, o="projection_layer", dropout="attention_dropout", output_dropout="projection_dropout",
         norms=("q_norm", "k_norm"), norm_spans_heads=True,
     ),
-    "SmolVLMVisionAttention": _CLIP,
-    "Idefics3VisionAttention": _CLIP,
-    "Wav2Vec2Attention": _SPEECH,
-    "HubertAttention": _SPEECH,
-    "Data2VecAudioAttention": _SPEECH,
-    "UniSpeechAttention": _SPEECH,
-    "UniSpeechSatAttention": _SPEECH,
-    "SEWAttention": _SPEECH,
 }  # fmt: skip
+FAMILIES: dict[str, Family] = {name: family for names, family in _ROWS.items() for name in names.split()}
+
+CROSS = {"EncDecAttention", "cross_attention", "crossattention", "encoder_attn"}
+"""What models call a block that attends to another sequence, whatever its class."""
+MLP = {
+    "up": (
+        "fc1", "feed_forward.intermediate_dense", "feed_forward.up_proj", "feed_forward.w3", "ffn.lin1",
+        "intermediate.dense", "mlp.Wi", "mlp.c_fc", "mlp.dense_h_to_4h", "mlp.fc1", "mlp.gate_up_proj", "mlp.up_proj",
+    ),
+    "gate": ("feed_forward.gate_proj", "feed_forward.w1", "mlp.gate_proj"),
+}  # fmt: skip
+"""First projections of the MLP beside an attention, as paths from their common parent; tuning can take them. Experts
+are stacked in one tensor, and have none."""
 
 REFUSED: dict[str, str] = {
     "DeepseekV2Attention": "keys and values of all heads come out of one latent, which is what its cache would hold",
@@ -346,7 +278,7 @@ def block_of(model: nn.Module, name: str, module: nn.Module) -> Block:
     assert family is not None
     core = module.get_submodule(family.core)
     part = "decoder" if getattr(core, "is_causal", family.causal) else "encoder"
-    if name.rpartition(".")[2] in family.cross:
+    if name.rpartition(".")[2] in CROSS:
         part = "cross"
     return Block(name, part, family, module, getattr(core, "config", None) or model.config)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from clover.decompose import Bases, decompose, weight_gram
 from clover.errors import CloverError
-from clover.families import block_of, is_attention
+from clover.families import MLP, block_of, is_attention
 
 Part = Literal["qk", "q", "vo", "up", "gate"]
 PARTS: tuple[Part, ...] = ("qk", "q", "vo", "up", "gate")
@@ -48,37 +49,27 @@ class Slot:
         return decompose(gram, self.partner(read).to(gram.device))
 
 
-@dataclass(frozen=True)
-class _Heads:
-    """Attention heads of equal sizes: where their rows (for ``o``: columns) stand in which module."""
+class _Place(NamedTuple):
+    """Where heads of equal sizes stand in the weight of a module."""
 
-    kv: int
-    q: tuple[str, nn.Module, Tensor]
-    k: tuple[str, nn.Module, Tensor]
-    v: tuple[str, nn.Module, Tensor]
-    o: tuple[nn.Module, Tensor]
-    crosses: bool
-    """Nothing stands between queries and keys, so Q-K is one product."""
-
-    def slots(self) -> Iterator[tuple[str, Slot]]:
-        def outputs(read: Read) -> Tensor:
-            module, columns = self.o
-            weight = read(module)
-            return _stacked_gram(weight.T[columns.to(weight.device)], self.kv)
-
-        def queries(read: Read) -> Tensor:
-            weight = read(self.q[1])
-            return _stacked_gram(weight[self.q[2].to(weight.device)], self.kv)
-
-        if self.q[2].shape[1]:
-            yield self.q[0], Slot("q", self.q[2])
-            yield self.k[0], Slot("qk", self.k[2], queries if self.crosses else None)
-        if self.v[2].shape[1]:
-            yield self.v[0], Slot("vo", self.v[2], outputs)
+    path: str
+    module: nn.Module
+    rows: Int[Tensor, "heads d"]
+    """Of an output projection: columns."""
 
 
-def _stacked_gram(rows: Float[Tensor, "heads d n"], kv: int) -> Float[Tensor, "kv d d"]:
+def _slots(q: _Place, k: _Place, v: _Place, o: _Place, crosses: bool) -> Iterator[tuple[str, Slot]]:
+    """Slots of heads, by path; ``crosses``: nothing stands between queries and keys, so Q-K is one product."""
+    kv = len(k.rows)
+    yield q.path, Slot("q", q.rows)
+    yield k.path, Slot("qk", k.rows, partial(_stacked_gram, q, kv, False) if crosses else None)
+    yield v.path, Slot("vo", v.rows, partial(_stacked_gram, o, kv, True))
+
+
+def _stacked_gram(place: _Place, kv: int, transposed: bool, read: Read) -> Float[Tensor, "kv d d"]:
     """Gram of all query heads of each KV head together."""
+    weight = read(place.module)
+    rows = (weight.T if transposed else weight)[place.rows.to(weight.device)]
     return weight_gram(rows.unflatten(0, (kv, -1)).transpose(1, 2).flatten(2))
 
 
@@ -92,9 +83,8 @@ def find_slots(model: nn.Module, block_size: int) -> dict[str, list[Slot]]:
     found: dict[str, list[Slot]] = {}
     modules = dict(model.named_modules())
     for name, module in modules.items():
-        for heads in _heads(model, name, module):
-            for path, slot in heads.slots():
-                found.setdefault(path, []).append(slot)
+        for path, slot in _attention(model, name, module):
+            found.setdefault(path, []).append(slot)
         for path, part in _mlp(modules, name, module):
             found[path] = [Slot(part, _in_blocks(out_features(modules[path]), block_size))]
     return found
@@ -130,53 +120,48 @@ def in_features(module: Any) -> int:
     return module.nx if hasattr(module, "nx") else module.in_features
 
 
-def _heads(model: nn.Module, name: str, module: Any) -> Iterator[_Heads]:
+def _attention(model: nn.Module, name: str, module: Any) -> Iterator[tuple[str, Slot]]:
     if hasattr(module, "clover"):
-        yield from _pruned_heads(model, name, module)
+        yield from _pruned_attention(model, name, module)
         return
     if not is_attention(module):
         return
     block = block_of(model, name, module)
     if hasattr(block.core, "clover"):
         return  # the core, found on its own, speaks for the block
-    names = {id(m): f"{name}.{path}" for path, m in module.named_modules()}
-    q, k, v = ((names[id(block.projection(w))], block.projection(w), block.rows(w)) for w in ("q", "k", "v"))
-    columns = torch.arange(q[2].numel()).view_as(q[2])
-    crosses = not block.rotary and not block.normed
-    yield _Heads(len(k[2]), q, k, v, (block.projection("o"), columns), crosses)
+    paths = {m: f"{name}.{path}" for path, m in module.named_modules()}
+    q, k, v = (_Place(paths[m := block.projection(which)], m, block.rows(which)) for which in "qkv")
+    o = _Place("", block.projection("o"), torch.arange(q.rows.numel()).view_as(q.rows))
+    yield from _slots(q, k, v, o, crosses=not block.rotary and not block.normed)
 
 
-def _pruned_heads(model: nn.Module, name: str, module: Any) -> Iterator[_Heads]:
+def _pruned_attention(model: nn.Module, name: str, module: Any) -> Iterator[tuple[str, Slot]]:
     """The groups of a pruned block, each of its own size; columns lie group by group, head by head."""
-    plan = module.clover
-    o = module.o_proj
-    if isinstance(o, nn.Identity):
-        o = model.get_submodule(name.removesuffix("." + module.family.core) + "." + module.family.o)
-    crosses = not module.rotary and not module.norms
-    for group, at_qk, at_v in plan.spans():
-        kv, n = len(group.heads), plan.queries
+    family, n = module.family, module.clover.queries
+    o = model.get_submodule(f"{name.removesuffix('.' + family.core)}.{family.o}") if family.core else module.o_proj
 
-        def rows(start: int, heads: int, size: int) -> Tensor:
-            return torch.arange(start, start + heads * size).view(heads, size)
+    def rows(start: int, heads: int, size: int) -> Tensor:
+        return torch.arange(start, start + heads * size).view(heads, size)
 
-        def place(which: str, start: int, heads: int, size: int) -> tuple[str, nn.Module, Tensor]:
-            path, inside = module.rows(which)
-            return f"{name}.{path}", module.get_submodule(path), rows(inside.start + start, heads, size)
+    def place(which: str, start: int, heads: int, size: int) -> _Place:
+        path, inside = module.rows(which)
+        return _Place(f"{name}.{path}", module.get_submodule(path), rows(inside.start + start, heads, size))
 
+    for group, at_qk, at_v in module.clover.spans():
+        kv = len(group.heads)
         q, k = place("q", n * at_qk, n * kv, group.qk), place("k", at_qk, kv, group.qk)
-        v = place("v", at_v, kv, group.value)
-        yield _Heads(kv, q, k, v, (o, rows(n * at_v, n * kv, group.value)), crosses)
+        v, columns = place("v", at_v, kv, group.value), rows(n * at_v, n * kv, group.value)
+        yield from _slots(q, k, v, _Place("", o, columns), crosses=not module.rotary and not module.norms)
 
 
 def _mlp(modules: dict[str, nn.Module], name: str, module: Any) -> Iterator[tuple[str, str]]:
     """Paths of the MLP projections beside an attention block, with their part."""
-    if not is_attention(module) and not hasattr(module, "clover"):
+    if hasattr(module, "clover"):
+        name = name.removesuffix("." + module.family.core)
+    elif not is_attention(module):
         return
-    family = module.family if hasattr(module, "clover") else block_of(modules[""], name, module).family
-    if hasattr(module, "clover") and family.core:
-        name = name.removesuffix("." + family.core)
     parent = name.rpartition(".")[0]
-    for part, paths in (("up", family.up), ("gate", family.gate)):
+    for part, paths in MLP.items():
         for path in paths:
             full = f"{parent}.{path}" if parent else path
             if full in modules:
