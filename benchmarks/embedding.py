@@ -41,8 +41,8 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(MODELS / "minilm")
 
 
-def calibration() -> Any:
-    path = DATA / "wikitext2" / "train.txt.gz"
+def calibration(split: str = "train") -> Any:
+    path = DATA / "wikitext2" / f"{split}.txt.gz"
     return calibration_batches(path, dense(), processor=tokenizer(), sequences=WINDOWS, length=LENGTH)
 
 
