@@ -14,10 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import StableLmConfig, StableLmForCausalLM
 
 import clover
 from clover.budget import Costs, Limits, Share, make_plan
-from clover.errors import CloverError
+from clover.errors import CloverError, UnsupportedModelError
 from clover.families import blocks
 from clover.files import read_manifest, read_questions
 from clover.heads import finite
@@ -250,3 +251,27 @@ def test_one_number_that_is_not_finite_is_found(dtype: torch.dtype, bad: float) 
     assert finite(tensor) and finite(tensor[:0])
     tensor[2, 31, 4] = bad
     assert not finite(tensor)
+
+
+# --- models and data at the edge ---
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "phi"])
+def test_sequences_of_one_token_say_nothing_of_attention(name: str, count: int) -> None:
+    """And what nothing is known of isn't lost."""
+    model, batch = build(name)
+    whole = model(**batch).logits
+    texts = [{"input_ids": batch["input_ids"][:1, :1] + i} for i in range(count)]
+    cut = clover.prune(copy.deepcopy(model), qk=0.25, vo=0.25, calibration=texts)
+    assert cut(**batch).logits.isfinite().all()
+    full = clover.prune(model, qk=0.0, vo=0.0, calibration=texts)
+    torch.testing.assert_close(full(**batch).logits, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_an_odd_number_of_columns_beside_pairs() -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.4}
+    sizes = {"hidden_size": 44, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 1}
+    config = StableLmConfig(**sizes, vocab_size=60, intermediate_size=16, rope_parameters=rope)
+    with pytest.raises(UnsupportedModelError, match="4 columns of a head turn and 7 don't"):
+        clover.prune(StableLmForCausalLM(config), vo=0.5)

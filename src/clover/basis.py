@@ -263,9 +263,12 @@ def _row_energies(transform: Float[Tensor, "kv r d"], gram: Float[Tensor, "kv d 
 
 
 def _ridged(gram: Tensor) -> Tensor:
-    """A moment of positive definite form; sums in float32 may leave one that is not."""
+    """A moment of positive definite form; sums in float32 may leave one that is not. If nothing moved, all counts."""
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1) if gram.shape[-1] else gram.new_zeros(gram.shape[:-2])
-    ridge, eye = CALIBRATION_RIDGE * mean, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    ridge, eye = (
+        torch.where(mean > 0, CALIBRATION_RIDGE * mean, 1.0),
+        torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device),
+    )
     failed = torch.linalg.cholesky_ex(gram + ridge[..., None, None] * eye).info > 0
     if failed.any():
         ridge = torch.where(failed, ridge - torch.linalg.eigvalsh(gram)[..., 0].clamp_max(0), ridge)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from clover.errors import CloverError
+from clover.errors import CloverError, UnsupportedModelError
 from clover.heads import Heads
 
 
@@ -175,8 +175,12 @@ class Block:
         turns = self.family.rotary
         if not (turns(self.core) if callable(turns) else turns):
             return 0
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        return int(self.get(self.family.head_dim) * rope.get("partial_rotary_factor", 1.0))
+        rope, size = getattr(self.config, "rope_parameters", None) or {}, self.get(self.family.head_dim)
+        turned = int(size * rope.get("partial_rotary_factor", 1.0))
+        if turned < size and (size - turned) % 2:  # pairs must lie at even places
+            odd = f"{turned} columns of a head turn and {size - turned} don't"
+            raise UnsupportedModelError(f"{self.name}: {odd}; there is no layout for an odd number beside pairs")
+        return turned
 
     @property
     def scale(self) -> float:
@@ -337,7 +341,8 @@ def head_bias(family: Family, module: Any, call: dict[str, Any], queries: Any, k
     if alibi is not None:
         return alibi.unflatten(0, (call["hidden_states"].shape[0], -1))
     if bias is None and family.position_bias and hasattr(module, family.position_bias):
-        bias = module.compute_bias(queries, keys, past_seen_tokens=seen)
+        # The device is named, for an offloaded table of biases is on none.
+        bias = module.compute_bias(queries, keys, device=call["hidden_states"].device, past_seen_tokens=seen)
     return bias
 
 

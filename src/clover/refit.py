@@ -96,7 +96,8 @@ def fit(
 def _fit_output(target: Tensor, cut: Tensor, bases: Tensor, layout: Layout, covariance: Tensor) -> Tensor:
     """The projection for given bases; ``target`` is the whole one times the covariance."""
     gram = layout.times(bases, layout.times(bases, covariance).mT)
-    energy = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    energy = gram.diagonal().mean()
+    energy = torch.where(energy > 0, energy, 1.0)  # else nothing was put out, and all stays as it is
     ridged = gram + RIDGE * energy * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     missing = layout.times(bases, target.mT) - gram @ cut.mT
     return cut + torch.linalg.solve(ridged, missing).mT
