@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import StableLmConfig, StableLmForCausalLM
@@ -24,7 +25,7 @@ from clover.files import read_manifest, read_questions
 from clover.heads import finite
 from clover.plan import Plan
 from clover.pruning import find_bases
-from families import build
+from families import build, outputs, pruned
 from test_budget import SEEDS, SHARES, costs
 
 # --- plans ---
@@ -275,3 +276,10 @@ def test_an_odd_number_of_columns_beside_pairs() -> None:
     config = StableLmConfig(**sizes, vocab_size=60, intermediate_size=16, rope_parameters=rope)
     with pytest.raises(UnsupportedModelError, match="4 columns of a head turn and 7 don't"):
         clover.prune(StableLmForCausalLM(config), vo=0.5)
+
+
+def test_a_table_of_biases_may_be_offloaded() -> None:
+    model, batch = pruned("t5")
+    right = outputs(model, batch)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(outputs(model, batch), right)
