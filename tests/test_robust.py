@@ -25,7 +25,8 @@ from clover.files import read_manifest, read_questions
 from clover.heads import finite
 from clover.plan import Plan
 from clover.pruning import find_bases
-from families import build, outputs, pruned
+from families import build, outputs
+from families import pruned as cut
 from test_budget import SEEDS, SHARES, costs
 
 # --- plans ---
@@ -279,7 +280,7 @@ def test_an_odd_number_of_columns_beside_pairs() -> None:
 
 
 def test_a_table_of_biases_may_be_offloaded() -> None:
-    model, batch = pruned("t5")
+    model, batch = cut("t5")
     right = outputs(model, batch)
     cpu_offload(model, execution_device=torch.device("cpu"))
     torch.testing.assert_close(outputs(model, batch), right)
