@@ -46,7 +46,9 @@ def test_bench_runtime(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[st
     assert "decode tokens/s" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "contexts"), [("bert", ["8", "16"]), ("vit", [""]), ("wav2vec2", [""])])
+@pytest.mark.parametrize(
+    ("name", "contexts"), [("bert", ["8", "16"]), ("vit", [""]), ("dinov3", [""]), ("wav2vec2", [""])]
+)
 def test_an_encoder_reads_a_context_or_what_has_its_own_size(
     name: str, contexts: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -63,6 +65,16 @@ def test_an_encoder_reads_a_context_or_what_has_its_own_size(
     assert list(result["contexts"]) == contexts and seen == [int(c or 0) for c in contexts]
     for figures in result["contexts"].values():
         assert set(figures) == {"items_per_second", "weight_bytes", "peak_bytes"}
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2-vl"])
+def test_a_language_model_that_sees_is_timed_on_text(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("clover.bench._peak", lambda *_: 1)
+    build(name, torch.float32)[0].save_pretrained(tmp_path / name)
+    result = compare_runtime(str(tmp_path / name), str(tmp_path / name), contexts=(8,), new_tokens=2, repeats=1)
+    assert min(result["contexts"]["8"]["decode_tokens_per_second"]) > 0 and min(result["contexts"]["8"]["kv_bytes"]) > 0
 
 
 def test_a_model_that_reads_what_nobody_knows() -> None:

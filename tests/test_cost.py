@@ -12,7 +12,9 @@ import clover
 from clover import cost
 from clover.errors import CloverError, UnsupportedModelError
 from clover.graphs import graphs
+from families import CASES, COPIES, build
 from families import pruned as pruned_case
+from tiny import LM, VISION, llava
 
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -135,3 +137,74 @@ def test_models_that_keep_a_state_beside_their_cache(name: str) -> None:
         assert cost.compare_throughput({"pruned": model}, **options)["pruned"]["decode_tokens_per_second"] > 0
     with pytest.raises(UnsupportedModelError, match=r"LinearAttention.*Layer, whose state a graph"):
         graphs(model)
+
+
+UNKNOWN = {"speech2text": "reads as sound has a form that isn't known"}
+"""Cases whose inputs can't be made up, and what is said of them."""
+
+
+@pytest.mark.parametrize("name", CASES | COPIES)
+def test_every_family_is_counted_and_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "SAMPLES", 1600)
+    model, _ = build(name, torch.float32)
+    cache = cost.sizes(model)["kv_bytes_per_token"]
+    assert (cache or 0) > 0 if model.can_generate() else cache is None
+    options = {"context": 8, "new_tokens": 2, "batch": 2, "repeats": 1}
+    if name in UNKNOWN:
+        with pytest.raises(CloverError, match=UNKNOWN[name]):
+            cost.compare_throughput({"model": model}, **options)
+        return
+    assert {len(value) for value in cost.random_inputs(model, 2, 8).values()} == {2}
+    assert min(cost.compare_throughput({"model": model}, **options)["model"].values()) > 0
+
+
+def composite(kind: Any, encoder: Any, decoder: Any) -> Any:
+    config = getattr(t, f"{kind}Config").from_encoder_decoder_configs(encoder, decoder)
+    return getattr(t, f"{kind}Model")(config).eval()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: composite(
+            "VisionEncoderDecoder", t.ViTConfig(**VISION), t.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=60)
+        ),
+        lambda: composite("EncoderDecoder", t.BertConfig(**LM), t.BertConfig(**LM | {"hidden_size": 24})),
+        lambda: composite(
+            "VisionEncoderDecoder",
+            t.ViTConfig(**VISION),
+            t.TrOCRConfig(
+                vocab_size=60, d_model=32, cross_attention_hidden_size=48, decoder_layers=2, decoder_attention_heads=2
+            ),
+        ),
+    ],
+)
+def test_an_encoder_and_a_decoder_of_other_widths(model: Any) -> None:
+    made = model()
+    assert cost.sizes(made)["kv_bytes_per_token"] == 2 * 2 * 4 * made.decoder.config.hidden_size
+    assert cost.compare_throughput({"model": made}, context=8, repeats=1)["model"]["items_per_second"] > 0
+
+
+def test_a_language_model_without_a_cache_of_keys() -> None:
+    model = t.MambaForCausalLM(t.MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2)).eval()
+    assert cost.sizes(model)["kv_bytes_per_token"] is None
+    with pytest.raises(CloverError, match=r"MambaForCausalLM and its inputs don't go together .*; pass inputs"):
+        cost.compare_throughput({"model": model}, context=8, new_tokens=2, repeats=1)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (lambda: llava().model, r"LlavaModel and its inputs don't go together \(Image features .*\); pass inputs"),
+        (lambda: t.VideoMAEModel(t.VideoMAEConfig(**VISION)), r"VideoMAEModel and its inputs .*expected 5, got 4"),
+        (lambda: t.ResNetModel(t.ResNetConfig()), "config of ResNetModel sets no size of images; pass inputs for it"),
+    ],
+)
+def test_inputs_that_cannot_be_made_up(model: Any, said: str) -> None:
+    with pytest.raises(CloverError, match=said):
+        cost.compare_throughput({"model": model().eval()}, context=8, repeats=1)
+
+
+def test_only_a_language_model_is_timed_writing_alone() -> None:
+    with pytest.raises(CloverError, match="decode_only is set, but BertModel is no causal language model"):
+        cost.compare_throughput({"model": bert()}, context=8, decode_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -112,26 +113,76 @@ def test_perplexity_is_that_of_its_protocol(
 
 BEHIND = {
     "gemma2": {"final_logit_softcapping": 0.5}, "granite": {"logits_scaling": 3.0}, "cohere": {"logit_scale": 0.3},
-    "nanochat": {"final_logit_softcapping": 0.5}, "falcon-h1": {"lm_head_multiplier": 0.3}, "hyperclovax": {},
-    "modernbert-decoder": {}, "llama-gqa": {}, "gpt2": {}, "bloom": {}, "mixtral": {}, "gpt-oss": {},
+    "nanochat": {"final_logit_softcapping": 0.5}, "falcon-h1": {"lm_head_multiplier": 0.3},
 }  # fmt: skip
-"""Families, among them those whose own forward does something behind the output embeddings: a cap, a scale, a layer."""
+"""Families whose own forward does something behind the output embeddings: a cap, a scale."""
+COPIED = ("hyperclovax", "modernbert-decoder", "granite", "nanochat", "llava", "gemma3-image", "smolvlm", "qwen2-vl")
+DECODERS = (
+    "Bart",
+    "BigBirdPegasus",
+    "Blenderbot",
+    "BlenderbotSmall",
+    "MBart",
+    "Marian",
+    "Mvp",
+    "Pegasus",
+    "PLBart",
+    "Whisper",
+)
 
 
-@pytest.mark.parametrize("name", BEHIND)
+@pytest.mark.parametrize("name", [*families.GENERATIVE, *COPIED])
 def test_logits_are_those_that_the_model_gives(name: str) -> None:
     model, _ = families.build(name, torch.float32)
-    for setting, value in BEHIND[name].items():
+    for setting, value in BEHIND.get(name, {}).items():
         assert hasattr(model.config, setting)
         setattr(model.config, setting, value)
         for owner in (model, model.model):
             if hasattr(owner, setting):
                 setattr(owner, setting, value)
-    tokens = torch.randint(3, 60, (14,), generator=torch.Generator().manual_seed(0))
+    check_perplexity(model)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_logits_of_a_decoder_by_itself(kind: str) -> None:
+    """Its forward goes past what it calls its base."""
+    check_perplexity(decoder(kind))
+
+
+def decoder(kind: str) -> Any:
+    sizes = {"vocab_size": 60, "d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}
+    torch.manual_seed(0)
+    model = getattr(t, f"{kind}ForCausalLM")(getattr(t, f"{kind}Config")(**sizes, pad_token_id=0, init_std=0.3))
+    return model.eval()
+
+
+def check_perplexity(model: Any) -> None:
+    tokens = torch.randint(3, 50, (14,), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         value, _ = slow_perplexity(model, tokens, 9, 5, [])
     assert ev.perplexity(model, tokens, window=9, stride=5).value == pytest.approx(value, rel=1e-4)
-    assert "forward" not in vars(ev._body(model)), "its own forward is back"
+    assert not any("forward" in vars(part) for part in model.modules()), "its own forward is back"
+
+
+def test_a_model_without_a_part_that_hands_out_hidden_states() -> None:
+    """Its logits are made whole."""
+
+    class Plain(t.PreTrainedModel):
+        def __init__(self) -> None:
+            super().__init__(t.PreTrainedConfig())
+            self.table = nn.Embedding(60, 60)
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
+            return SimpleNamespace(logits=self.table(input_ids))
+
+    check_perplexity(Plain())
+
+
+def test_perplexity_beyond_all_numbers(llama: Any) -> None:
+    model = copy.deepcopy(llama)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e6)
+    assert ev.perplexity(model, torch.arange(20), window=8).value == math.inf
 
 
 def test_perplexity_of_an_untrained_guess_and_limit(llama: Any) -> None:
@@ -251,6 +302,15 @@ def test_choice_is_the_likeliest_candidate_per_token(llama: Any, tokenizer: Any,
     }.items() <= score.protocol.items()
 
 
+def test_choice_of_a_decoder_by_itself(tokenizer: Any) -> None:
+    model = decoder("Bart")
+    ids = tokenizer("Ann saw Bob").input_ids
+    logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    assert ev._likelihoods(model, tokenizer, [("Ann saw", " Bob")]).item() == pytest.approx(
+        logits[1, ids[2]].item(), rel=1e-4
+    )
+
+
 def test_tokens_that_merge_with_the_prompt_are_scored() -> None:
     assert ev._shared([1, 2, 3], [1, 2, 4, 5]) == 2
     assert ev._shared([], [1, 2]) == 1
@@ -285,6 +345,12 @@ def test_cosine_of_mean_pooled_embeddings() -> None:
     assert score.protocol["items"] == 3 and score.protocol["lowest"] == pytest.approx(min(expected), abs=1e-5)
     with pytest.raises(CloverError, match="nothing to embed"):
         ev.embedding_cosine(dense, dense, [])
+
+
+@pytest.mark.parametrize("name", ["dinov3", "internvl", "llama4", "llava", "switch-transformers"])
+def test_cosine_where_the_base_is_not_what_reads_the_inputs(name: str) -> None:
+    model, batch = families.build(name, torch.float32)
+    assert ev.embedding_cosine(model, model, [batch]).value == pytest.approx(1)
 
 
 # --- the verb ---

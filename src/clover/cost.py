@@ -5,21 +5,23 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from statistics import median
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import DynamicCache
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import DynamicCache, PreTrainedModel
 
 from clover.data import max_positions
-from clover.errors import CloverError
+from clover.errors import CloverError, reason
 from clover.progress import track
 
 T = TypeVar("T")
+INPUTS = ("input_ids", "input_features", "input_values", "pixel_values")
+"""What models read, by the names of the arguments."""
 SAMPLES = 16_000 * 10
 """Of the noise that a model of raw sound is timed on: ten seconds."""
 
@@ -32,6 +34,9 @@ def sizes(model: nn.Module) -> dict[str, int | None]:
         ``parameters`` and ``bytes`` of all unique tensors (tied ones once), ``attention_parameters`` and
         ``attention_bytes`` of those in modules whose class is called ...Attention, and ``kv_bytes_per_token``: measured
         on a real cache, the self-attention keys and values of one token of one sequence; None without a cache.
+
+    Raises:
+        CloverError: the model can't be run on tokens alone.
     """
     attention = {
         id(p): p for m in model.modules() if type(m).__name__.endswith("Attention") for p in m.parameters()
@@ -49,15 +54,17 @@ def sizes(model: nn.Module) -> dict[str, int | None]:
 def _cache_bytes(model: Any, tokens: int = 4) -> int | None:
     if not model.can_generate():
         return None
-    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-    if model.config.is_encoder_decoder:
-        silence = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, device=model.device)
-        encoded = BaseModelOutput(last_hidden_state=silence)
-        cache = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=True).past_key_values
-        cache = cache.self_attention_cache
-    else:
-        cache = model(input_ids=ids, use_cache=True).past_key_values
-    attends = [layer for layer in cache.layers if hasattr(layer, "keys")]  # others keep a state that does not grow
+    inputs: dict[str, Any] = {"input_ids": torch.zeros(1, tokens, dtype=torch.long, device=model.device)}
+    if apart := model.config.is_encoder_decoder:  # then its decoder can do without what the encoder tells beside states
+        model = model.get_decoder()
+        width = getattr(model.config, "cross_attention_hidden_size", None) or model.config.hidden_size
+        inputs["encoder_hidden_states"] = torch.zeros(1, 1, width, dtype=model.dtype, device=model.device)
+    with _understood(model):
+        cache = model(**inputs, use_cache=True).get("past_key_values")
+    if cache is None:
+        return None
+    layers = (cache.self_attention_cache if apart else cache).layers
+    attends = [layer for layer in layers if hasattr(layer, "keys")]  # others keep a state that does not grow
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in attends) // tokens
 
 
@@ -90,7 +97,8 @@ def compare_throughput(
         ``ratio``, for every name but the first, the median of its rates over those of the first in the same turn.
 
     Raises:
-        CloverError: a count below 1, or more tokens than the model has positions for.
+        CloverError: a count below 1, more tokens than the model has positions for, or inputs that can't be made up
+            or that the model can't read.
     """
     names = list(models)
     first = models[names[0]]
@@ -127,23 +135,28 @@ def use(model: nn.Module, *, context: int, new_tokens: int, batch: int) -> None:
 def _rates(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int) -> dict[str, float]:
     """One run, in items per second."""
     items = next(iter(inputs.values())).shape[0]
-    if not writes_text(model):
-        run = encoder(model)
-        return {"items_per_second": items / _clock(model, lambda: run(**inputs))[1]}
-    last = {"logits_to_keep": 1} if "logits_to_keep" in accepts(model) else {}
-    out, seconds = _clock(model, lambda: model(**inputs, **last, use_cache=True))
-    prefill = inputs["input_ids"].numel() / seconds
-    _, seconds = _clock(model, lambda: _write(model, out.past_key_values, out.logits[:, -1:].argmax(-1), new_tokens))
+    with _understood(model):
+        if not writes_text(model):
+            run = encoder(model)
+            return {"items_per_second": items / _clock(model, lambda: run(**inputs))[1]}
+        last = {"logits_to_keep": 1} if "logits_to_keep" in accepts(model) else {}
+        out, seconds = _clock(model, lambda: model(**inputs, **last, use_cache=True))
+        prefill = inputs["input_ids"].numel() / seconds
+        first = out.logits[:, -1:].argmax(-1)
+        _, seconds = _clock(model, lambda: _write(model, out.past_key_values, first, new_tokens))
     return {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": items * new_tokens / seconds}
 
 
 def _decoder(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int) -> Callable[[], dict[str, float]]:
     """What times the writing of tokens behind a context that is read here, and forgets them again."""
+    if not writes_text(model):
+        raise CloverError(f"decode_only is set, but {type(model).__name__} is no causal language model; leave it out")
     ids = inputs["input_ids"]
     cache = DynamicCache(config=model.config)
     states = any(hasattr(layer, "recurrent_states") for layer in cache.layers)  # which can't be copied or taken back
-    for piece in (ids if states else ids[:1]).split(512, 1):
-        last = model(input_ids=piece, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    with _understood(model):
+        for piece in (ids if states else ids[:1]).split(512, 1):
+            last = model(input_ids=piece, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
     if not states:
         cache.batch_repeat_interleave(len(ids))
         last = last.expand(len(ids), 1)
@@ -172,41 +185,83 @@ def _clock(model: Any, call: Callable[[], T]) -> tuple[T, float]:
     return result, time.perf_counter() - start
 
 
+@contextmanager
+def _understood(model: Any) -> Iterator[None]:
+    """What a model says of inputs that it can't read is told with what can be done."""
+    try:
+        yield
+    except (CloverError, torch.OutOfMemoryError):
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CloverError(
+            f"{type(model).__name__} and its inputs don't go together ({reason(error)}); pass inputs that it reads to "
+            "compare_throughput, or measure a part of it, such as its text or vision model"
+        ) from error
+
+
 def random_inputs(model: Any, batch: int, context: int) -> dict[str, torch.Tensor]:
-    """Random tokens (``context`` of them at most), speech or images of a model's size: whatever it reads."""
-    config, reads = model.config, accepts(model)
-    random = torch.Generator().manual_seed(0)
-    inputs: dict[str, torch.Tensor] = {}
-    if "input_features" in reads and hasattr(config, "num_mel_bins"):
-        shape = [batch, config.num_mel_bins, 2 * config.max_source_positions]
-        inputs["input_features"] = torch.randn(shape, generator=random).to(model.dtype)
-    elif "input_values" in reads:
-        shape = [batch, config.max_length, config.num_mel_bins] if hasattr(config, "num_mel_bins") else [batch, SAMPLES]
-        inputs["input_values"] = torch.randn(shape, generator=random).to(model.dtype)
-    elif "pixel_values" in reads:
-        vision = getattr(config, "vision_config", config)
-        shape = [batch, vision.num_channels, vision.image_size, vision.image_size]
-        inputs["pixel_values"] = torch.randn(shape, generator=random).to(model.dtype)
-    elif {"input_features", "input_values"} & set(reads):
-        raise CloverError(f"what {type(model).__name__} reads as sound has a form that isn't known; pass inputs for it")
+    """Random tokens (``context`` of them at most), speech or images of a model's size: whatever it reads.
+
+    A model that writes text gets tokens alone: images and sound would have to match their marks among the tokens.
+
+    Raises:
+        CloverError: the config doesn't tell the form of what the model reads.
+    """
+    reads, random = accepts(model), torch.Generator().manual_seed(0)
+    alone = "input_ids" in reads and writes_text(model)
+    inputs = {
+        name: torch.randn(batch, *shape, generator=random).to(model.dtype)
+        for name, shape in ({} if alone else _shapes(model)).items()
+    }
     if "input_ids" in reads:
-        text = config.get_text_config()
-        length = min(context, getattr(text, "max_position_embeddings", context))
-        inputs["input_ids"] = torch.randint(text.vocab_size, (batch, length), generator=random)
+        with _understood(model):
+            text = model.config.get_text_config()
+            length = min(context, getattr(text, "max_position_embeddings", context))
+            inputs["input_ids"] = torch.randint(text.vocab_size, (batch, length), generator=random)
     if not inputs:
         raise CloverError(f"{type(model).__name__} reads {', '.join(reads)}; pass inputs for it")
     return {name: value.to(model.device) for name, value in inputs.items()}
 
 
+def _shapes(model: Any) -> dict[str, list[int]]:
+    """One item of the sound or the images that a model reads, if it does, by the name of the argument."""
+    config, reads = model.config, accepts(model)
+    if "input_features" in reads and all(hasattr(config, k) for k in ("num_mel_bins", "max_source_positions")):
+        return {"input_features": [config.num_mel_bins, 2 * config.max_source_positions]}
+    if "input_values" in reads:
+        spectrogram = all(hasattr(config, k) for k in ("num_mel_bins", "max_length"))
+        return {"input_values": [config.max_length, config.num_mel_bins] if spectrogram else [SAMPLES]}
+    if "pixel_values" in reads:
+        return {"pixel_values": _image_shape(model)}
+    if "input_features" in reads:
+        raise CloverError(f"what {type(model).__name__} reads as sound has a form that isn't known; pass inputs for it")
+    return {}
+
+
+def _image_shape(model: Any) -> list[int]:
+    parts = [model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)]
+    vision = next((part for part in parts if getattr(part, "image_size", None)), None)
+    if vision is None:
+        raise CloverError(f"the config of {type(model).__name__} sets no size of images; pass inputs for it")
+    size = vision.image_size
+    return [getattr(vision, "num_channels", 3), *(size if isinstance(size, list | tuple) else (size, size))]
+
+
 def reads_text_alone(model: Any) -> bool:
     """Whether a model reads tokens and neither sound nor images."""
-    reads = accepts(model)
-    return "input_ids" in reads and not {"input_features", "input_values", "pixel_values"} & set(reads)
+    return _reads(model) == {"input_ids"}
 
 
 def encoder(model: Any) -> Any:
-    """The encoder of an encoder-decoder model; of any other, the model without its head."""
-    return model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    """The encoder of an encoder-decoder model; of any other, what is in front of its head, or all that reads inputs."""
+    if model.config.is_encoder_decoder:
+        return model.get_encoder()
+    parts = (model.base_model, *(part for part in model.children() if isinstance(part, PreTrainedModel)))
+    return next((part for part in parts if part is not model and _reads(model) <= _reads(part)), model)
+
+
+def _reads(model: Any) -> set[str]:
+    return set(INPUTS) & set(accepts(model))
 
 
 def accepts(model: Any) -> Mapping[str, inspect.Parameter]:

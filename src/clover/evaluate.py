@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from clover.cost import accepts, encoder, writes_text
@@ -50,7 +51,8 @@ def perplexity(
 
     Windows of ``window`` tokens start every ``stride`` tokens; each token is scored once, in the first window that
     holds it, with everything before it in that window as context. The first token of the text is never scored; with
-    non-overlapping windows (``stride == window``, the default) neither is the first of any window.
+    non-overlapping windows (``stride == window``, the default) neither is the first of any window. What is too large
+    for a float is infinite.
 
     Args:
         tokens: token ids of the whole text, shape ``(n,)``, integer.
@@ -71,29 +73,40 @@ def perplexity(
     tokens, front = (t.to(next(model.parameters()).device) for t in (tokens[:limit], front))
     if len(tokens) < 2:
         raise ValueError(f"perplexity needs at least 2 tokens, got {len(tokens)}")
-    total, count, scored = 0.0, 0, 0
+    body, total, count, scored = _body(model), 0.0, 0, 0
     for at in track(range(0, len(tokens) - 1, stride), "perplexity"):
         piece = tokens[at : at + room]
         fresh = len(piece) - max(scored - at, 1)  # targets that no earlier window has scored
         if fresh <= 0:
             break
-        nll = _negative_log_likelihood(model, torch.cat([front, piece]))[-fresh:]
+        nll = _negative_log_likelihood(model, body, torch.cat([front, piece]))[-fresh:]
         total, count, scored = total + nll.sum().item(), count + fresh, at + len(piece)
     protocol = {"window": window, "stride": stride, "tokens": len(tokens), "scored": count, "dtype": _dtype(model)}
-    return Score("perplexity", math.exp(total / count), protocol | ({} if start is None else {"start": start}))
+    value = torch.tensor(total / count, dtype=torch.float64).exp().item()  # math.exp raises where this gives infinity
+    return Score("perplexity", value, protocol | ({} if start is None else {"start": start}))
 
 
-def _negative_log_likelihood(model: Any, piece: torch.Tensor, chunk: int = 128) -> torch.Tensor:
+def _negative_log_likelihood(model: Any, body: Any, piece: torch.Tensor, chunk: int = 128) -> torch.Tensor:
     """Nats for each of ``piece[1:]``; logits are made ``chunk`` rows at a time, for they dwarf the hidden states."""
-    states = _body(model)(piece[None], use_cache=False)
+    hidden, head = _read(model, body, piece[None])
     rows = [
-        nn.functional.cross_entropy(_logits(model, states, hidden), target, reduction="none")
-        for hidden, target in zip(states.last_hidden_state[0, :-1].split(chunk), piece[1:].split(chunk), strict=True)
+        nn.functional.cross_entropy(head(some), target, reduction="none")
+        for some, target in zip(hidden[0, :-1].split(chunk), piece[1:].split(chunk), strict=True)
     ]
     return torch.cat(rows)
 
 
-def _logits(model: Any, states: Any, hidden: torch.Tensor) -> torch.Tensor:
+def _read(
+    model: Any, body: Any, ids: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """What a model makes of tokens, ``(batch, tokens, width)``, and what makes float32 logits of some of its rows."""
+    if body is None:
+        return _whole(model)(input_ids=ids, use_cache=False, **options).logits, torch.Tensor.float
+    states = body(ids, use_cache=False, **options)
+    return states.last_hidden_state, partial(_logits, model, body, states)
+
+
+def _logits(model: Any, body: Any, states: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Logits ``(rows, vocabulary)``, float32, of some last hidden states ``(rows, width)``.
 
     The model's own forward makes them, with whatever it does behind its output embeddings (a soft cap, a scale): only
@@ -102,7 +115,7 @@ def _logits(model: Any, states: Any, hidden: torch.Tensor) -> torch.Tensor:
     given = copy.copy(states)
     given["last_hidden_state"] = hidden[None]
     nothing = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-    with replaced({_body(model): lambda *args, **kwargs: given}):
+    with replaced({body: lambda *args, **kwargs: given}):
         return _whole(model)(input_ids=nothing, use_cache=False).logits[0].float()
 
 
@@ -237,10 +250,9 @@ def _likelihoods(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> to
     # Padding on the right is out of sight of causal attention.
     ids = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in wholes], batch_first=True).to(model.device)
     mask = torch.arange(longest) < torch.tensor([len(whole) for whole in wholes])[:, None]
-    states = _body(model)(ids, attention_mask=mask.long().to(ids.device), use_cache=False)
+    hidden, head = _read(model, _body(model), ids, attention_mask=mask.long().to(ids.device))
     spans = [(i, start, len(whole)) for i, (start, whole) in enumerate(zip(starts, wholes, strict=True))]
-    hidden = torch.cat([states.last_hidden_state[i, a - 1 : b - 1] for i, a, b in spans])
-    logits = _logits(model, states, hidden)
+    logits = head(torch.cat([hidden[i, a - 1 : b - 1] for i, a, b in spans]))
     targets = torch.cat([ids[i, a:b] for i, a, b in spans])
     nats = nn.functional.cross_entropy(logits, targets, reduction="none")
     return torch.stack([-piece.mean() for piece in nats.split([b - a for _, a, b in spans])])
@@ -328,8 +340,25 @@ def _whole(model: Any) -> Any:
 
 
 def _body(model: Any) -> Any:
-    """The model without its head."""
-    return _whole(model).base_model
+    """The part of a causal language model that its head has the last hidden states from; None if there is none.
+
+    A run on one token tells, for it is not always ``base_model``: some forwards go past that to the decoder in it, and
+    some models have only themselves for a base. Of parts in one another the outermost ends last.
+    """
+    whole, ended = _whole(model), []
+
+    def note(part: nn.Module, _: Any, out: Any) -> None:
+        if hasattr(out, "last_hidden_state"):
+            ended.append(part)
+
+    parts = [part for part in whole.modules() if isinstance(part, PreTrainedModel) and part is not whole]
+    hooks = [part.register_forward_hook(note) for part in parts]
+    try:
+        whole(input_ids=torch.zeros(1, 1, dtype=torch.long, device=whole.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ended[-1] if ended else None
 
 
 def _load(name: str | Path, task: str) -> Any:
