@@ -16,7 +16,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb 
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rope
 
 import clover
-import clover.calibrate as calibration
+from clover import answers
 from clover.calibrate import SOFTMAX_WEIGHT, Moments, Watcher, _bias, calibrate
 from clover.errors import CloverError
 from clover.families import blocks
@@ -348,6 +348,40 @@ def test_no_batches_are_refused() -> None:
     assert hook_count(model) == 0
 
 
+@pytest.mark.parametrize("kind", [dict, t.BatchEncoding, lambda batch: batch["input_ids"]])
+def test_one_batch_in_place_of_a_list_is_refused(kind: Callable[[Any], Any]) -> None:
+    model, batch = build("llama-gqa")
+    with pytest.raises(CloverError, match=r"the calibration data is one \w+; give a list of batches: \[batch\]"):
+        clover.prune(model, vo=0.25, calibration=kind(batch))
+
+
+@pytest.mark.parametrize("bad, said", [
+    ("input_ids", "a str; give"), ([torch.ones(2, 3)] * 2, "a list; give"), (torch.arange(5), r"a Tensor of .* \(5,\)")
+])  # fmt: skip
+def test_what_is_no_batch_is_refused(bad: Any, said: str) -> None:
+    model, _ = build("llama-gqa")
+    with pytest.raises(CloverError, match=f"a calibration batch is {said}"):
+        calibrate(model, blocks(model), [bad])
+    assert hook_count(model) == 0
+
+
+def test_batches_as_loaders_and_tokenizers_give_them() -> None:
+    model, batch = build("llama-gqa")
+    ids, found = batch["input_ids"], blocks(model)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(ids), batch_size=2)
+    plain = calibrate(model, found, [ids])
+    assert equal(plain, calibrate(model, found, loader), "pair", "output", "gradient")
+    without = [batch | {"attention_mask": None}]
+    assert equal(plain, calibrate(model, found, without), "pair", "output", "gradient")
+
+
+def test_inference_mode_is_named() -> None:
+    model, batch = build("llama-gqa")
+    with torch.inference_mode(), pytest.raises(CloverError, match=r"inference_mode\(\) rules out; call it outside"):
+        calibrate(model, blocks(model), [batch])
+    assert hook_count(model) == 0 and all(p.requires_grad for p in model.parameters())
+
+
 def test_blocks_that_no_batch_reaches_are_refused() -> None:
     model, batch = build("whisper")
     batch = {"encoder_outputs": (torch.randn(2, 20, 48).double(),), "decoder_input_ids": batch["decoder_input_ids"]}
@@ -445,11 +479,11 @@ def test_a_loss_is_not_what_a_model_says() -> None:
 @pytest.mark.parametrize("rows", [1, 3, 100])
 def test_the_score_of_a_drawn_token_is_that_of_its_likelihood(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many rows are looked at together, and as automatic differentiation gives it."""
-    monkeypatch.setattr(calibration, "ROWS", rows)
+    monkeypatch.setattr(answers, "ROWS", rows)
     logits = torch.randn(2, 5, 7, requires_grad=True)
     valid = torch.ones(2, 5, dtype=torch.bool)
     valid[0, :2] = False
-    found = calibration._score(logits, True, valid, torch.Generator().manual_seed(3))
+    found = answers.score(logits, True, valid, torch.Generator().manual_seed(3))
     points = torch.rand(8, 1, generator=torch.Generator().manual_seed(3))
     chance = logits[valid].log_softmax(-1)
     mass = chance.exp().cumsum(-1)

@@ -10,12 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from clover.answers import ROWS as ROWS  # the renamed to themselves for who imports them from here
+from clover.answers import Masks as Masks
+from clover.answers import answer as answer
+from clover.answers import on as on
+from clover.answers import padding as padding
+from clover.answers import score
+from clover.answers import valid as valid
 from clover.block import Block, growth_at, head_bias
 from clover.errors import CloverError
 from clover.heads import Heads
@@ -23,8 +30,6 @@ from clover.layerwise import forward
 from clover.progress import track
 from clover.rotary import features
 
-ROWS = 256
-"""Tokens whose distributions are held at once."""
 FEATURES = 2**25
 """Numbers of rotary features that are held at once on a GPU."""
 SOFTMAX_WEIGHT = 0.5
@@ -70,12 +75,14 @@ def calibrate(
     Raises:
         CloverError: no batches, a block that none of them reached, or activations that are not finite.
     """
+    if isinstance(batches, (Mapping, Tensor)):
+        raise CloverError(f"the calibration data is one {type(batches).__name__}; give a list of batches: [batch]")
     device = next(model.parameters()).device
     watchers = [Watcher(block, queries, torch.Generator().manual_seed(seed + i)) for i, block in enumerate(blocks)]
     training, trainable = [m for m in model.modules() if m.training], [p for p in model.parameters() if p.requires_grad]
     draws = torch.Generator().manual_seed(seed)  # of the CPU: a GPU would draw others
-    model.eval().requires_grad_(False)
     hooks = [hook for watcher in watchers for hook in watcher.attach()]
+    model.eval().requires_grad_(False)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # sums of shortened products are no Grams any more
     try:
@@ -89,7 +96,7 @@ def calibrate(
                 said, words = answer(forward(model, batch))
             real = valid(said, masks.decoder)
             if said.requires_grad:  # else the batch reached no block, which is said below
-                said.backward(_score(said, words, real, draws))
+                said.backward(score(said, words, real, draws))
             seen, answers = seen + 1, answers + int(real.sum())
             del said  # or it would be there beside the next
     finally:
@@ -106,88 +113,6 @@ def calibrate(
     return [watchers.pop().moments(answers) for _ in blocks]  # each let go of: the sums are as large as the moments
 
 
-def answer(output: Any) -> tuple[Tensor, bool]:
-    """What a model says, and whether it is logits of words or classes; else its first output (not a loss).
-
-    Raises:
-        CloverError: the output has no names.
-    """
-    if not isinstance(output, Mapping):
-        raise CloverError(f"the model returned a {type(output).__name__}; set config.return_dict to True")
-    logits = output.get("logits")
-    if logits is not None and logits.dim() in (2, 3) and logits.shape[-1] > 1:
-        return logits, True
-    said = (v for n, v in output.items() if n != "loss" and isinstance(v, Tensor) and v.is_floating_point() and v.dim())
-    return next(said, torch.zeros(0)), False
-
-
-@torch.no_grad()
-def _score(said: Tensor, words: bool, real: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient by what was said of the log-likelihood of a sample from it: tokens from logits, else Gaussian noise.
-
-    Args:
-        words: whether it is logits, ``(batch, tokens, words)``.
-        real: what of it is not padding.
-    """
-    score = torch.zeros_like(said)
-    if said.dim() != 3:
-        return score.copy_(torch.randn(said.shape, generator=generator))
-    rows = real.nonzero()
-    if not words:
-        score[real] = torch.randn(len(rows), said.shape[-1], generator=generator).to(score)
-        return score
-    points = torch.rand(len(rows), 1, generator=generator).to(said.device)
-    for where, point in zip(rows.split(ROWS), points.split(ROWS), strict=True):  # they dwarf all else
-        b, t = where.T
-        chance = said[b, t].float().softmax(-1)
-        mass = chance.cumsum(-1)
-        drawn = torch.searchsorted(mass, point * mass[:, -1:]).clamp_max(mass.shape[-1] - 1)
-        score[b, t] = (-chance).scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=chance.dtype)).to(score)
-    return score
-
-
-def valid(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """Which tokens of ``x`` are not padding, ``(batch, tokens)``; of what has no tokens, all items."""
-    if x.dim() != 3:
-        return torch.ones(len(x), dtype=torch.bool, device=x.device)
-    for mask in masks:
-        if mask.shape == x.shape[:2]:
-            return mask.to(x.device)
-    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-
-
-class Masks(NamedTuple):
-    """What of a batch is not padding, ``(batch, tokens)`` each: what an encoder reads, and what a decoder does."""
-
-    encoder: list[Tensor]
-    decoder: list[Tensor]
-
-    def of(self, part: str) -> list[Tensor]:
-        """Of the blocks of a part."""
-        return self.encoder if part == "encoder" else self.decoder
-
-
-def padding(batch: Any, model: nn.Module) -> Masks:
-    """The masks of a batch that keep padding out of the statistics.
-
-    Of an encoder-decoder that is given both texts, each side has its own: their lengths may happen to be equal.
-    """
-    named = dict(batch) if isinstance(batch, Mapping) else {}
-    found = {n: m.bool() for n, m in named.items() if n.endswith("attention_mask") and m.dim() == 2}
-    config: Any = getattr(model, "config", None)
-    if not (getattr(config, "is_encoder_decoder", False) and any(n.startswith(("decoder_", "labels")) for n in named)):
-        return Masks([*found.values()], [*found.values()])
-    sides = ([m for n, m in found.items() if n.startswith("decoder_") is wanted] for wanted in (False, True))
-    return Masks(*sides)
-
-
-def on(batch: Any, device: torch.device) -> Any:
-    """A batch on a device."""
-    if isinstance(batch, Mapping):
-        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    return batch.to(device)
-
-
 class Watcher:
     """Sums of one block. Products are made in float32, sums kept in float64 where the device has it."""
 
@@ -199,7 +124,13 @@ class Watcher:
         self.rows = self.tokens = 0
 
     def attach(self) -> list[Any]:
-        """Begin to watch; returns the hooks, to be removed."""
+        """Begin to watch; returns the hooks, to be removed.
+
+        Raises:
+            CloverError: no gradient can come back.
+        """
+        if torch.is_inference_mode_enabled():
+            raise CloverError("calibration needs gradients, which torch.inference_mode() rules out; call it outside")
         projection = self.block.projection("o")
         hooks = [projection.register_forward_pre_hook(self._output), projection.register_forward_hook(self._gradient)]
         if not self.block.normed:
