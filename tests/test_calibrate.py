@@ -171,7 +171,7 @@ def test_padding_stays_out_of_the_statistics(name: str, side: str) -> None:
     check(name, model, batch | {"attention_mask": mask}, lambda _: mask.bool())
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", ["t5", "bart", "nllb-moe"])
 def test_each_side_of_an_encoder_decoder_has_its_own_padding(name: str) -> None:
     """Also where both texts have as many tokens: each side's moments are those of its own tokens alone."""
     model, _ = build(name)

@@ -191,7 +191,7 @@ class Watcher:
     def _hidden(self, causal: bool | None, rows: Tensor, keys: int) -> Tensor:
         """Keys that are out of sight without a mask that says so, ``(rows, keys)``."""
         at = torch.arange(keys, device=rows.device)
-        if not (self.block.part == "decoder" if causal is None else causal):
+        if not (self.block.family.causal if causal is None else causal):
             return torch.zeros(len(rows), keys, dtype=torch.bool, device=rows.device)
         window = self.block.family.window(self.block.core) or keys
         return (at > rows[:, None]) | (at <= rows[:, None] - window)
