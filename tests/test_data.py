@@ -409,6 +409,58 @@ def test_model_without_a_tokenizer(tmp_path: Path) -> None:
         data.calibration_batches(path, t.LlamaForCausalLM.from_pretrained(tmp_path / "model"))
 
 
+def writer(kind: str = "VisionEncoderDecoder") -> Any:
+    """A tower in front of a GPT-2 that writes what it saw."""
+    told = t.GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2, n_positions=12, bos_token_id=1, eos_token_id=2)
+    seen = t.ViTConfig(image_size=16, patch_size=8, **TINY)
+    config = t.VisionEncoderDecoderConfig.from_encoder_decoder_configs(seen, told)
+    return t.VisionEncoderDecoderModel(config).eval()
+
+
+def test_a_tokenizer_goes_with_what_reads_images(tmp_path: Path) -> None:
+    for thing in (writer(), tokenizer(), t.ViTImageProcessorPil(size={"height": 16, "width": 16})):
+        thing.save_pretrained(tmp_path)
+    text, images = data.found_beside(str(tmp_path))
+    assert isinstance(text, t.PreTrainedTokenizerBase) and isinstance(images, t.ViTImageProcessorPil)
+    whisper_processor().save_pretrained(tmp_path / "whole")
+    whisper_config().save_pretrained(tmp_path / "whole")
+    (whole,) = data.found_beside(str(tmp_path / "whole"))
+    assert isinstance(whole, t.WhisperProcessor)
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_what_reads_images_and_cannot_be_loaded_is_named(file: str, tmp_path: Path) -> None:
+    for thing in (writer(), tokenizer()):
+        thing.save_pretrained(tmp_path)
+    (tmp_path / file).write_text(json.dumps({"processor_class": "SmolVLMProcessor", "image_processor_type": "Gone"}))
+    with pytest.warns(UserWarning, match=f"^{file} is not saved with the model, copy it by hand: no .* can be loaded"):
+        (text,) = data.found_beside(str(tmp_path))
+    assert isinstance(text, t.PreTrainedTokenizerBase)
+
+
+def test_a_broken_tokenizer_is_one_sentence(tmp_path: Path) -> None:
+    for thing in (llama(), tokenizer()):
+        thing.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    del content["model"]["vocab"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(
+        CloverError, match=r"no tokenizer can be loaded from .*vocab.*; copy the original model's there"
+    ):
+        data.load_processor(tmp_path, "AutoTokenizer")
+
+
+def test_a_tokenizer_that_lacks_a_token_of_its_processor(tmp_path: Path) -> None:
+    model, _ = families.build("gemma3-image", torch.float32)
+    for thing in (model, tokenizer(), t.Gemma3ImageProcessorPil()):
+        thing.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text()) | {"processor_class": "Gemma3Processor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CloverError, match=r"no processor can be loaded from .*boi_token_id"):
+        data.load_processor(tmp_path, "AutoProcessor")
+    assert len(data.found_beside(str(tmp_path))) == 2
+
+
 def test_processor_without_a_vocabulary(tmp_path: Path) -> None:
     whisper_processor().feature_extractor.save_pretrained(tmp_path)
     whisper_config().save_pretrained(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 from clover.errors import CloverError, reason
 from clover.files import Kind, extra, file_kind, read_audio, read_manifest, read_records, read_text
@@ -89,7 +92,7 @@ def load_processor(model_or_name: nn.Module | str | Path, kind: str) -> Any:
     options: dict[str, Any] = {"backend": "pil"} if kind == "AutoImageProcessor" else {}
     try:
         loaded = getattr(transformers, kind).from_pretrained(name, trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # of any kind: files of many kinds are read, by as many libraries
         what = f"no {kind.removeprefix('Auto').lower()} can be loaded from {name}"
         raise CloverError(f"{what} ({reason(error)}); copy the original model's there") from error
     tokenizer = getattr(loaded, "tokenizer", loaded)
@@ -99,12 +102,41 @@ def load_processor(model_or_name: nn.Module | str | Path, kind: str) -> Any:
     return loaded
 
 
-def found_beside(name: str) -> tuple[Any, ...]:
-    """The processor or tokenizer of a folder or hub name, to be saved with what is made of its model, if it has one."""
-    for kind in ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoFeatureExtractor"):
-        with suppress(CloverError):
-            return (load_processor(name, kind),)
-    return ()
+def found_beside(name: Any) -> tuple[Any, ...]:
+    """What reads text, images or sound for a model, to be saved with what is made of it: its processor, or the parts.
+
+    Warns of what lies there and can't be loaded.
+
+    Args:
+        name: as for ``load_processor``.
+    """
+    whole, why = _first(name, "AutoProcessor", "AutoTokenizer")
+    if whole and not isinstance(whole[0], PreTrainedTokenizerBase):
+        return whole
+    senses, why_not = _first(name, "AutoImageProcessor", "AutoFeatureExtractor")
+    for file, lost in (("processor_config.json", why), ("preprocessor_config.json", not senses and why_not)):
+        if lost and _lies_there(name, file):
+            warnings.warn(f"{file} is not saved with the model, copy it by hand: {lost}", stacklevel=2)
+    return (*whole, *senses)
+
+
+def _first(name: Any, *kinds: str) -> tuple[tuple[Any, ...], CloverError | None]:
+    """The first of these kinds that can be loaded, if any, and why the very first can't."""
+    why = None
+    for kind in kinds:
+        try:
+            return (load_processor(name, kind),), why
+        except CloverError as error:
+            why = why or error
+    return (), why
+
+
+def _lies_there(model_or_name: Any, file: str) -> bool:
+    """Whether a folder or the hub has a file."""
+    config: Any = getattr(model_or_name, "config", None)
+    with suppress(OSError, ValueError):
+        return cached_file(config.name_or_path if config else str(model_or_name), file) is not None
+    return False
 
 
 def text_tokens(text: str, tokenizer: Any) -> tuple[torch.Tensor, int | None]:
