@@ -391,6 +391,48 @@ def test_blocks_that_no_batch_reaches_are_refused() -> None:
             calibrate(model, blocks(model, part), [batch])
 
 
+@pytest.mark.parametrize("name, part", [("llava", "decoder"), ("paligemma", "decoder"), ("clip", None)])
+def test_the_part_that_was_reached_is_named(name: str, part: str | None) -> None:
+    model, batch = build(name)
+    batch = {"input_ids": batch["input_ids"].clamp_max(50)}
+    found, end = blocks(model), f", or choose part='{part}'" if part else ""
+    if part is None:  # its towers are both of the same part, and its text runs alone only as a model of its own
+        model.forward = model.text_model.forward
+    with pytest.raises(CloverError, match=rf"reached .*vision_.*; give batches that run that part of the model{end}$"):
+        calibrate(model, found, [batch])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_a_block_without_influence_costs_next_to_nothing(share: float) -> None:
+    """As the last layer of the tower in front of a LLaVA, whose default is to read the layer before."""
+    model, batch = build("llava")
+    model.config.vision_feature_layer = -2
+    before, tower = outputs(model, batch), model.model.vision_tower
+    seen = tower(batch["pixel_values"]).last_hidden_state
+    with pytest.warns(
+        UserWarning, match=r"does not depend on model\.vision_tower\.encoder\.layers\.1\.self_attn; most"
+    ):
+        clover.prune(model, qk=share, vo=share, calibration=[batch])
+    plan = clover.plan_of(model)
+    idle = next(block for block in plan.blocks if block.name.endswith("vision_tower.encoder.layers.1.self_attn"))
+    assert outputs(model, batch).isfinite().all() and clover.summary(model)["vo_removed"] >= share
+    if share:
+        assert idle.vo_kept == min(block.vo_kept for block in plan.blocks)
+    else:  # it is whole, for whoever reads it one day
+        assert (outputs(model, batch) - before).abs().max() < 1e-9
+        assert (tower(batch["pixel_values"]).last_hidden_state - seen).abs().max() < 1e-9
+
+
+def test_a_model_without_any_influence_is_refused() -> None:
+    model, batch = build("llava")
+    model.config.vision_feature_layer = -2
+    last = [block for block in blocks(model) if "vision_tower.encoder.layers.1" in block.name]
+    with pytest.raises(
+        CloverError, match=r"does not influence the model's output on the calibration data; prune another"
+    ):
+        calibrate(model, last, [batch])
+
+
 def test_all_padding_is_refused() -> None:
     model, batch = build("llama-gqa")
     mask = torch.zeros_like(batch["input_ids"])

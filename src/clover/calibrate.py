@@ -8,7 +8,8 @@ labels are needed, they are drawn from the model). The model is left as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +31,8 @@ from clover.layerwise import forward
 from clover.progress import track
 from clover.rotary import features
 
+IDLE = 1e-9
+"""What an error costs in a block that the output does not depend on, relative to the mean of the others."""
 FEATURES = 2**25
 """Numbers of rotary features that are held at once on a GPU."""
 SOFTMAX_WEIGHT = 0.5
@@ -73,7 +76,8 @@ def calibrate(
         seed: of that sample.
 
     Raises:
-        CloverError: no batches, a block that none of them reached, or activations that are not finite.
+        CloverError: no batches, a block that none of them reached, none that influences the model's output, or
+            activations that are not finite.
     """
     if isinstance(batches, (Mapping, Tensor)):
         raise CloverError(f"the calibration data is one {type(batches).__name__}; give a list of batches: [batch]")
@@ -109,8 +113,29 @@ def calibrate(
             parameter.requires_grad_()
     if not seen:
         raise CloverError("the calibration data is empty; give at least one batch")
+    missed = {w.block.part for w in watchers if not w.tokens}
+    for watcher in watchers:
+        watcher.check_reached({w.block.part for w in watchers} - missed)
+    _value_idle(watchers)
     watchers.reverse()
     return [watchers.pop().moments(answers) for _ in blocks]  # each let go of: the sums are as large as the moments
+
+
+def _value_idle(watchers: Sequence[Watcher]) -> None:
+    """Let errors cost next to nothing, alike in all directions, in blocks that were reached to no effect.
+
+    So they go first, and yet have a basis that is whole: a cost of zero would leave nothing to rank directions by.
+    """
+    idle = [w for w in watchers if "gradient" not in w.sums]
+    energies = [float(w.sums["gradient"].diagonal().mean()) for w in watchers if "gradient" in w.sums]
+    if not idle or not energies:
+        return
+    names = ", ".join(w.block.name for w in idle)
+    warnings.warn(f"the model's output does not depend on {names}; most of that will be cut", stacklevel=3)
+    for watcher in idle:
+        output = watcher.sums["output"]
+        eye = torch.eye(watcher.heads.o.shape[-2], dtype=output.dtype, device=output.device)
+        watcher.sums["gradient"] = eye * (IDLE * sum(energies) / len(energies))
 
 
 class Watcher:
@@ -217,6 +242,20 @@ class Watcher:
             spread = torch.einsum("gt,gta,gtb->gab", weights.sum((1, 2)), k, k)
             self._add("key", (spread - torch.einsum("gnmd,gnme->gde", means, means)) / q.shape[1])
 
+    def check_reached(self, parts: Collection[str] = ()) -> None:
+        """See that there is something to tell.
+
+        Args:
+            parts: of the model, which were reached.
+
+        Raises:
+            CloverError: no batch came here.
+        """
+        if not self.tokens:
+            instead = f", or choose part={' or '.join(map(repr, sorted(parts)))}" if parts else ""
+            what = f"no calibration batch reached {self.block.name}"
+            raise CloverError(f"{what}; give batches that run that part of the model{instead}")
+
     def moments(self, answers: int | None = None) -> Moments:
         """What was gathered; the sums are gone then.
 
@@ -228,8 +267,7 @@ class Watcher:
             CloverError: nothing, or what is not finite.
         """
         name = self.block.name
-        if not self.tokens:
-            raise CloverError(f"no calibration batch reached {name}; give batches that run that part of the model")
+        self.check_reached()
         if "gradient" not in self.sums:
             raise CloverError(
                 f"{name} does not influence the model's output on the calibration data; prune another part"
