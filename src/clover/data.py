@@ -20,6 +20,8 @@ from clover.files import Kind, extra, file_kind, read_audio, read_manifest, read
 from clover.progress import track
 
 T = TypeVar("T")
+WRITTEN = 32
+"""Tokens that a model writes about an image to calibrate its decoder."""
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 CHARACTERS = 16  # a generous guess at those of one token; decides how much of a long text is tokenised at all
 
@@ -43,7 +45,8 @@ def calibration_batches(
       ``decoder_input_ids`` (1, t), which are the reference text behind the decoder's start (Whisper's English prompt).
     - Folder of images: ``pixel_values`` (b, channels, height, width) and, for an image-text model, ``input_ids``
       (1, t) of a short neutral prompt, which is too little to prune its text side by. An image-text model that writes
-      takes text instead, which reaches its language part.
+      takes text instead, which reaches its language part; one that is given nothing but images gets what it writes
+      about them as ``decoder_input_ids`` (b, t).
 
     Args:
         path: a ``.txt``, ``.jsonl`` or manifest ``.tsv``, each with or without ``.gz``, or a folder.
@@ -172,8 +175,11 @@ def is_multilingual(model: nn.Module) -> bool:
 
 
 def max_positions(model: nn.Module) -> int | None:
-    """Most tokens that the model reads at once, or None if its config sets no bound."""
-    bound = getattr(model.config, "max_position_embeddings", None)
+    """Most tokens that the model reads at once, or None if its config sets no bound, nor those of its two sides."""
+    config: Any = model.config
+    configs = (config, getattr(config, "encoder", None), getattr(config, "decoder", None))
+    bounds = (getattr(each, "max_position_embeddings", None) for each in configs)
+    bound = min((b for b in bounds if b is not None), default=None)
     tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
     padding = next((i for m in tables if (i := getattr(m, "padding_idx", None)) is not None), None)
     # A position table with a padding row starts counting behind that row.
@@ -249,13 +255,24 @@ def _audio_batches(
     if split is None:
         utterances = [u for u in utterances if u.split == "calibration"] or utterances
     processor = processor or load_processor(model, "AutoProcessor")
+    extractor = _part(processor, "feature_extractor", "sampling_rate", model, "AutoFeatureExtractor")
     decodes = "decoder_input_ids" in inspect.signature(model.forward).parameters
+    tokenizer = _part(processor, "tokenizer", "all_special_ids", model, "AutoTokenizer") if decodes else None
     for utterance in track(_spread(utterances, most), "reading audio"):
-        extractor = getattr(processor, "feature_extractor", processor)
         batch = {extractor.model_input_names[0]: audio_features([utterance.file], extractor)}
         if decodes:  # one utterance a batch, for padding would be counted as if it were speech
-            batch["decoder_input_ids"] = torch.tensor([_teacher(utterance.text, model, processor.tokenizer)])
+            batch["decoder_input_ids"] = torch.tensor([_teacher(utterance.text, model, tokenizer)])
         yield batch
+
+
+def _part(processor: Any, name: str, has: str, model: nn.Module, kind: str) -> Any:
+    """A part of a processor, or itself where it is that part and has what that has, or what was saved with the model.
+
+    Raises:
+        CloverError: as ``load_processor``.
+    """
+    part = getattr(processor, name, processor)
+    return part if hasattr(part, has) else load_processor(model, kind)
 
 
 def _teacher(text: str, model: Any, tokenizer: Any) -> list[int]:
@@ -264,10 +281,10 @@ def _teacher(text: str, model: Any, tokenizer: Any) -> list[int]:
     if hasattr(model.config, "median_filter_width"):  # which Whisper alone has, to tell times
         prompt = ["<|en|>", "<|transcribe|>"] if is_multilingual(model) else []
         start = tokenizer.convert_tokens_to_ids(["<|startoftranscript|>", *prompt, "<|notimestamps|>"])
-    if None in start or tokenizer.unk_token_id in start:
-        raise CloverError("the tokenizer lacks Whisper's start tokens; pass the model's own processor")
+        if None in start or tokenizer.unk_token_id in start:
+            raise CloverError("the tokenizer lacks Whisper's start tokens; pass the model's own processor")
     written = tokenizer(f" {text.strip()}", add_special_tokens=False).input_ids
-    return (start + written)[: model.config.max_target_positions]
+    return (start + written)[: getattr(model.config, "max_target_positions", None) or max_positions(model)]
 
 
 def decoder_start(model: Any) -> int:
@@ -276,7 +293,7 @@ def decoder_start(model: Any) -> int:
     Raises:
         CloverError: the model's configs name none.
     """
-    for config in (model.config, getattr(model, "generation_config", None)):
+    for config in (model.config, getattr(model, "generation_config", None), getattr(model.config, "decoder", None)):
         for name in ("decoder_start_token_id", "bos_token_id"):
             if (token := getattr(config, name, None)) is not None:
                 return token
@@ -291,11 +308,30 @@ def _image_batches(
         raise CloverError(f"{path} is no calibration data: it holds no images ({', '.join(IMAGES)})")
     images = processor or load_processor(model, "AutoImageProcessor")
     images = getattr(images, "image_processor", images)
-    prompt = _prompt(model, processor) if "input_ids" in inspect.signature(model.forward).parameters else {}
+    reads = inspect.signature(model.forward).parameters
+    prompt = _prompt(model, processor) if "input_ids" in reads else {}
     chosen = _spread(files, most)
     for start in track(range(0, len(chosen), batch), "reading images"):
         pictures = [_read_image(file) for file in chosen[start : start + batch]]
-        yield {"pixel_values": images(images=pictures, return_tensors="pt")["pixel_values"], **prompt}
+        seen = {"pixel_values": images(images=pictures, return_tensors="pt")["pixel_values"]}
+        yield seen | prompt | (_written(model, seen) if "decoder_input_ids" in reads else {})
+
+
+def _written(model: Any, seen: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the decoder has read when it has written what it has to say of images; all rows are equally long.
+
+    Raises:
+        CloverError: the model can't write: it names no token to begin with, or its weights are not in memory.
+    """
+    first = next(model.parameters())
+    if any(p.is_meta for p in model.parameters()):
+        raise CloverError(f"{type(model).__name__} must write about the images to calibrate; calibrate it in memory")
+    tokens = min(WRITTEN, (max_positions(model) or WRITTEN + 1) - 1)
+    ids = model.generate(
+        **_place(seen, first), decoder_start_token_id=decoder_start(model), do_sample=False, num_beams=1,
+        min_new_tokens=tokens, max_new_tokens=tokens, return_dict_in_generate=False,
+    )  # fmt: skip
+    return {"decoder_input_ids": ids}
 
 
 def _read_image(file: Path) -> Any:
