@@ -190,6 +190,35 @@ def test_each_side_of_an_encoder_decoder_has_its_own_padding(name: str) -> None:
             assert_near(getattr(one, field), getattr(other, field), field)
 
 
+def alike(one: list[Moments], other: list[Moments]) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert a.tokens == b.tokens
+        for field in ("query", "key", "output", "mean"):
+            assert_near(getattr(a, field), getattr(b, field), field, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_labels_say_what_of_the_decoder_is_padding(name: str) -> None:
+    model, _ = build(name)
+    ids, said = torch.randint(3, 60, (1, 7)), torch.randint(3, 60, (1, 9))
+    padded = torch.cat([said, torch.full((1, 4), -100)], 1)
+    found = blocks(model)
+    alone, both = (calibrate(model, found, [{"input_ids": ids, "labels": x}], queries=ALL) for x in (said, padded))
+    alike(alone, both)
+
+
+@pytest.mark.parametrize("name", ["wav2vec2", "hubert", "unispeech", "data2vec-audio"])
+def test_silence_behind_a_sound_stays_out_of_the_statistics(name: str) -> None:
+    """The mask is of samples, what is read is of frames."""
+    model, batch = build(name)
+    sound = batch["input_values"]
+    padded = {"input_values": torch.nn.functional.pad(sound, (0, 160)), "attention_mask": torch.ones(2, 560).long()}
+    padded["attention_mask"][:, 400:] = 0
+    found = blocks(model)
+    alone, both = (calibrate(model, found, [given], queries=ALL) for given in (batch, padded))
+    assert {m.tokens for m in both} == {m.tokens for m in alone}
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_the_attention_implementation_makes_no_difference(name: str) -> None:
     model, batch = build(name)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from clover.errors import CloverError
 
+IGNORED = -100
+"""The label of what is padding."""
 ROWS = 256
 """Tokens whose distributions are held at once."""
 
@@ -78,17 +80,30 @@ class Masks(NamedTuple):
 def padding(batch: Any, model: nn.Module) -> Masks:
     """The masks of a batch that keep padding out of the statistics.
 
-    Of an encoder-decoder that is given both texts, each side has its own: their lengths may happen to be equal.
+    Of an encoder-decoder that is given both texts, each side has its own: their lengths may happen to be equal. Labels
+    without a mask of their own tell what the decoder reads, which is made of them.
     """
     named = dict(batch) if isinstance(batch, Mapping) else {}
-    found = {
-        n: m.bool() for n, m in named.items() if n.endswith("attention_mask") and isinstance(m, Tensor) and m.dim() == 2
-    }
+    flat = {n: m for n, m in named.items() if isinstance(m, Tensor) and m.dim() == 2}
+    found = {n: m.bool() for n, m in flat.items() if n.endswith("attention_mask")}
+    read = [m for n, m in found.items() if not n.startswith("decoder_")]
+    if named.keys() & {"input_values", "input_features"}:
+        read += [frames for m in read if (frames := _frames(m, model)) is not None]
     config: Any = getattr(model, "config", None)
     if not (getattr(config, "is_encoder_decoder", False) and any(n.startswith(("decoder_", "labels")) for n in named)):
-        return Masks([*found.values()], [*found.values()])
-    sides = ([m for n, m in found.items() if n.startswith("decoder_") is wanted] for wanted in (False, True))
-    return Masks(*sides)
+        return Masks(read, read)
+    if "labels" in flat:
+        found.setdefault("decoder_attention_mask", flat["labels"] != IGNORED)
+    return Masks(read, [m for n, m in found.items() if n.startswith("decoder_")])
+
+
+def _frames(mask: Tensor, model: nn.Module) -> Tensor | None:
+    """A mask of samples of sound as one of the frames that a model makes of them, where it does."""
+    hearing: Any = next((m for m in model.modules() if hasattr(m, "_get_feature_vector_attention_mask")), None)
+    if hearing is None:
+        return None
+    frames = int(hearing._get_feat_extract_output_lengths(mask.shape[1]))
+    return hearing._get_feature_vector_attention_mask(frames, mask.long()).bool()
 
 
 def on(batch: Any, device: torch.device) -> Any:
