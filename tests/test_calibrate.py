@@ -16,7 +16,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb 
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rope
 
 import clover
-import clover.calibrate as calibration
+from clover import answers
 from clover.calibrate import SOFTMAX_WEIGHT, Moments, Watcher, _bias, calibrate
 from clover.errors import CloverError
 from clover.families import blocks
@@ -171,7 +171,7 @@ def test_padding_stays_out_of_the_statistics(name: str, side: str) -> None:
     check(name, model, batch | {"attention_mask": mask}, lambda _: mask.bool())
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", ["t5", "bart", "nllb-moe"])
 def test_each_side_of_an_encoder_decoder_has_its_own_padding(name: str) -> None:
     """Also where both texts have as many tokens: each side's moments are those of its own tokens alone."""
     model, _ = build(name)
@@ -188,6 +188,35 @@ def test_each_side_of_an_encoder_decoder_has_its_own_padding(name: str) -> None:
         assert one.tokens == other.tokens == (7 if block.part == "encoder" else 9)
         for field in ("query", "output", "mean"):
             assert_near(getattr(one, field), getattr(other, field), field)
+
+
+def alike(one: list[Moments], other: list[Moments]) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert a.tokens == b.tokens
+        for field in ("query", "key", "output", "mean"):
+            assert_near(getattr(a, field), getattr(b, field), field, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_labels_say_what_of_the_decoder_is_padding(name: str) -> None:
+    model, _ = build(name)
+    ids, said = torch.randint(3, 60, (1, 7)), torch.randint(3, 60, (1, 9))
+    padded = torch.cat([said, torch.full((1, 4), -100)], 1)
+    found = blocks(model)
+    alone, both = (calibrate(model, found, [{"input_ids": ids, "labels": x}], queries=ALL) for x in (said, padded))
+    alike(alone, both)
+
+
+@pytest.mark.parametrize("name", ["wav2vec2", "hubert", "unispeech", "data2vec-audio"])
+def test_silence_behind_a_sound_stays_out_of_the_statistics(name: str) -> None:
+    """The mask is of samples, what is read is of frames."""
+    model, batch = build(name)
+    sound = batch["input_values"]
+    padded = {"input_values": torch.nn.functional.pad(sound, (0, 160)), "attention_mask": torch.ones(2, 560).long()}
+    padded["attention_mask"][:, 400:] = 0
+    found = blocks(model)
+    alone, both = (calibrate(model, found, [given], queries=ALL) for given in (batch, padded))
+    assert {m.tokens for m in both} == {m.tokens for m in alone}
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -348,6 +377,40 @@ def test_no_batches_are_refused() -> None:
     assert hook_count(model) == 0
 
 
+@pytest.mark.parametrize("kind", [dict, t.BatchEncoding, lambda batch: batch["input_ids"]])
+def test_one_batch_in_place_of_a_list_is_refused(kind: Callable[[Any], Any]) -> None:
+    model, batch = build("llama-gqa")
+    with pytest.raises(CloverError, match=r"the calibration data is one \w+; give a list of batches: \[batch\]"):
+        clover.prune(model, vo=0.25, calibration=kind(batch))
+
+
+@pytest.mark.parametrize("bad, said", [
+    ("input_ids", "a str; give"), ([torch.ones(2, 3)] * 2, "a list; give"), (torch.arange(5), r"a Tensor of .* \(5,\)")
+])  # fmt: skip
+def test_what_is_no_batch_is_refused(bad: Any, said: str) -> None:
+    model, _ = build("llama-gqa")
+    with pytest.raises(CloverError, match=f"a calibration batch is {said}"):
+        calibrate(model, blocks(model), [bad])
+    assert hook_count(model) == 0
+
+
+def test_batches_as_loaders_and_tokenizers_give_them() -> None:
+    model, batch = build("llama-gqa")
+    ids, found = batch["input_ids"], blocks(model)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(ids), batch_size=2)
+    plain = calibrate(model, found, [ids])
+    assert equal(plain, calibrate(model, found, loader), "pair", "output", "gradient")
+    without = [batch | {"attention_mask": None}]
+    assert equal(plain, calibrate(model, found, without), "pair", "output", "gradient")
+
+
+def test_inference_mode_is_named() -> None:
+    model, batch = build("llama-gqa")
+    with torch.inference_mode(), pytest.raises(CloverError, match=r"inference_mode\(\) rules out; call it outside"):
+        calibrate(model, blocks(model), [batch])
+    assert hook_count(model) == 0 and all(p.requires_grad for p in model.parameters())
+
+
 def test_blocks_that_no_batch_reaches_are_refused() -> None:
     model, batch = build("whisper")
     batch = {"encoder_outputs": (torch.randn(2, 20, 48).double(),), "decoder_input_ids": batch["decoder_input_ids"]}
@@ -355,6 +418,48 @@ def test_blocks_that_no_batch_reaches_are_refused() -> None:
     for part in ("all", "encoder"):
         with pytest.raises(CloverError, match=r"reached model\.encoder\.layers\.0\.self_attn; give batches that run"):
             calibrate(model, blocks(model, part), [batch])
+
+
+@pytest.mark.parametrize("name, part", [("llava", "decoder"), ("paligemma", "decoder"), ("clip", None)])
+def test_the_part_that_was_reached_is_named(name: str, part: str | None) -> None:
+    model, batch = build(name)
+    batch = {"input_ids": batch["input_ids"].clamp_max(50)}
+    found, end = blocks(model), f", or choose part='{part}'" if part else ""
+    if part is None:  # its towers are both of the same part, and its text runs alone only as a model of its own
+        model.forward = model.text_model.forward
+    with pytest.raises(CloverError, match=rf"reached .*vision_.*; give batches that run that part of the model{end}$"):
+        calibrate(model, found, [batch])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_a_block_without_influence_costs_next_to_nothing(share: float) -> None:
+    """As the last layer of the tower in front of a LLaVA, whose default is to read the layer before."""
+    model, batch = build("llava")
+    model.config.vision_feature_layer = -2
+    before, tower = outputs(model, batch), model.model.vision_tower
+    seen = tower(batch["pixel_values"]).last_hidden_state
+    with pytest.warns(
+        UserWarning, match=r"does not depend on model\.vision_tower\.encoder\.layers\.1\.self_attn; most"
+    ):
+        clover.prune(model, qk=share, vo=share, calibration=[batch])
+    plan = clover.plan_of(model)
+    idle = next(block for block in plan.blocks if block.name.endswith("vision_tower.encoder.layers.1.self_attn"))
+    assert outputs(model, batch).isfinite().all() and clover.summary(model)["vo_removed"] >= share
+    if share:
+        assert idle.vo_kept == min(block.vo_kept for block in plan.blocks)
+    else:  # it is whole, for whoever reads it one day
+        assert (outputs(model, batch) - before).abs().max() < 1e-9
+        assert (tower(batch["pixel_values"]).last_hidden_state - seen).abs().max() < 1e-9
+
+
+def test_a_model_without_any_influence_is_refused() -> None:
+    model, batch = build("llava")
+    model.config.vision_feature_layer = -2
+    last = [block for block in blocks(model) if "vision_tower.encoder.layers.1" in block.name]
+    with pytest.raises(
+        CloverError, match=r"does not influence the model's output on the calibration data; prune another"
+    ):
+        calibrate(model, last, [batch])
 
 
 def test_all_padding_is_refused() -> None:
@@ -445,11 +550,11 @@ def test_a_loss_is_not_what_a_model_says() -> None:
 @pytest.mark.parametrize("rows", [1, 3, 100])
 def test_the_score_of_a_drawn_token_is_that_of_its_likelihood(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many rows are looked at together, and as automatic differentiation gives it."""
-    monkeypatch.setattr(calibration, "ROWS", rows)
+    monkeypatch.setattr(answers, "ROWS", rows)
     logits = torch.randn(2, 5, 7, requires_grad=True)
     valid = torch.ones(2, 5, dtype=torch.bool)
     valid[0, :2] = False
-    found = calibration._score(logits, True, valid, torch.Generator().manual_seed(3))
+    found = answers.score(logits, True, valid, torch.Generator().manual_seed(3))
     points = torch.rand(8, 1, generator=torch.Generator().manual_seed(3))
     chance = logits[valid].log_softmax(-1)
     mass = chance.exp().cumsum(-1)

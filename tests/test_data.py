@@ -17,6 +17,7 @@ import transformers as t
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+import clover
 import families
 from clover import data, files
 from clover.errors import CloverError
@@ -407,6 +408,106 @@ def test_model_without_a_tokenizer(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "model")
     with pytest.raises(CloverError, match="no tokenizer can be loaded from"):
         data.calibration_batches(path, t.LlamaForCausalLM.from_pretrained(tmp_path / "model"))
+
+
+def writer(kind: str = "VisionEncoderDecoder") -> Any:
+    """A tower in front of a GPT-2 that writes what it saw."""
+    told = t.GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2, n_positions=12, bos_token_id=1, eos_token_id=2)
+    seen = t.ViTConfig(image_size=16, patch_size=8, **TINY)
+    config = t.VisionEncoderDecoderConfig.from_encoder_decoder_configs(seen, told)
+    return t.VisionEncoderDecoderModel(config).eval()
+
+
+def pruned_in_all_parts(model: Any, batches: list[dict[str, torch.Tensor]]) -> None:
+    clover.prune(model, vo=0.25, calibration=batches)
+    assert {block.part for block in clover.plan_of(model).blocks} == {"encoder", "decoder", "cross"}
+    assert clover.summary(model)["vo_removed"] >= 0.25
+
+
+def test_a_model_that_is_given_images_alone_writes_about_them(pictures: Path) -> None:
+    model, images = writer(), t.ViTImageProcessorPil(size={"height": 16, "width": 16})
+    batches = data.calibration_batches(pictures, model, processor=images, batch=2)
+    assert [b["decoder_input_ids"].shape for b in batches] == [(2, 12), (1, 12)]  # all its positions
+    assert all(set(b["decoder_input_ids"][:, 0].tolist()) == {1} for b in batches)
+    pruned_in_all_parts(model, batches)
+    with torch.device("meta"):
+        empty = writer()
+    with pytest.raises(
+        CloverError, match=r"VisionEncoderDecoderModel must write about the images .*; calibrate it in m"
+    ):
+        data.calibration_batches(pictures, empty, processor=images)
+
+
+def test_a_listener_and_a_writer_from_a_folder_without_a_whole_processor(manifest: Path, tmp_path: Path) -> None:
+    sound, _ = families.build("wav2vec2", torch.float32)
+    says = t.GPT2Config(**writer().config.decoder.to_diff_dict() | {"add_cross_attention": True})
+    made = t.SpeechEncoderDecoderModel(encoder=sound, decoder=t.GPT2LMHeadModel(says))
+    extractor = t.Wav2Vec2FeatureExtractor(sampling_rate=8000)
+    with pytest.raises(CloverError, match="does not say where it was loaded from; pass its tokenizer or processor"):
+        data.calibration_batches(manifest, made, processor=extractor)
+    for thing in (made, tokenizer(), extractor):
+        thing.save_pretrained(tmp_path / "model")
+    model = t.SpeechEncoderDecoderModel.from_pretrained(tmp_path / "model")
+    manifest.write_text(f"file\ttext\na.wav\t{' '.join(WORDS)}\n")
+    batches = data.calibration_batches(manifest, model)
+    assert [b["decoder_input_ids"].shape for b in batches] == [(1, 12)]
+    pruned_in_all_parts(model, batches)
+
+
+def test_two_encoders_in_one_model_have_a_bound_each(tmp_path: Path) -> None:
+    reads, says = (t.BertConfig(vocab_size=60, max_position_embeddings=n, pad_token_id=0, **TINY) for n in (34, 20))
+    model = t.EncoderDecoderModel(config=t.EncoderDecoderConfig.from_encoder_decoder_configs(reads, says)).eval()
+    path = text_file(tmp_path, 200)
+    with pytest.raises(CloverError, match=r"the model names no decoder_start_token_id; set it in config\.json"):
+        data.calibration_batches(path, model, processor=tokenizer(brackets=True))
+    model.config.decoder_start_token_id = 2
+    batches = data.calibration_batches(path, model, processor=tokenizer(brackets=True))
+    assert {v.shape for b in batches for v in b.values()} == {(4, 20), (len(batches[-1]["input_ids"]), 20)}
+    pruned_in_all_parts(model, batches)
+
+
+def test_a_tokenizer_goes_with_what_reads_images(tmp_path: Path) -> None:
+    for thing in (writer(), tokenizer(), t.ViTImageProcessorPil(size={"height": 16, "width": 16})):
+        thing.save_pretrained(tmp_path)
+    text, images = data.found_beside(str(tmp_path))
+    assert isinstance(text, t.PreTrainedTokenizerBase) and isinstance(images, t.ViTImageProcessorPil)
+    whisper_processor().save_pretrained(tmp_path / "whole")
+    whisper_config().save_pretrained(tmp_path / "whole")
+    (whole,) = data.found_beside(str(tmp_path / "whole"))
+    assert isinstance(whole, t.WhisperProcessor)
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_what_reads_images_and_cannot_be_loaded_is_named(file: str, tmp_path: Path) -> None:
+    for thing in (writer(), tokenizer()):
+        thing.save_pretrained(tmp_path)
+    (tmp_path / file).write_text(json.dumps({"processor_class": "SmolVLMProcessor", "image_processor_type": "Gone"}))
+    with pytest.warns(UserWarning, match=f"^{file} is not saved with the model, copy it by hand: no .* can be loaded"):
+        (text,) = data.found_beside(str(tmp_path))
+    assert isinstance(text, t.PreTrainedTokenizerBase)
+
+
+def test_a_broken_tokenizer_is_one_sentence(tmp_path: Path) -> None:
+    for thing in (llama(), tokenizer()):
+        thing.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    del content["model"]["vocab"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(
+        CloverError, match=r"no tokenizer can be loaded from .*vocab.*; copy the original model's there"
+    ):
+        data.load_processor(tmp_path, "AutoTokenizer")
+
+
+def test_a_tokenizer_that_lacks_a_token_of_its_processor(tmp_path: Path) -> None:
+    model, _ = families.build("gemma3-image", torch.float32)
+    for thing in (model, tokenizer(), t.Gemma3ImageProcessorPil()):
+        thing.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text()) | {"processor_class": "Gemma3Processor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CloverError, match=r"no processor can be loaded from .*boi_token_id"):
+        data.load_processor(tmp_path, "AutoProcessor")
+    assert len(data.found_beside(str(tmp_path))) == 2
 
 
 def test_processor_without_a_vocabulary(tmp_path: Path) -> None:

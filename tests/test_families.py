@@ -97,6 +97,25 @@ def test_one_part_of_an_encoder_decoder(part: str) -> None:
     assert (outputs(exact, batch) - dense).abs().max() < LIMIT
 
 
+@pytest.mark.parametrize("name, writes, causal", [
+    ("paligemma", "language_model", False), ("nllb-moe", "decoder", False), ("llava", "language_model", True),
+    ("bart", "decoder", True), ("t5", "decoder", True), ("llama-gqa", "layers", True), ("bloom", "h", True),
+    ("layoutlm", None, True), ("mpnet", None, True), ("clip", None, True),
+])  # fmt: skip
+def test_the_part_is_where_a_block_stands_not_what_it_sees(name: str, writes: str | None, causal: bool) -> None:
+    """A prompt may be read in both directions by what writes; what has no cache is an encoder."""
+    found = [block for block in blocks(build(name)[0]) if block.part != "cross"]
+    for block in found:
+        assert block.part == ("decoder" if writes in block.name.split(".") else "encoder"), block.name
+        assert block.family.causal is (block.part == "decoder" and causal)
+    assert writes is None or any(block.part == "decoder" for block in found)
+
+
+def test_only_what_writes_has_a_cache() -> None:
+    models = [build(name)[0] for name in ("paligemma", "layoutlm")]
+    assert [clover.summary(clover.orthogonalize(m))["kv_bytes_per_token_before"] for m in models] == [2 * 2 * 16 * 8, 0]
+
+
 def test_qk_norm_keeps_qk_whole_and_says_so() -> None:
     model, batch = build("qwen3")
     with pytest.warns(UserWarning, match="Q-K of 2 of 2 blocks stays whole"):

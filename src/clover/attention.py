@@ -59,7 +59,7 @@ class CloverAttention(nn.Module):
         self.clover = plan
         self.family, self.config, self.positional = family, block.config, block.positional
         self.layer_idx: Any = getattr(core, "layer_idx", None)
-        self.is_causal, self.is_cross = plan.part == "decoder", plan.part == "cross"
+        self.is_causal, self.is_cross = family.causal, plan.part == "cross"
         self.num_key_value_groups = plan.queries
         self.scaling, self.growth, self.softcap = block.scale, block.growth, block.softcap
         self.attention_dropout = block.dropout(family.dropout)

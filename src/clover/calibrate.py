@@ -8,14 +8,22 @@ labels are needed, they are drawn from the model). The model is left as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from clover.answers import ROWS as ROWS  # the renamed to themselves for who imports them from here
+from clover.answers import Masks as Masks
+from clover.answers import answer as answer
+from clover.answers import on as on
+from clover.answers import padding as padding
+from clover.answers import score
+from clover.answers import valid as valid
 from clover.block import Block, growth_at, head_bias
 from clover.errors import CloverError
 from clover.heads import Heads
@@ -23,8 +31,8 @@ from clover.layerwise import forward
 from clover.progress import track
 from clover.rotary import features
 
-ROWS = 256
-"""Tokens whose distributions are held at once."""
+IDLE = 1e-9
+"""What an error costs in a block that the output does not depend on, relative to the mean of the others."""
 FEATURES = 2**25
 """Numbers of rotary features that are held at once on a GPU."""
 SOFTMAX_WEIGHT = 0.5
@@ -68,14 +76,17 @@ def calibrate(
         seed: of that sample.
 
     Raises:
-        CloverError: no batches, a block that none of them reached, or activations that are not finite.
+        CloverError: no batches, a block that none of them reached, none that influences the model's output, or
+            activations that are not finite.
     """
+    if isinstance(batches, (Mapping, Tensor)):
+        raise CloverError(f"the calibration data is one {type(batches).__name__}; give a list of batches: [batch]")
     device = next(model.parameters()).device
     watchers = [Watcher(block, queries, torch.Generator().manual_seed(seed + i)) for i, block in enumerate(blocks)]
     training, trainable = [m for m in model.modules() if m.training], [p for p in model.parameters() if p.requires_grad]
     draws = torch.Generator().manual_seed(seed)  # of the CPU: a GPU would draw others
-    model.eval().requires_grad_(False)
     hooks = [hook for watcher in watchers for hook in watcher.attach()]
+    model.eval().requires_grad_(False)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # sums of shortened products are no Grams any more
     try:
@@ -89,7 +100,7 @@ def calibrate(
                 said, words = answer(forward(model, batch))
             real = valid(said, masks.decoder)
             if said.requires_grad:  # else the batch reached no block, which is said below
-                said.backward(_score(said, words, real, draws))
+                said.backward(score(said, words, real, draws))
             seen, answers = seen + 1, answers + int(real.sum())
             del said  # or it would be there beside the next
     finally:
@@ -102,90 +113,29 @@ def calibrate(
             parameter.requires_grad_()
     if not seen:
         raise CloverError("the calibration data is empty; give at least one batch")
+    missed = {w.block.part for w in watchers if not w.tokens}
+    for watcher in watchers:
+        watcher.check_reached({w.block.part for w in watchers} - missed)
+    _value_idle(watchers)
     watchers.reverse()
     return [watchers.pop().moments(answers) for _ in blocks]  # each let go of: the sums are as large as the moments
 
 
-def answer(output: Any) -> tuple[Tensor, bool]:
-    """What a model says, and whether it is logits of words or classes; else its first output (not a loss).
+def _value_idle(watchers: Sequence[Watcher]) -> None:
+    """Let errors cost next to nothing, alike in all directions, in blocks that were reached to no effect.
 
-    Raises:
-        CloverError: the output has no names.
+    So they go first, and yet have a basis that is whole: a cost of zero would leave nothing to rank directions by.
     """
-    if not isinstance(output, Mapping):
-        raise CloverError(f"the model returned a {type(output).__name__}; set config.return_dict to True")
-    logits = output.get("logits")
-    if logits is not None and logits.dim() in (2, 3) and logits.shape[-1] > 1:
-        return logits, True
-    said = (v for n, v in output.items() if n != "loss" and isinstance(v, Tensor) and v.is_floating_point() and v.dim())
-    return next(said, torch.zeros(0)), False
-
-
-@torch.no_grad()
-def _score(said: Tensor, words: bool, real: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient by what was said of the log-likelihood of a sample from it: tokens from logits, else Gaussian noise.
-
-    Args:
-        words: whether it is logits, ``(batch, tokens, words)``.
-        real: what of it is not padding.
-    """
-    score = torch.zeros_like(said)
-    if said.dim() != 3:
-        return score.copy_(torch.randn(said.shape, generator=generator))
-    rows = real.nonzero()
-    if not words:
-        score[real] = torch.randn(len(rows), said.shape[-1], generator=generator).to(score)
-        return score
-    points = torch.rand(len(rows), 1, generator=generator).to(said.device)
-    for where, point in zip(rows.split(ROWS), points.split(ROWS), strict=True):  # they dwarf all else
-        b, t = where.T
-        chance = said[b, t].float().softmax(-1)
-        mass = chance.cumsum(-1)
-        drawn = torch.searchsorted(mass, point * mass[:, -1:]).clamp_max(mass.shape[-1] - 1)
-        score[b, t] = (-chance).scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=chance.dtype)).to(score)
-    return score
-
-
-def valid(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """Which tokens of ``x`` are not padding, ``(batch, tokens)``; of what has no tokens, all items."""
-    if x.dim() != 3:
-        return torch.ones(len(x), dtype=torch.bool, device=x.device)
-    for mask in masks:
-        if mask.shape == x.shape[:2]:
-            return mask.to(x.device)
-    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-
-
-class Masks(NamedTuple):
-    """What of a batch is not padding, ``(batch, tokens)`` each: what an encoder reads, and what a decoder does."""
-
-    encoder: list[Tensor]
-    decoder: list[Tensor]
-
-    def of(self, part: str) -> list[Tensor]:
-        """Of the blocks of a part."""
-        return self.encoder if part == "encoder" else self.decoder
-
-
-def padding(batch: Any, model: nn.Module) -> Masks:
-    """The masks of a batch that keep padding out of the statistics.
-
-    Of an encoder-decoder that is given both texts, each side has its own: their lengths may happen to be equal.
-    """
-    named = dict(batch) if isinstance(batch, Mapping) else {}
-    found = {n: m.bool() for n, m in named.items() if n.endswith("attention_mask") and m.dim() == 2}
-    config: Any = getattr(model, "config", None)
-    if not (getattr(config, "is_encoder_decoder", False) and any(n.startswith(("decoder_", "labels")) for n in named)):
-        return Masks([*found.values()], [*found.values()])
-    sides = ([m for n, m in found.items() if n.startswith("decoder_") is wanted] for wanted in (False, True))
-    return Masks(*sides)
-
-
-def on(batch: Any, device: torch.device) -> Any:
-    """A batch on a device."""
-    if isinstance(batch, Mapping):
-        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    return batch.to(device)
+    idle = [w for w in watchers if "gradient" not in w.sums]
+    energies = [float(w.sums["gradient"].diagonal().mean()) for w in watchers if "gradient" in w.sums]
+    if not idle or not energies:
+        return
+    names = ", ".join(w.block.name for w in idle)
+    warnings.warn(f"the model's output does not depend on {names}; most of that will be cut", stacklevel=3)
+    for watcher in idle:
+        output = watcher.sums["output"]
+        eye = torch.eye(watcher.heads.o.shape[-2], dtype=output.dtype, device=output.device)
+        watcher.sums["gradient"] = eye * (IDLE * sum(energies) / len(energies))
 
 
 class Watcher:
@@ -199,7 +149,13 @@ class Watcher:
         self.rows = self.tokens = 0
 
     def attach(self) -> list[Any]:
-        """Begin to watch; returns the hooks, to be removed."""
+        """Begin to watch; returns the hooks, to be removed.
+
+        Raises:
+            CloverError: no gradient can come back.
+        """
+        if torch.is_inference_mode_enabled():
+            raise CloverError("calibration needs gradients, which torch.inference_mode() rules out; call it outside")
         projection = self.block.projection("o")
         hooks = [projection.register_forward_pre_hook(self._output), projection.register_forward_hook(self._gradient)]
         if not self.block.normed:
@@ -260,7 +216,7 @@ class Watcher:
     def _hidden(self, causal: bool | None, rows: Tensor, keys: int) -> Tensor:
         """Keys that are out of sight without a mask that says so, ``(rows, keys)``."""
         at = torch.arange(keys, device=rows.device)
-        if not (self.block.part == "decoder" if causal is None else causal):
+        if not (self.block.family.causal if causal is None else causal):
             return torch.zeros(len(rows), keys, dtype=torch.bool, device=rows.device)
         window = self.block.family.window(self.block.core) or keys
         return (at > rows[:, None]) | (at <= rows[:, None] - window)
@@ -286,6 +242,20 @@ class Watcher:
             spread = torch.einsum("gt,gta,gtb->gab", weights.sum((1, 2)), k, k)
             self._add("key", (spread - torch.einsum("gnmd,gnme->gde", means, means)) / q.shape[1])
 
+    def check_reached(self, parts: Collection[str] = ()) -> None:
+        """See that there is something to tell.
+
+        Args:
+            parts: of the model, which were reached.
+
+        Raises:
+            CloverError: no batch came here.
+        """
+        if not self.tokens:
+            instead = f", or choose part={' or '.join(map(repr, sorted(parts)))}" if parts else ""
+            what = f"no calibration batch reached {self.block.name}"
+            raise CloverError(f"{what}; give batches that run that part of the model{instead}")
+
     def moments(self, answers: int | None = None) -> Moments:
         """What was gathered; the sums are gone then.
 
@@ -297,8 +267,7 @@ class Watcher:
             CloverError: nothing, or what is not finite.
         """
         name = self.block.name
-        if not self.tokens:
-            raise CloverError(f"no calibration batch reached {name}; give batches that run that part of the model")
+        self.check_reached()
         if "gradient" not in self.sums:
             raise CloverError(
                 f"{name} does not influence the model's output on the calibration data; prune another part"

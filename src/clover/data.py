@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,12 +12,16 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 from clover.errors import CloverError, reason
 from clover.files import Kind, extra, file_kind, read_audio, read_manifest, read_records, read_text
 from clover.progress import track
 
 T = TypeVar("T")
+WRITTEN = 32
+"""Tokens that a model writes about an image to calibrate its decoder."""
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 CHARACTERS = 16  # a generous guess at those of one token; decides how much of a long text is tokenised at all
 
@@ -40,7 +45,8 @@ def calibration_batches(
       ``decoder_input_ids`` (1, t), which are the reference text behind the decoder's start (Whisper's English prompt).
     - Folder of images: ``pixel_values`` (b, channels, height, width) and, for an image-text model, ``input_ids``
       (1, t) of a short neutral prompt, which is too little to prune its text side by. An image-text model that writes
-      takes text instead, which reaches its language part.
+      takes text instead, which reaches its language part; one that is given nothing but images gets what it writes
+      about them as ``decoder_input_ids`` (b, t).
 
     Args:
         path: a ``.txt``, ``.jsonl`` or manifest ``.tsv``, each with or without ``.gz``, or a folder.
@@ -89,7 +95,7 @@ def load_processor(model_or_name: nn.Module | str | Path, kind: str) -> Any:
     options: dict[str, Any] = {"backend": "pil"} if kind == "AutoImageProcessor" else {}
     try:
         loaded = getattr(transformers, kind).from_pretrained(name, trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # of any kind: files of many kinds are read, by as many libraries
         what = f"no {kind.removeprefix('Auto').lower()} can be loaded from {name}"
         raise CloverError(f"{what} ({reason(error)}); copy the original model's there") from error
     tokenizer = getattr(loaded, "tokenizer", loaded)
@@ -99,12 +105,41 @@ def load_processor(model_or_name: nn.Module | str | Path, kind: str) -> Any:
     return loaded
 
 
-def found_beside(name: str) -> tuple[Any, ...]:
-    """The processor or tokenizer of a folder or hub name, to be saved with what is made of its model, if it has one."""
-    for kind in ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoFeatureExtractor"):
-        with suppress(CloverError):
-            return (load_processor(name, kind),)
-    return ()
+def found_beside(name: Any) -> tuple[Any, ...]:
+    """What reads text, images or sound for a model, to be saved with what is made of it: its processor, or the parts.
+
+    Warns of what lies there and can't be loaded.
+
+    Args:
+        name: as for ``load_processor``.
+    """
+    whole, why = _first(name, "AutoProcessor", "AutoTokenizer")
+    if whole and not isinstance(whole[0], PreTrainedTokenizerBase):
+        return whole
+    senses, why_not = _first(name, "AutoImageProcessor", "AutoFeatureExtractor")
+    for file, lost in (("processor_config.json", why), ("preprocessor_config.json", not senses and why_not)):
+        if lost and _lies_there(name, file):
+            warnings.warn(f"{file} is not saved with the model, copy it by hand: {lost}", stacklevel=2)
+    return (*whole, *senses)
+
+
+def _first(name: Any, *kinds: str) -> tuple[tuple[Any, ...], CloverError | None]:
+    """The first of these kinds that can be loaded, if any, and why the very first can't."""
+    why = None
+    for kind in kinds:
+        try:
+            return (load_processor(name, kind),), why
+        except CloverError as error:
+            why = why or error
+    return (), why
+
+
+def _lies_there(model_or_name: Any, file: str) -> bool:
+    """Whether a folder or the hub has a file."""
+    config: Any = getattr(model_or_name, "config", None)
+    with suppress(OSError, ValueError):
+        return cached_file(config.name_or_path if config else str(model_or_name), file) is not None
+    return False
 
 
 def text_tokens(text: str, tokenizer: Any) -> tuple[torch.Tensor, int | None]:
@@ -140,8 +175,11 @@ def is_multilingual(model: nn.Module) -> bool:
 
 
 def max_positions(model: nn.Module) -> int | None:
-    """Most tokens that the model reads at once, or None if its config sets no bound."""
-    bound = getattr(model.config, "max_position_embeddings", None)
+    """Most tokens that the model reads at once, or None if its config sets no bound, nor those of its two sides."""
+    config: Any = model.config
+    configs = (config, getattr(config, "encoder", None), getattr(config, "decoder", None))
+    bounds = (getattr(each, "max_position_embeddings", None) for each in configs)
+    bound = min((b for b in bounds if b is not None), default=None)
     tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
     padding = next((i for m in tables if (i := getattr(m, "padding_idx", None)) is not None), None)
     # A position table with a padding row starts counting behind that row.
@@ -217,13 +255,24 @@ def _audio_batches(
     if split is None:
         utterances = [u for u in utterances if u.split == "calibration"] or utterances
     processor = processor or load_processor(model, "AutoProcessor")
+    extractor = _part(processor, "feature_extractor", "sampling_rate", model, "AutoFeatureExtractor")
     decodes = "decoder_input_ids" in inspect.signature(model.forward).parameters
+    tokenizer = _part(processor, "tokenizer", "all_special_ids", model, "AutoTokenizer") if decodes else None
     for utterance in track(_spread(utterances, most), "reading audio"):
-        extractor = getattr(processor, "feature_extractor", processor)
         batch = {extractor.model_input_names[0]: audio_features([utterance.file], extractor)}
         if decodes:  # one utterance a batch, for padding would be counted as if it were speech
-            batch["decoder_input_ids"] = torch.tensor([_teacher(utterance.text, model, processor.tokenizer)])
+            batch["decoder_input_ids"] = torch.tensor([_teacher(utterance.text, model, tokenizer)])
         yield batch
+
+
+def _part(processor: Any, name: str, has: str, model: nn.Module, kind: str) -> Any:
+    """A part of a processor, or itself where it is that part and has what that has, or what was saved with the model.
+
+    Raises:
+        CloverError: as ``load_processor``.
+    """
+    part = getattr(processor, name, processor)
+    return part if hasattr(part, has) else load_processor(model, kind)
 
 
 def _teacher(text: str, model: Any, tokenizer: Any) -> list[int]:
@@ -232,10 +281,10 @@ def _teacher(text: str, model: Any, tokenizer: Any) -> list[int]:
     if hasattr(model.config, "median_filter_width"):  # which Whisper alone has, to tell times
         prompt = ["<|en|>", "<|transcribe|>"] if is_multilingual(model) else []
         start = tokenizer.convert_tokens_to_ids(["<|startoftranscript|>", *prompt, "<|notimestamps|>"])
-    if None in start or tokenizer.unk_token_id in start:
-        raise CloverError("the tokenizer lacks Whisper's start tokens; pass the model's own processor")
+        if None in start or tokenizer.unk_token_id in start:
+            raise CloverError("the tokenizer lacks Whisper's start tokens; pass the model's own processor")
     written = tokenizer(f" {text.strip()}", add_special_tokens=False).input_ids
-    return (start + written)[: model.config.max_target_positions]
+    return (start + written)[: getattr(model.config, "max_target_positions", None) or max_positions(model)]
 
 
 def decoder_start(model: Any) -> int:
@@ -244,7 +293,7 @@ def decoder_start(model: Any) -> int:
     Raises:
         CloverError: the model's configs name none.
     """
-    for config in (model.config, getattr(model, "generation_config", None)):
+    for config in (model.config, getattr(model, "generation_config", None), getattr(model.config, "decoder", None)):
         for name in ("decoder_start_token_id", "bos_token_id"):
             if (token := getattr(config, name, None)) is not None:
                 return token
@@ -259,11 +308,30 @@ def _image_batches(
         raise CloverError(f"{path} is no calibration data: it holds no images ({', '.join(IMAGES)})")
     images = processor or load_processor(model, "AutoImageProcessor")
     images = getattr(images, "image_processor", images)
-    prompt = _prompt(model, processor) if "input_ids" in inspect.signature(model.forward).parameters else {}
+    reads = inspect.signature(model.forward).parameters
+    prompt = _prompt(model, processor) if "input_ids" in reads else {}
     chosen = _spread(files, most)
     for start in track(range(0, len(chosen), batch), "reading images"):
         pictures = [_read_image(file) for file in chosen[start : start + batch]]
-        yield {"pixel_values": images(images=pictures, return_tensors="pt")["pixel_values"], **prompt}
+        seen = {"pixel_values": images(images=pictures, return_tensors="pt")["pixel_values"]}
+        yield seen | prompt | (_written(model, seen) if "decoder_input_ids" in reads else {})
+
+
+def _written(model: Any, seen: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the decoder has read when it has written what it has to say of images; all rows are equally long.
+
+    Raises:
+        CloverError: the model can't write: it names no token to begin with, or its weights are not in memory.
+    """
+    first = next(model.parameters())
+    if any(p.is_meta for p in model.parameters()):
+        raise CloverError(f"{type(model).__name__} must write about the images to calibrate; calibrate it in memory")
+    tokens = min(WRITTEN, (max_positions(model) or WRITTEN + 1) - 1)
+    ids = model.generate(
+        **_place(seen, first), decoder_start_token_id=decoder_start(model), do_sample=False, num_beams=1,
+        min_new_tokens=tokens, max_new_tokens=tokens, return_dict_in_generate=False,
+    )  # fmt: skip
+    return {"decoder_input_ids": ids}
 
 
 def _read_image(file: Path) -> Any:

@@ -144,7 +144,7 @@ _ROWS: dict[str, Family] = {
     # encoders
     "BertAttention BertGenerationAttention CamembertAttention Data2VecTextAttention ElectraAttention ErnieAttention "
     "RoCBertAttention RobertaAttention XLMRobertaAttention": _BERT,
-    "LayoutLMAttention": replace(_BERT, dropout="attention_dropout"),
+    "LayoutLMAttention": replace(_BERT, dropout="attention_dropout", causal=False),
     "MPNetSelfAttention": Family(
         q="q", k="k", v="v", o="o", head_dim="attention_head_size", heads="num_attention_heads", scale=(),
         dropout="dropout", causal=False,
@@ -176,6 +176,8 @@ FAMILIES: dict[str, Family] = {name: family for names, family in _ROWS.items() f
 
 CROSS = {"EncDecAttention", "cross_attention", "crossattention", "encoder_attn"}
 """What models call a block that attends to another sequence, whatever its class."""
+WRITER = "language_model"
+"""What models call the part that writes; it has a cache, though its prompt may be read in both directions."""
 MLP = {
     "up": (
         "fc1", "feed_forward.intermediate_dense", "feed_forward.up_proj", "feed_forward.w3", "ffn.lin1",
@@ -213,7 +215,7 @@ def blocks(model: nn.Module, part: str = "all") -> list[Block]:
     """Find the attention blocks of a model, in the order of its modules.
 
     Args:
-        part: ``encoder`` (bidirectional self-attention), ``decoder`` (causal self-attention), ``cross`` or ``all``.
+        part: ``encoder`` (self-attention that reads), ``decoder`` (self-attention that writes), ``cross`` or ``all``.
 
     Raises:
         UnsupportedModelError: an attention class that no row describes.
@@ -277,10 +279,16 @@ def block_of(model: nn.Module, name: str, module: nn.Module) -> Block:
     family = _row_of(module)
     assert family is not None
     core = module.get_submodule(family.core)
-    part = "decoder" if getattr(core, "is_causal", family.causal) else "encoder"
-    if name.rpartition(".")[2] in CROSS:
-        part = "cross"
-    return Block(name, part, family, module, getattr(core, "config", None) or model.config)
+    path = name.split(".")
+    part = "cross" if path[-1] in CROSS else "decoder" if _writes(core, family, path) else "encoder"
+    causal = part != "cross" and bool(getattr(core, "is_causal", family.causal))
+    config = getattr(core, "config", None) or model.config
+    return Block(name, part, replace(family, causal=causal), module, config)
+
+
+def _writes(core: Any, family: Family, path: list[str]) -> bool:
+    """Whether a self-attention belongs to what writes and keeps a cache; a causal one does, and not only that."""
+    return bool(getattr(core, "is_causal", family.causal) or getattr(core, "is_decoder", WRITER in path))
 
 
 def _refused(name: str, kind: type, why: str) -> UnsupportedModelError:

@@ -1,0 +1,125 @@
+"""What goes into a model and what comes out: batches, what of them is padding, and the score of what is said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clover.errors import CloverError
+
+IGNORED = -100
+"""The label of what is padding."""
+ROWS = 256
+"""Tokens whose distributions are held at once."""
+
+
+def answer(output: Any) -> tuple[Tensor, bool]:
+    """What a model says, and whether it is logits of words or classes; else its first output (not a loss).
+
+    Raises:
+        CloverError: the output has no names.
+    """
+    if not isinstance(output, Mapping):
+        raise CloverError(f"the model returned a {type(output).__name__}; set config.return_dict to True")
+    logits = output.get("logits")
+    if logits is not None and logits.dim() in (2, 3) and logits.shape[-1] > 1:
+        return logits, True
+    said = (v for n, v in output.items() if n != "loss" and isinstance(v, Tensor) and v.is_floating_point() and v.dim())
+    return next(said, torch.zeros(0)), False
+
+
+@torch.no_grad()
+def score(said: Tensor, words: bool, real: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient by what was said of the log-likelihood of a sample from it: tokens from logits, else Gaussian noise.
+
+    Args:
+        words: whether it is logits, ``(batch, tokens, words)``.
+        real: what of it is not padding.
+    """
+    found = torch.zeros_like(said)
+    if said.dim() != 3:
+        return found.copy_(torch.randn(said.shape, generator=generator))
+    rows = real.nonzero()
+    if not words:
+        found[real] = torch.randn(len(rows), said.shape[-1], generator=generator).to(found)
+        return found
+    points = torch.rand(len(rows), 1, generator=generator).to(said.device)
+    for where, point in zip(rows.split(ROWS), points.split(ROWS), strict=True):  # they dwarf all else
+        b, t = where.T
+        chance = said[b, t].float().softmax(-1)
+        mass = chance.cumsum(-1)
+        drawn = torch.searchsorted(mass, point * mass[:, -1:]).clamp_max(mass.shape[-1] - 1)
+        found[b, t] = (-chance).scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=chance.dtype)).to(found)
+    return found
+
+
+def valid(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """Which tokens of ``x`` are not padding, ``(batch, tokens)``; of what has no tokens, all items."""
+    if x.dim() != 3:
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+    for mask in masks:
+        if mask.shape == x.shape[:2]:
+            return mask.to(x.device)
+    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+
+
+class Masks(NamedTuple):
+    """What of a batch is not padding, ``(batch, tokens)`` each: what an encoder reads, and what a decoder does."""
+
+    encoder: list[Tensor]
+    decoder: list[Tensor]
+
+    def of(self, part: str) -> list[Tensor]:
+        """Of the blocks of a part."""
+        return self.encoder if part == "encoder" else self.decoder
+
+
+def padding(batch: Any, model: nn.Module) -> Masks:
+    """The masks of a batch that keep padding out of the statistics.
+
+    Of an encoder-decoder that is given both texts, each side has its own: their lengths may happen to be equal. Labels
+    without a mask of their own tell what the decoder reads, which is made of them.
+    """
+    named = dict(batch) if isinstance(batch, Mapping) else {}
+    flat = {n: m for n, m in named.items() if isinstance(m, Tensor) and m.dim() == 2}
+    found = {n: m.bool() for n, m in flat.items() if n.endswith("attention_mask")}
+    read = [m for n, m in found.items() if not n.startswith("decoder_")]
+    if named.keys() & {"input_values", "input_features"}:
+        read += [frames for m in read if (frames := _frames(m, model)) is not None]
+    config: Any = getattr(model, "config", None)
+    if not (getattr(config, "is_encoder_decoder", False) and any(n.startswith(("decoder_", "labels")) for n in named)):
+        return Masks(read, read)
+    if "labels" in flat:
+        found.setdefault("decoder_attention_mask", flat["labels"] != IGNORED)
+    return Masks(read, [m for n, m in found.items() if n.startswith("decoder_")])
+
+
+def _frames(mask: Tensor, model: nn.Module) -> Tensor | None:
+    """A mask of samples of sound as one of the frames that a model makes of them, where it does."""
+    hearing: Any = next((m for m in model.modules() if hasattr(m, "_get_feature_vector_attention_mask")), None)
+    if hearing is None:
+        return None
+    frames = int(hearing._get_feat_extract_output_lengths(mask.shape[1]))
+    return hearing._get_feature_vector_attention_mask(frames, mask.long()).bool()
+
+
+def on(batch: Any, device: torch.device) -> Any:
+    """A batch on a device: arguments of the model's forward by name, those that are None left out, or its first alone.
+
+    Raises:
+        CloverError: it is neither.
+    """
+    if isinstance(batch, (list, tuple)) and len(batch) == 1:  # as a loader hands over a dataset of tensors
+        batch = batch[0]
+    if isinstance(batch, Mapping):
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if v is not None}
+    if isinstance(batch, Tensor) and batch.dim() > 1:
+        return batch.to(device)
+    shape = f" of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else ""
+    raise CloverError(
+        f"a calibration batch is a {type(batch).__name__}{shape}; give a list of batches, each of them a mapping of "
+        "what the model's forward takes, or a tensor (batch, ...) for its first argument"
+    )
