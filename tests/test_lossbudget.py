@@ -14,8 +14,8 @@ import torch
 import transformers
 
 import clover
+from clover.answers import answer
 from clover.budget import Share, make_plan
-from clover.calibrate import answer
 from clover.curve import loss_section
 from clover.errors import CloverError
 from clover.lossbudget import (

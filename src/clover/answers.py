@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -104,6 +104,17 @@ def _frames(mask: Tensor, model: nn.Module) -> Tensor | None:
         return None
     frames = int(hearing._get_feat_extract_output_lengths(mask.shape[1]))
     return hearing._get_feature_vector_attention_mask(frames, mask.long()).bool()
+
+
+def several(batches: Iterable[Any]) -> Iterable[Any]:
+    """Batches as they are, unless they are a single one.
+
+    Raises:
+        CloverError: one batch in the place of several.
+    """
+    if isinstance(batches, (Mapping, Tensor)):
+        raise CloverError(f"the calibration data is one {type(batches).__name__}; give a list of batches: [batch]")
+    return batches
 
 
 def on(batch: Any, device: torch.device) -> Any:

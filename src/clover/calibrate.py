@@ -9,7 +9,7 @@ labels are needed, they are drawn from the model). The model is left as it was.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,13 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from clover.answers import ROWS as ROWS  # the renamed to themselves for who imports them from here
-from clover.answers import Masks as Masks
-from clover.answers import answer as answer
-from clover.answers import on as on
-from clover.answers import padding as padding
-from clover.answers import score
-from clover.answers import valid as valid
+from clover.answers import answer, on, padding, score, several, valid
 from clover.block import Block, growth_at, head_bias
 from clover.errors import CloverError
 from clover.heads import Heads
@@ -79,8 +73,6 @@ def calibrate(
         CloverError: no batches, a block that none of them reached, none that influences the model's output, or
             activations that are not finite.
     """
-    if isinstance(batches, (Mapping, Tensor)):
-        raise CloverError(f"the calibration data is one {type(batches).__name__}; give a list of batches: [batch]")
     device = next(model.parameters()).device
     watchers = [Watcher(block, queries, torch.Generator().manual_seed(seed + i)) for i, block in enumerate(blocks)]
     training, trainable = [m for m in model.modules() if m.training], [p for p in model.parameters() if p.requires_grad]
@@ -91,7 +83,7 @@ def calibrate(
     torch.set_float32_matmul_precision("highest")  # sums of shortened products are no Grams any more
     try:
         seen = answers = 0
-        for batch in track(batches, "calibrate"):
+        for batch in track(several(batches), "calibrate"):
             batch = on(batch, device)
             masks = padding(batch, model)
             for watcher in watchers:

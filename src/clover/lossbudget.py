@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from clover.answers import ROWS, answer, on, padding, several, valid
 from clover.basis import Basis
 from clover.budget import Costs, Granularity, Limits, Share, make_plan
-from clover.calibrate import ROWS, answer, on, padding, valid
 from clover.errors import CloverError
 from clover.layerwise import forward
 from clover.plan import Plan
@@ -63,7 +63,7 @@ def keep_apart(batches: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     Raises:
         CloverError: fewer than two.
     """
-    whole = list(batches)
+    whole = list(several(batches))
     if len(whole) < 2:
         raise CloverError(
             f"a loss is measured on data kept out of the calibration, but of {len(whole)} batches none can be spared; "

@@ -78,7 +78,7 @@ def prune(
 
     Args:
         qk, vo: share of the head directions to remove, 0 <= share < 1; one budget over the chosen part of the model.
-        part: which attention blocks: ``encoder``, ``decoder`` (causal self-attention), ``cross`` or ``all``.
+        part: which attention blocks: ``encoder``, ``decoder`` (self-attention of what writes), ``cross`` or ``all``.
         calibration: batches for the model's forward (mappings of its arguments, or tensors); a few thousand tokens do.
         metric: ``activations`` measures directions on the calibration data, ``weights`` by the weights alone, as
             published. The default is ``activations`` when there is calibration data.

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from clover.answers import Masks, on, padding, valid
 from clover.basis import find_basis
 from clover.block import Block
-from clover.calibrate import Masks, Moments, Watcher, on, padding, valid
+from clover.calibrate import Moments, Watcher
 from clover.checkpoint import workplace
 from clover.crew import Crew
 from clover.draft import Draft
