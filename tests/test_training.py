@@ -408,6 +408,34 @@ def test_an_adapter_for_another_model_is_not_merged(llama: Path, text: Path, tmp
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_of_the_dense_model_is_not_half_merged_into_the_pruned_one(
+    method: str, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    tune(str(llama), tmp_path / "adapter", text, Recipe(method, **SMALL))
+    assert merge(str(llama), tmp_path / "adapter", tmp_path / "merged").exists()
+    model: Any = clover.load(llama)
+    clover.prune(model, qk=0.25, vo=0.25)
+    pruned = clover.save(model, tmp_path / "pruned")
+    with pytest.raises(CloverError, match=r"model\.layers\.0\.self_attn\.k_proj.* made for"):
+        merge(str(pruned), tmp_path / "adapter", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_lies_beside_a_model_is_looked_for_before_it_is_merged(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune(str(llama), tmp_path / "adapter", text, Recipe(**SMALL))
+
+    def damaged(name: str) -> None:
+        raise CloverError("the tokenizer is damaged")
+
+    monkeypatch.setattr(training, "found_beside", damaged)
+    monkeypatch.setattr(training, "load", lambda _: pytest.fail("loaded before"))
+    with pytest.raises(CloverError, match="tokenizer is damaged"):
+        merge(str(llama), tmp_path / "adapter", tmp_path / "merged")
+
+
 @pytest.mark.parametrize("damage", ["no weights", "cut off", "config", "another architecture"])
 def test_a_damaged_adapter_is_told_in_one_sentence(damage: str, llama: Path, text: Path, tmp_path: Path) -> None:
     adapter, model = tmp_path / "adapter", llama

@@ -328,13 +328,25 @@ def merge(model: str, adapter: str | Path, out: str | Path) -> Path:
     check_writable(out)
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise CloverError(f"{adapter} is no adapter: it has no adapter_config.json")
+    beside = found_beside(model)  # first: what is wrong there is told before the work
     base = load(model)
     try:
         adapted: Any = PeftModel.from_pretrained(base, str(adapter), local_files_only=True)
+        _check_complete(adapted, adapter, model)
         merged = adapted.merge_and_unload(safe_merge=True)
     except CloverError:
         raise
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError, SafetensorError) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise CloverError(f"{adapter} can't be merged into {model} ({why})") from error
-    return save(merged, out, beside=found_beside(model))
+    return save(merged, out, beside=beside)
+
+
+def _check_complete(adapted: Any, adapter: str | Path, model: str) -> None:
+    """Refuse an adapter, whatever its method, of which a part has no place: peft tells that only to who loads again."""
+    again = adapted.load_adapter(str(adapter), adapted.active_adapter, local_files_only=True)
+    if lost := sorted(again.unexpected_keys):
+        raise CloverError(
+            f"{adapter} can't be merged into {model}, which has no {lost[0].removeprefix('base_model.model.')}; merge "
+            "it into the model that it was made for (unpruned if that was, pruned alike if that was)"
+        )
