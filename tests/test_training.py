@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -223,19 +224,64 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(
     monkeypatch.setattr(training, "_StopAtNaN", Count)
     half = tmp_path / ".killed.tuning" / "checkpoints" / "checkpoint-5"  # killed while it was written
     half.mkdir()
-    (half / "adapter_model.safetensors").write_bytes(b"half")
+    (half / "trainer_state.json").write_text('{"global_step": 5, "log_')
     other = tmp_path / "other" / text.name
     other.parent.mkdir()
     other.write_text("w1 w2 w3")
-    with pytest.raises(CloverError, match="unfinished run with other settings"):
+    with pytest.raises(CloverError, match=r"draft of another request \(data .*; remove it"):
         tune(str(llama), tmp_path / "killed", other, recipe, save_every=2)
-    with pytest.raises(CloverError, match="unfinished run with other settings"):
+    with pytest.raises(CloverError, match=r"draft of another request \(lr 0.03 there, 0.02 here"):
         tune(str(llama), tmp_path / "killed", text, Recipe(**{**SMALL, "lr": 2e-2}), save_every=2)
     tune(str(llama), tmp_path / "killed", text, recipe, save_every=2)
     assert steps == [5, 6]
     assert not (tmp_path / ".killed.tuning").exists()
     for name, tensor in adapter(tmp_path / "whole").items():
         assert torch.equal(adapter(tmp_path / "killed")[name], tensor), name
+
+
+def test_two_runs_do_not_write_one_folder(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr("clover.draft.sync", synced.append)
+    refused: list[str] = []
+
+    class Second(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            with pytest.raises(CloverError) as error:
+                tune(str(llama), tmp_path / "adapter", text, Recipe(**SMALL))
+            refused.append(str(error.value))
+
+    monkeypatch.setattr(training, "_StopAtNaN", Second)
+    tune(str(llama), tmp_path / "adapter", text, Recipe(**SMALL))
+    assert len(refused) == SMALL["steps"]
+    assert all("adapter is being made by another run; wait for it" in said for said in refused)
+    assert synced == [tmp_path / ".adapter.tuning" / "out"]
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(peft.peft_model, "safe_save_file"), (torch, "save"), (training, "_draw")]
+)
+def test_a_full_disk_is_told_and_the_run_goes_on(
+    module: Any, name: str, llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a checkpoint (adapter or optimiser), or at the end: from then on no file grows beyond 500 bytes."""
+    resource = pytest.importorskip("resource")
+    most, write = resource.getrlimit(resource.RLIMIT_FSIZE), getattr(module, name)
+
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, most[1]))
+        return write(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(CloverError, match=r"adapter can't be written.*free space"):
+        patch.setattr(module, name, limited)
+        try:
+            tune(str(llama), tmp_path / "adapter", text, Recipe(**SMALL), save_every=2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    tune(str(llama), tmp_path / "adapter", text, Recipe(**SMALL), save_every=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_a_loss_that_is_no_number_stops_the_run(llama: Path, text: Path, tmp_path: Path) -> None:
@@ -360,6 +406,34 @@ def test_an_adapter_for_another_model_is_not_merged(llama: Path, text: Path, tmp
     with pytest.raises(CloverError, match=r"has no adapter_config\.json"):
         merge(str(llama), tmp_path / "other", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_of_the_dense_model_is_not_half_merged_into_the_pruned_one(
+    method: str, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    tune(str(llama), tmp_path / "adapter", text, Recipe(method, **SMALL))
+    assert merge(str(llama), tmp_path / "adapter", tmp_path / "merged").exists()
+    model: Any = clover.load(llama)
+    clover.prune(model, qk=0.25, vo=0.25)
+    pruned = clover.save(model, tmp_path / "pruned")
+    with pytest.raises(CloverError, match=r"model\.layers\.0\.self_attn\.k_proj.* made for"):
+        merge(str(pruned), tmp_path / "adapter", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_lies_beside_a_model_is_looked_for_before_it_is_merged(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune(str(llama), tmp_path / "adapter", text, Recipe(**SMALL))
+
+    def damaged(name: str) -> None:
+        raise CloverError("the tokenizer is damaged")
+
+    monkeypatch.setattr(training, "found_beside", damaged)
+    monkeypatch.setattr(training, "load", lambda _: pytest.fail("loaded before"))
+    with pytest.raises(CloverError, match="tokenizer is damaged"):
+        merge(str(llama), tmp_path / "adapter", tmp_path / "merged")
 
 
 @pytest.mark.parametrize("damage", ["no weights", "cut off", "config", "another architecture"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,16 @@ def test_no_second_adapter_while_one_is_merged() -> None:
         model.add_adapter("b", config())
 
 
+@pytest.mark.parametrize("copied", [lambda model: pickle.loads(pickle.dumps(model)), copy.deepcopy])
+def test_a_pickled_model_is_the_same_and_takes_another_adapter(copied: Any) -> None:
+    model, batch, out = tuned()
+    model = copied(model)
+    assert torch.equal(outputs(model, batch), out)
+    model.add_adapter("b", config(parts=("q",)))
+    model.set_adapter("b")
+    assert torch.equal(outputs(model, batch), outputs(fresh()[0], batch))
+
+
 def test_loading_computes_no_decomposition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch, out = tuned()
     model.save_pretrained(tmp_path)
@@ -318,6 +329,38 @@ def test_an_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
         PeftModel.from_pretrained(other, tmp_path)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(("made_for", "other"), [(build, pruned), (pruned, build)])
+def test_an_adapter_of_the_dense_model_is_not_half_loaded_onto_the_pruned_one(
+    made_for: Any, other: Any, low_cpu_mem_usage: bool, tmp_path: Path
+) -> None:
+    get_peft_model(made_for("llama-gqa", dtype=torch.float32)[0], config()).save_pretrained(tmp_path)
+    model, _ = other("llama-gqa", dtype=torch.float32)
+    with pytest.raises(CloverError, match=r"core for model\.layers\.0\.self_attn\.\w+_proj, .* made for"):
+        PeftModel.from_pretrained(model, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "0"])
+def test_an_adapter_of_more_layers_is_refused(adapter_name: str, tmp_path: Path) -> None:
+    model, *_ = tuned()
+    model.save_pretrained(tmp_path)
+    short, _ = fresh()
+    del short.model.layers[1]
+    with pytest.raises(CloverError, match=r"core for model\.layers\.1\."):
+        PeftModel.from_pretrained(short, tmp_path, adapter_name=adapter_name)
+
+
+def test_an_adapter_of_modules_that_the_user_named_loads(tmp_path: Path) -> None:
+    model, batch, out = tuned(target_modules=["down_proj", "o_proj"], layers_to_transform=[1])
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh()[0], tmp_path).eval()
+    assert torch.equal(outputs(loaded, batch), out)
+    loaded.add_adapter("b", config())
+    loaded.load_adapter(tmp_path, "again")
+    loaded.set_adapter("again")
+    assert torch.equal(outputs(loaded, batch), out)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -374,6 +417,15 @@ def test_safe_merge_refuses_nan() -> None:
     layer.clover_cores["default"][0].change.data[0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_and_unload(safe_merge=True)
+
+
+def test_an_adapter_for_each_row_is_refused() -> None:
+    model, batch, out = tuned()
+    names = ["__base__"] * len(out)
+    for call in (model, model.generate):
+        with pytest.raises(CloverError, match=r"adapter_names is \['__base__'.* set_adapter.* disable_adapter"):
+            call(**batch, adapter_names=names)
+    assert torch.equal(model(**batch, adapter_names=None).logits, model(**batch).logits)
 
 
 def test_what_a_block_size_does_not_divide_can_be_left_out() -> None:

@@ -1,7 +1,8 @@
 """A folder in the making: hidden beside its place until it is whole, and taken up again after a kill.
 
 ``.OUT.draft`` holds a lock, the request that it answers, the decompositions that are done, marks of the pieces of
-``out`` that are on disk, and ``out``, which is renamed to ``OUT`` at the end.
+``out`` that are on disk, and ``out``, which is renamed to ``OUT`` at the end. That of a tuning run is ``.OUT.tuning``,
+with checkpoints.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class Draft:
     """The hidden folder of one request. Made by ``draft``."""
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, ending: str = "draft") -> None:
         self.target = target
-        self.folder = hidden(target)
+        self.folder = hidden(target, ending)
         self.out = self.folder / "out"
 
     def has(self, kind: str, name: str) -> bool:
@@ -80,9 +81,9 @@ class Draft:
         return self.folder / kind / f"{name}.safetensors"
 
 
-def hidden(target: Path) -> Path:
+def hidden(target: Path, ending: str = "draft") -> Path:
     """Where the draft of a folder lies."""
-    return target.parent / f".{target.name}.draft"
+    return target.parent / f".{target.name}.{ending}"
 
 
 @contextmanager
@@ -93,6 +94,7 @@ def draft(
     *,
     kinds: tuple[str, ...],
     resume: bool = False,
+    ending: str = "draft",
 ) -> Iterator[Draft]:
     """Begin a draft, or go on with the one of the same request.
 
@@ -102,13 +104,14 @@ def draft(
         crew: all processes that write to it; the folder must be one for all.
         kinds: of the pieces that will be kept.
         resume: insist on a draft that is there.
+        ending: of the hidden folder's name.
 
     Raises:
         CloverError: the folder exists or is being made by another run, there is a draft of another request, or none to
             resume, or the disk is full (what was done is kept).
     """
     target = check_writable(path) if crew.leads else Path(path).absolute()
-    made = Draft(target)
+    made = Draft(target, ending)
     lock = None
     try:
         if crew.leads:
@@ -127,7 +130,8 @@ def draft(
     except (OSError, SafetensorError) as error:
         number = getattr(error, "errno", None)
         reason = getattr(error, "strerror", None) or error
-        remedy = "free space" if number in FULL or "space" in str(reason) else "mend that"
+        full = number in FULL or any(word in str(reason) for word in ("space", "quota", "too large"))
+        remedy = "free space" if full else "mend that"
         raise CloverError(
             f"{target} can't be written: {reason}; {remedy} and give the same command again, what was done is kept"
         ) from error

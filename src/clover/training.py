@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,18 @@ from transformers.trainer_utils import set_seed
 
 from clover.checkpoint import load, ready, save
 from clover.cost import accepts, writes_text
+from clover.crew import crew
 from clover.data import found_beside, load_processor, text_tokens
-from clover.errors import CloverError
+from clover.draft import Draft, draft
+from clover.errors import CloverError, reason
 from clover.files import file_kind, read_records, read_text
 from clover.folders import check_writable
 from clover.progress import console
 from clover.recipe import Recipe, adapter_config
 
 IGNORED = -100  # what transformers' losses leave out
+CHECKPOINTS = "checkpoints"
+"""Where in a run's draft the Trainer keeps them."""
 
 
 # --- data ---
@@ -184,8 +188,16 @@ def train(
 
 def _last_whole(folder: Path) -> str | None:
     """The last checkpoint that was written to its end, which is the Trainer's state."""
-    whole = {path.parent for path in folder.glob("checkpoint-*/trainer_state.json")}
+    whole = {path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)}
     return max(map(str, whole), key=lambda name: int(name.rpartition("-")[2]), default=None)
+
+
+def _is_json(file: Path) -> bool:
+    """Whether a file was written to its end."""
+    with suppress(ValueError):
+        json.loads(file.read_text())
+        return True
+    return False
 
 
 @torch.inference_mode()
@@ -227,35 +239,44 @@ def tune(
         CloverError: bad input, see the parts.
     """
     recipe.check()
-    target = check_writable(out)
+    check_writable(out)
     processes = PartialState(cpu=_on_cpu())  # first: it gives each process its own device
     base = _trainable(model)
     tokenizer = load_processor(model, "AutoTokenizer")
     learned = examples(data, tokenizer, recipe.length)
     held_out = None if eval_data is None else examples(eval_data, tokenizer, recipe.length)
     config = adapter_config(base, recipe)
-    with processes.main_process_first():
-        content = hashlib.sha256(Path(data).read_bytes()).hexdigest()
-        draft = _draft(target, {"model": model, "data": str(data), "sha256": content, **recipe.to_dict()})
-    set_seed(recipe.seed)
-    losses = {} if held_out is None else {"eval_loss_before": mean_loss(base, held_out)}
-    adapted = get_peft_model(base, config)
-    for buffer in adapted.buffers():  # once: during training they stand still
-        broadcast(buffer)
-    try:
-        log = train(adapted, learned, recipe, draft / "checkpoints", save_every=save_every)
-    except CloverError:
-        shutil.rmtree(draft, ignore_errors=True)  # there is nothing to go on from
-        raise
-    if held_out is not None:
-        losses["eval_loss_after"] = mean_loss(adapted, held_out)
-    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    last = [entry["loss"] for entry in log[-10:]]
-    result = {**recipe.to_dict(), "trainable_parameters": trained, "loss": sum(last) / len(last), **losses}
-    if processes.is_main_process:
-        _finish(adapted, tokenizer, {**result, "log": log}, draft, target)
+    content = hashlib.sha256(Path(data).read_bytes()).hexdigest()
+    request = {"model": model, "data": str(data), "sha256": content, **recipe.to_dict()}
+    with crew() as we, draft(out, request, we, kinds=(CHECKPOINTS,), ending="tuning") as made:
+        set_seed(recipe.seed)
+        losses = {} if held_out is None else {"eval_loss_before": mean_loss(base, held_out)}
+        adapted = get_peft_model(base, config)
+        for buffer in adapted.buffers():  # once: during training they stand still
+            broadcast(buffer)
+        log = _trained(adapted, learned, recipe, made, save_every)
+        if held_out is not None:
+            losses["eval_loss_after"] = mean_loss(adapted, held_out)
+        count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        last = [entry["loss"] for entry in log[-10:]]
+        result = {**recipe.to_dict(), "trainable_parameters": count, "loss": sum(last) / len(last), **losses}
+        if processes.is_main_process:
+            _finish(adapted, tokenizer, {**result, "log": log}, made)
     processes.wait_for_everyone()
     return result
+
+
+def _trained(model: Any, data: list[Any], recipe: Recipe, made: Draft, save_every: int) -> list[Any]:
+    """The log of ``train``, which goes on from the draft's checkpoints."""
+    try:
+        return train(model, data, recipe, made.folder / CHECKPOINTS, save_every=save_every)
+    except CloverError:
+        shutil.rmtree(made.folder, ignore_errors=True)  # there is nothing to go on from
+        raise
+    except RuntimeError as error:
+        if "inline_container" not in str(error):
+            raise
+        raise OSError(f"torch.save had no space, it seems ({reason(error)})") from error
 
 
 def _trainable(model: str) -> Any:
@@ -275,28 +296,13 @@ def _on_cpu() -> bool:
     return not torch.cuda.is_available()
 
 
-def _finish(adapted: Any, tokenizer: Any, record: dict[str, Any], draft: Path, target: Path) -> None:
+def _finish(adapted: Any, tokenizer: Any, record: dict[str, Any], made: Draft) -> None:
     """Write the adapter whole, then give it its name."""
-    whole = draft / "adapter"
-    adapted.save_pretrained(str(whole), safe_serialization=True)
-    tokenizer.save_pretrained(str(whole))
-    (whole / "training.json").write_text(json.dumps(record, indent=1))
-    _draw(record["log"], whole / "loss.png")
-    whole.rename(target)
-    shutil.rmtree(draft, ignore_errors=True)
-
-
-def _draft(target: Path, settings: dict[str, Any]) -> Path:
-    """The folder of a run that is under way; that of another recipe is not gone on with."""
-    draft = target.parent / f".{target.name}.tuning"
-    note = draft / "recipe.json"
-    text = json.dumps(settings, indent=1)
-    if note.exists() and note.read_text() != text:
-        raise CloverError(f"{draft} holds an unfinished run with other settings; finish that one, or remove the folder")
-    draft.mkdir(exist_ok=True)
-    shutil.rmtree(draft / "adapter", ignore_errors=True)
-    note.write_text(text)
-    return draft
+    adapted.save_pretrained(str(made.out), safe_serialization=True)
+    tokenizer.save_pretrained(str(made.out))
+    (made.out / "training.json").write_text(json.dumps(record, indent=1))
+    _draw(record["log"], made.out / "loss.png")
+    made.finish()
 
 
 def _draw(log: list[Any], path: Path) -> None:
@@ -322,13 +328,25 @@ def merge(model: str, adapter: str | Path, out: str | Path) -> Path:
     check_writable(out)
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise CloverError(f"{adapter} is no adapter: it has no adapter_config.json")
+    beside = found_beside(model)  # first: what is wrong there is told before the work
     base = load(model)
     try:
         adapted: Any = PeftModel.from_pretrained(base, str(adapter), local_files_only=True)
+        _check_complete(adapted, adapter, model)
         merged = adapted.merge_and_unload(safe_merge=True)
     except CloverError:
         raise
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError, SafetensorError) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise CloverError(f"{adapter} can't be merged into {model} ({why})") from error
-    return save(merged, out, beside=found_beside(model))
+    return save(merged, out, beside=beside)
+
+
+def _check_complete(adapted: Any, adapter: str | Path, model: str) -> None:
+    """Refuse an adapter, whatever its method, of which a part has no place: peft tells that only to who loads again."""
+    again = adapted.load_adapter(str(adapter), adapted.active_adapter, local_files_only=True)
+    if lost := sorted(again.unexpected_keys):
+        raise CloverError(
+            f"{adapter} can't be merged into {model}, which has no {lost[0].removeprefix('base_model.model.')}; merge "
+            "it into the model that it was made for (unpruned if that was, pruned alike if that was)"
+        )

@@ -8,6 +8,8 @@ the cores (see ``cores``). The adapter file holds the cores and their bases, so 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -229,12 +231,52 @@ class CloverModel(BaseTuner):
 
     prefix = "clover_"
     tuner_layer_cls = CloverLayer
+    _found: dict[str, list[Slot]]
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in peft; what was found of the model is forgotten again: it can't be pickled."""
+        try:
+            super().inject_adapter(*args, **kwargs)
+        finally:
+            self._found = {}
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Where peft looks for an adapter of each row of the batch: all rows have the active ones."""
+        if kwargs.get("adapter_names") is not None:
+            raise CloverError(
+                f"adapter_names is {kwargs['adapter_names']!r}, but CLOVER has the active adapters for all rows of a "
+                "batch; choose them by set_adapter, leave them out by disable_adapter, and give each its own batch"
+            )
+        yield
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """The name on file of a core's tensor: without the adapter's, so that it loads under any."""
         head, found, tail = key.rpartition(f".clover_cores.{adapter_name}.")
         return f"{head}.clover_cores.{tail}" if found else super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The stored tensors by their names in the model; peft would pass over those that have no place there.
+
+        Raises:
+            CloverError: a core has none.
+        """
+        placed = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        for key in state_dict:
+            module, found, _ = key.partition(".clover_cores.")
+            if found and key in placed:  # it kept its name
+                raise CloverError(
+                    f"the adapter has a core for {module.removeprefix('base_model.model.')}, for which there is no "
+                    "place in this model; load it on the one that it was made for (with all its layers, unpruned if "
+                    "that was, pruned alike if that was)"
+                )
+        return placed
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         self._found = find_slots(self.model, peft_config.block_size)
