@@ -60,6 +60,35 @@ def test_the_trainer_shifts_labels_for_label_smoothing(tmp_path: Path) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_the_trainer_goes_on_with_a_pruned_model(tmp_path: Path) -> None:
+    """It reads the config of its checkpoint by the base class of configs, which builds no model."""
+    data = [{"input_ids": row, "labels": row} for row in pruned("llama-gqa")[1]["input_ids"]]
+
+    def train(steps: int, **kwargs: Any) -> Any:
+        model = pruned("llama-gqa", dtype=torch.float32)[0]
+        arguments = t.TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=steps,
+            save_steps=2,
+            lr_scheduler_type="constant",
+            report_to=[],
+            use_cpu=True,
+        )
+        return model, t.Trainer(model, arguments, train_dataset=data).train(**kwargs)
+
+    train(2)
+    resumed, done = train(4, resume_from_checkpoint=True)
+    assert done.global_step == 4
+    whole, _ = train(4)
+    pairs = zip(resumed.parameters(), whole.parameters(), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+    folder = tmp_path / "checkpoint-2"
+    assert t.PreTrainedConfig.from_pretrained(folder).transformers_version == t.__version__
+    for refusing in (t.LlamaConfig, t.LlamaForCausalLM):
+        with pytest.raises(AttributeError, match="import clover"):
+            refusing.from_pretrained(folder)
+
+
 def test_a_new_head_is_welcome_where_the_user_says_so(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = t.BertForSequenceClassification(t.BertConfig(**LM, num_labels=2)).eval()

@@ -12,7 +12,7 @@ import copy
 import os
 import re
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,21 @@ def __getattr__(name: str) -> Any:
 
 
 AutoConfig.register(MODEL_TYPE, RewrittenConfig, exist_ok=True)
+
+
+def _let_the_base_class_read() -> None:
+    """The base class of configs builds no model, so the guard is not for it: Trainer reads a checkpoint's version."""
+    stock: Any = PreTrainedConfig.__post_init__
+
+    def unguarded(self: PreTrainedConfig, **kwargs: Any) -> None:
+        if type(self) is PreTrainedConfig and self.dtype == GUARD:
+            self.dtype = None
+        stock(self, **kwargs)
+
+    PreTrainedConfig.__post_init__ = wraps(stock)(unguarded)
+
+
+_let_the_base_class_read()
 
 
 def adopt(model: PreTrainedModel, plan: Plan) -> None:
