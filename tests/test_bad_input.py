@@ -24,6 +24,8 @@ from clover.data import load_processor
 from clover.errors import CloverError, UnsupportedModelError
 from clover.families import FAMILIES, REFUSED, blocks
 from families import build, outputs
+from test_checkpoint import python
+from tiny import LM, VISION
 
 
 @contextmanager
@@ -334,6 +336,96 @@ def test_adapter_that_is_not_merged() -> None:
     with pytest.raises(CloverError, match=message):
         clover.prune(model, vo=0.3)
     assert torch.equal(outputs(wrapped, batch), before)
+
+
+# --- parts of models, and what wraps them ---
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("clip", "vision_model"),
+        ("t5", "encoder"),
+        ("whisper", "model"),
+        ("whisper", "model.encoder"),
+        ("bart", "model.decoder"),
+        ("llama-gqa", "model"),
+        ("llava", "model.language_model"),
+    ],
+)
+def test_a_model_of_which_a_part_was_pruned(name: str, part: str, tmp_path: Path) -> None:
+    """Its folder would be loaded with that part drawn at random, or not at all."""
+    model, batch = build(name) if name != "llava" else (llava(), None)
+    clover.prune(model.get_submodule(part), vo=0.3)
+    said = rf"only {re.escape(part)} was pruned.*; prune the whole model with part=..., or save its {re.escape(part)}"
+    for attempt in (lambda: clover.save(model, tmp_path / "m"), lambda: model.save_pretrained(tmp_path / "m"),
+                    lambda: clover.summary(model), lambda: clover.plan_of(model)):  # fmt: skip
+        with pytest.raises(CloverError, match=said):
+            attempt()
+    assert not (tmp_path / "m").exists()
+    assert clover.summary(model.get_submodule(part))["vo_removed"] > 0.2
+    if batch:
+        assert outputs(model, batch).isfinite().all()
+
+
+def llava() -> Any:
+    vision, text = t.CLIPVisionConfig(**VISION), t.LlamaConfig(**LM, num_key_value_heads=2)
+    return t.LlavaForConditionalGeneration(t.LlavaConfig(vision_config=vision, text_config=text, image_token_index=59))
+
+
+def test_a_part_that_was_pruned_is_saved_by_itself(tmp_path: Path) -> None:
+    model, batch = build("clip")
+    part = clover.prune(model.vision_model, vo=0.3)
+    loaded = clover.load(clover.save(part, tmp_path / "m"))
+    pixels = {"pixel_values": batch["pixel_values"]}
+    torch.testing.assert_close(outputs(loaded, pixels), outputs(part, pixels))
+
+
+def test_a_part_of_what_was_pruned(tmp_path: Path) -> None:
+    model, _ = build("llama-gqa")
+    part = clover.prune(model, vo=0.3).model
+    for attempt in (lambda: clover.save(part, tmp_path / "m"), lambda: clover.summary(part)):
+        with pytest.raises(CloverError, match=r"LlamaModel is a part of a pruned model.*save that model whole"):
+            attempt()
+
+
+def test_a_model_made_from_the_config_of_a_pruned_one(tmp_path: Path) -> None:
+    config = clover.prune(build("gpt2")[0], vo=0.3).config
+    with pytest.raises(CloverError, match=r"GPT2LMHeadModel has a plan for transformer\.h\.0\.attn, which was not"):
+        clover.save(t.GPT2LMHeadModel(config), tmp_path / "m")
+
+
+def test_wrappers_of_models(tmp_path: Path) -> None:
+    """In a process of its own, where nobody checks types before clover does."""
+    code = """
+import sys, peft, torch, clover
+from clover.budget import Share
+from clover.pruning import apply, find_bases, plan_ranks
+from families import build
+model, _ = build("llama-gqa")
+bases = find_bases(model)
+plan = plan_ranks(bases, Share(0.0), Share(0.3))
+adapted = peft.get_peft_model(build("llama-gqa")[0], peft.LoraConfig(target_modules=["up_proj"], r=2))
+verbs = clover.prune, lambda m: apply(m, bases, plan), lambda m: clover.save(m, sys.argv[1]), clover.summary
+for wrapper in (torch.compile(model), torch.nn.DataParallel(model), torch.nn.Sequential(model), adapted):
+    for verb in verbs:
+        try:
+            verb(wrapper)
+        except clover.CloverError as error:
+            print(error)
+assert type(model).__name__ == "LlamaForCausalLM" and not hasattr(model.config, "clover")
+assert not any(hasattr(m, "clover") for m in model.modules())
+"""
+    done = python(code, tmp_path / "out")
+    wanted = {
+        "OptimizedModule": "its _orig_mod, and compile what comes out",
+        "DataParallel": "its module",
+        "Sequential": "the model of transformers itself",
+        "PeftModel": "what its merge_and_unload() returns",
+    }
+    said = [f"{kind} is no model of transformers; give {instead}" for kind, instead in wanted.items()]
+    assert done.stdout.splitlines() == [sentence for sentence in said for _ in range(4)], done.stderr[-3000:]
+    assert not list(tmp_path.iterdir())
 
 
 # --- output folders ---

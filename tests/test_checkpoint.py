@@ -109,6 +109,32 @@ def test_base_model_of_a_language_model(name: str, tmp_path: Path) -> None:
     assert torch.equal(outputs(base, batch), outputs(model.base_model, batch))
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt-neox"])
+def test_a_base_model_on_its_own(name: str, tmp_path: Path) -> None:
+    """Out of the folder of a language model it comes by the names that it has there; then they are its own."""
+    base = AutoModel.from_pretrained(clover.save(pruned(name)[0], tmp_path / "model"))
+    assert clover.summary(base)["vo_removed"] > 0.2
+    assert all(base.get_submodule(block.name) for block in clover.plan_of(base).blocks)
+    again = clover.load(clover.save(base, tmp_path / "base"))
+    batch = build(name)[1]
+    assert torch.equal(outputs(again, batch), outputs(base.eval(), batch))
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "clip"])
+def test_two_models_of_one_config(name: str, tmp_path: Path) -> None:
+    """Pruning one changes nothing about the other, nor about the config that both were made from."""
+    model, batch = build(name)
+    config = model.config
+    other = type(model)(config).to(torch.float64).eval()
+    clover.prune(model, vo=0.3)
+    assert type(config) is type(other.config) and not hasattr(config, "clover")
+    assert outputs(clover.load(clover.save(other, tmp_path / "other")), batch).equal(outputs(other, batch))
+    model.set_attn_implementation("eager")
+    held = [m.config for m in model.modules() if hasattr(m, "config")]
+    assert len(held) > 2 and {c._attn_implementation for c in held} == {"eager"}
+    assert other.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_language_model_of_a_base_model(name: str, tmp_path: Path) -> None:
     """A head that the checkpoint lacks is a new one, as in transformers; the attention comes from the checkpoint."""

@@ -12,6 +12,7 @@ import copy
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,15 @@ from transformers.core_model_loading import WeightConverter
 from transformers.models.auto import modeling_auto
 
 from clover.block import Block
+from clover.checks import check_all_that_is_saved, check_model, check_own
 from clover.errors import CloverError, reason
 from clover.families import blocks, is_attention
 from clover.folders import fresh_folder
 from clover.heads import finite
 from clover.plan import Plan
+from clover.precision import dtype_of as dtype_of
+from clover.precision import ready as ready
+from clover.precision import workplace as workplace
 from clover.surgery import install, skeleton
 
 MODEL_TYPE = "clover (pip install clover-attention, then import clover before loading)"
@@ -89,7 +94,8 @@ class _ModelMixin:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        rebuild(self, Plan.from_dict(config.clover))  # type: ignore[arg-type]
+        # The plan may be that of a language model, and this its base: from here on it has the names of this one.
+        config.clover = rebuild(self, Plan.from_dict(config.clover)).to_dict()  # type: ignore[arg-type]
         self._tp_plan = _replicated(self)
 
     @classmethod
@@ -218,10 +224,12 @@ def _let_the_base_class_read() -> None:
 
 
 _let_the_base_class_read()
+check_all_that_is_saved()
 
 
 def adopt(model: PreTrainedModel, plan: Plan) -> None:
     """Make a model that has been operated on one that saves and loads with its plan."""
+    _own_config(model)
     base = model.config.model_type
     config = config_class(model.config.__class__)
     model.config.__class__ = config
@@ -233,14 +241,28 @@ def adopt(model: PreTrainedModel, plan: Plan) -> None:
     _name_as_here(model)
 
 
-def rebuild(model: nn.Module, plan: Plan) -> None:
+def _own_config(model: PreTrainedModel) -> None:
+    """Part the config, which is about to change, from models that were made from the same object, or that hold this."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig) and id(value) in copies:
+                vars(module)[name] = copies[id(value)]
+
+
+def rebuild(model: nn.Module, plan: Plan) -> Plan:
     """Give a fresh model the attention modules of a plan, weights not yet loaded.
+
+    Returns:
+        The plan, by the names that the blocks have in this model.
 
     Raises:
         CloverError: the plan names a block that the model lacks, or sizes that its config contradicts.
     """
     found: dict[str, Block] = {block.name: block for block in blocks(model)}
     prefix = getattr(model, "base_model_prefix", "") + "."
+    own = []
     for part in plan.blocks:
         block = next(
             (found[n] for n in (part.name, part.name.removeprefix(prefix), prefix + part.name) if n in found), None
@@ -255,7 +277,9 @@ def rebuild(model: nn.Module, plan: Plan) -> None:
                 f"the plan of {part.name} is for {part.kv_heads} KV heads of {part.qk}, but config.json gives "
                 f"{kv} of {d}; restore config.json"
             )
-        install(model, block, skeleton(block, part))
+        own.append(replace(part, name=block.name))
+        install(model, block, skeleton(block, own[-1]))
+    return Plan(tuple(own))
 
 
 def load(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
@@ -322,8 +346,11 @@ def save(
         max_shard_size: largest safetensors file.
 
     Raises:
-        CloverError: the folder exists or can't be written, or a cut is not finite in the model's dtype.
+        CloverError: the folder exists or can't be written, a cut is not finite in the model's dtype, or the model is
+            not as it was pruned, see ``check_own``.
     """
+    check_model(model)
+    check_own(model)
     for block in (getattr(model.config, "clover", None) or {}).get("blocks", ()):
         for name, parameter in model.get_submodule(block["name"]).named_parameters():
             plain = type(parameter.data) is torch.Tensor and not parameter.is_meta  # quantised ones are whole numbers
@@ -343,24 +370,3 @@ def write_config(model: PreTrainedModel, folder: Path) -> None:
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's weights."""
-    return next(model.parameters()).dtype
-
-
-def ready(model: Any) -> tuple[Any, torch.dtype]:
-    """The model where and in the dtype that it can be computed with, and the dtype that it had.
-
-    One that was quantised when it was loaded stays as it is.
-    """
-    dtype = dtype_of(model)
-    return (model if getattr(model, "is_quantized", False) else model.to(*workplace(dtype))), dtype
-
-
-def workplace(dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
-    """Where a model is computed with: on the GPU, else in float32, since half precision crawls on a CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda"), dtype
-    return torch.device("cpu"), torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -16,6 +16,7 @@ from clover.basis import Basis, find_basis
 from clover.budget import Costs, Energy, Granularity, Limits, Rule, Share, Threshold, make_plan
 from clover.calibrate import calibrate
 from clover.checkpoint import adopt
+from clover.checks import check_model, check_own
 from clover.errors import CloverError
 from clover.families import blocks
 from clover.lossbudget import Outcome, check_bound, keep_apart, within
@@ -221,6 +222,7 @@ def find_bases(
     seed: int = 0,
 ) -> list[Basis]:
     """First step of ``prune``: decompose every block; the model stays as it is. Arguments as there."""
+    check_model(model)
     metric = measured_by(metric, calibration)
     found = blocks(model, part)
     for block in found:
@@ -250,6 +252,7 @@ def plan_costs(
 
 def apply(model: PreTrainedModel, bases: list[Basis], plan: Plan) -> None:
     """Third step of ``prune``: cut the model to the plan, in place."""
+    check_model(model)
     operate(model, bases, plan)
     adopt(model, plan)
 
@@ -276,19 +279,21 @@ def inspect(
     return [b.spectrum() for b in find_bases(model, part=part, calibration=calibration, metric=metric)]
 
 
-def plan_of(model: nn.Module) -> Plan:
+def plan_of(model: PreTrainedModel) -> Plan:
     """The plan that a rewritten model was cut by.
 
     Raises:
-        CloverError: the model was not rewritten by clover.
+        CloverError: the model was not rewritten by clover, or not as a whole.
     """
-    data = getattr(getattr(model, "config", None), "clover", None)
+    check_model(model)
+    check_own(model)
+    data = getattr(model.config, "clover", None)
     if data is None:
         raise CloverError(f"{type(model).__name__} was not rewritten by clover; prune or orthogonalize it first")
     return Plan.from_dict(data)
 
 
-def summary(model: nn.Module) -> dict[str, float | int]:
+def summary(model: PreTrainedModel) -> dict[str, float | int]:
     """What was removed from a rewritten model.
 
     Returns:
