@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from inspect import unwrap
 from linecache import getline
 from pathlib import Path
@@ -20,9 +21,12 @@ from torch import nn
 
 import clover
 from clover import pruning
+from clover.budget import Share
+from clover.checks import warn
 from clover.data import load_processor
 from clover.errors import CloverError, UnsupportedModelError
 from clover.families import FAMILIES, REFUSED, blocks
+from clover.plan import Group, Plan
 from families import build, outputs
 from test_checkpoint import python
 from tiny import LM, VISION
@@ -99,7 +103,7 @@ def test_mistakes_name_the_argument_as_the_caller_knows_it() -> None:
 
 
 def test_a_warning_names_the_line_that_called() -> None:
-    caller = {"__name__": "clover.somewhere", "warn": unwrap(pruning._warn)}
+    caller = {"__name__": "clover.somewhere", "warn": unwrap(warn)}
     exec("def deep(): warn('so it is')\ndef prune(): deep()", caller)
     with pytest.warns(UserWarning, match="so it is") as caught:
         caller["prune"]()  # this line
@@ -400,6 +404,7 @@ def test_wrappers_of_models(tmp_path: Path) -> None:
     code = """
 import sys, peft, torch, clover
 from clover.budget import Share
+from clover.checks import warn
 from clover.pruning import apply, find_bases, plan_ranks
 from families import build
 model, _ = build("llama-gqa")
@@ -426,6 +431,58 @@ assert not any(hasattr(m, "clover") for m in model.modules())
     said = [f"{kind} is no model of transformers; give {instead}" for kind, instead in wanted.items()]
     assert done.stdout.splitlines() == [sentence for sentence in said for _ in range(4)], done.stderr[-3000:]
     assert not list(tmp_path.iterdir())
+
+
+# --- plans ---
+
+GROUP = Group((0,), 4, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"groups": (replace(GROUP, value=0),)}, "is impossible"),
+        ({"groups": (replace(GROUP, value=9),)}, "is impossible"),
+        ({"groups": (replace(GROUP, heads=(0, 0)),)}, "is impossible"),
+        ({"groups": (replace(GROUP, heads=(-1,)),)}, "is impossible"),
+        ({"groups": (replace(GROUP, heads=(2,)),)}, "is impossible"),
+        ({"groups": (replace(GROUP, heads=()),)}, "is impossible"),
+        ({"groups": ()}, "is impossible"),
+        ({"groups": (replace(GROUP, pairs=3, plain=2),)}, "keeps 3 pairs and 2 other .*, which has 4 and 0"),
+        (
+            {"vo": 16, "groups": (replace(GROUP, value=12),)},
+            "heads of 8 and 16, but the model has 2 x 3 of 8 and 8",
+        ),
+        ({"kv_heads": 3}, "is for 3 x 3 heads"),
+        ({"part": "encoder"}, "in part 'encoder', but it is in part 'decoder'"),
+        ({"output_bias": True}, "has output_bias True"),
+        ({"name": "model.layers.7.self_attn"}, "other blocks"),
+    ],
+)
+def test_a_plan_that_is_wrong(changed: dict[str, Any], said: str) -> None:
+    """Made by hand, say: it is found out before the cut."""
+    model, batch = build("llama-gqa")
+    bases = pruning.find_bases(model)
+    plan = pruning.plan_ranks(bases, Share(0.0), Share(0.3))
+    wrong = Plan((plan.blocks[0], replace(plan.blocks[1], **changed)))
+    with refused(model, batch, f"{said}.*; make it"):
+        pruning.apply(model, bases, wrong)
+
+
+def test_a_plan_without_blocks() -> None:
+    model, batch = build("llama-gqa")
+    with refused(model, batch, "the clover plan has no blocks; make it"):
+        pruning.apply(model, [], Plan(()))
+
+
+def test_a_plan_that_cuts_what_a_norm_fixes() -> None:
+    model, batch = build("qwen3")
+    bases = pruning.find_bases(model)
+    plan = pruning.plan_ranks(bases, Share(0.0), Share(0.3))
+    first = plan.blocks[0].groups[0]
+    wrong = replace(plan.blocks[0], groups=(replace(first, pairs=first.pairs - 1),))
+    with refused(model, batch, "keeps 7 pairs .* has 8 and 0, none of which can go; make it"):
+        pruning.apply(model, bases, Plan((wrong, *plan.blocks[1:])))
 
 
 # --- output folders ---

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,8 +13,8 @@ from clover.attention import CloverAttention
 from clover.basis import Basis, find_basis
 from clover.budget import Costs, Energy, Granularity, Limits, Rule, Share, Threshold, make_plan
 from clover.calibrate import calibrate
-from clover.checkpoint import adopt
-from clover.checks import check_model, check_own
+from clover.checks import check_model, check_own, warn
+from clover.classes import adopt
 from clover.errors import CloverError
 from clover.families import blocks
 from clover.lossbudget import Outcome, check_bound, keep_apart, within
@@ -246,7 +244,7 @@ def plan_costs(
     """As ``plan_ranks``, from what the directions of each block cost."""
     fixed = sum(c.fixed_qk for c in costs)
     if fixed and qk != Share(0.0):
-        _warn(f"Q-K of {fixed} of {len(costs)} blocks stays whole: a norm stands between their projections and logits")
+        warn(f"Q-K of {fixed} of {len(costs)} blocks stays whole: a norm stands between their projections and logits")
     return make_plan(costs, qk, vo, granularity=granularity, limits=limits)
 
 
@@ -255,14 +253,6 @@ def apply(model: PreTrainedModel, bases: list[Basis], plan: Plan) -> None:
     check_model(model)
     operate(model, bases, plan)
     adopt(model, plan)
-
-
-def _warn(text: str) -> None:
-    """Warn of the line that called this package, from however deep in it."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "clover":
-        level, frame = level + 1, frame.f_back
-    warnings.warn(text, stacklevel=level)
 
 
 # --- what is told of models ---
