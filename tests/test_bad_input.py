@@ -26,10 +26,12 @@ from clover.checks import warn
 from clover.data import load_processor
 from clover.errors import CloverError, UnsupportedModelError
 from clover.families import FAMILIES, REFUSED, blocks
+from clover.folders import check_writable
 from clover.plan import Group, Plan
+from commands import refuse
 from families import build, outputs
 from test_checkpoint import python
-from tiny import LM, VISION
+from test_export import llava
 
 
 @contextmanager
@@ -372,11 +374,6 @@ def test_a_model_of_which_a_part_was_pruned(name: str, part: str, tmp_path: Path
         assert outputs(model, batch).isfinite().all()
 
 
-def llava() -> Any:
-    vision, text = t.CLIPVisionConfig(**VISION), t.LlamaConfig(**LM, num_key_value_heads=2)
-    return t.LlavaForConditionalGeneration(t.LlavaConfig(vision_config=vision, text_config=text, image_token_index=59))
-
-
 def test_a_part_that_was_pruned_is_saved_by_itself(tmp_path: Path) -> None:
     model, batch = build("clip")
     part = clover.prune(model.vision_model, vo=0.3)
@@ -497,6 +494,27 @@ def test_output_folder_that_exists(tmp_path: Path) -> None:
     with pytest.raises(CloverError, match="kept exists"):
         clover.save(model, tmp_path / "kept")
     assert (tmp_path / "kept").read_text() == "precious"
+
+
+def test_output_folder_that_is_a_link_to_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CloverError, match="link exists; remove it"):
+        check_writable(tmp_path / "link")
+
+
+@pytest.mark.usefixtures("calm")
+@pytest.mark.parametrize("command", [["prune", "--vo", 0.3], ["prune", "--vo", 0.3, "--stream"], ["export"]])
+def test_a_tokenizer_that_fails(command: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the work, not after it."""
+
+    def fails(_: str) -> None:
+        raise CloverError("an odd tokenizer")
+
+    monkeypatch.setattr("clover.options.found_beside", fails)
+    for name in ("load", "load_ready", "prune_folder"):
+        monkeypatch.setattr(f"clover.cli.{name}", lambda *_, **__: pytest.fail("work was begun"))
+    first, *options = command
+    assert "an odd tokenizer" in refuse(first, "somewhere", tmp_path / "out", *options)
 
 
 def test_parent_that_is_no_folder(tmp_path: Path) -> None:
