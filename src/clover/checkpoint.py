@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from clover.checks import check_model, check_own, warn
+from clover.checks import check_model, check_own, is_public, warn
 from clover.classes import __getattr__ as __getattr__  # a pickle may know the classes by this module
 from clover.classes import adopt as adopt
 from clover.classes import model_class
@@ -142,6 +142,11 @@ def save(
     """
     check_model(model)
     check_own(model)
+    if hasattr(model.config, "clover") and not is_public(model):
+        warn(
+            f"transformers has no {model._get_name()} by name, so that clover.load can't find it; load the "
+            "folder by an Auto class that knows it, or prune a model that is a class of transformers"
+        )
     for block in (getattr(model.config, "clover", None) or {}).get("blocks", ()):
         for name, parameter in model.get_submodule(block["name"]).named_parameters():
             plain = type(parameter.data) is torch.Tensor and not parameter.is_meta  # quantised ones are whole numbers

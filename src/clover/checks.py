@@ -7,6 +7,7 @@ import warnings
 from functools import wraps
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -50,9 +51,10 @@ def check_own(model: PreTrainedModel) -> None:
     kind = type(model).__name__
     for name, module in model.named_modules():
         if name and isinstance(module, PreTrainedModel) and _planned(module) and _planned(module) == rewritten(module):
+            alone = f", or save its {name} by itself" if is_public(module) else ""
             raise CloverError(
                 f"of this {kind} only {name} was pruned, and a part has no place in the plan of the whole; prune the "
-                f"whole model with part=..., or save its {name} by itself"
+                f"whole model with part=...{alone}"
             )
     if here:
         raise CloverError(f"this {kind} is a part of a pruned model, which has the plan; save that model whole")
@@ -71,6 +73,11 @@ def check_all_that_is_saved() -> None:
         return stock(self, *args, **kwargs)
 
     PreTrainedModel.save_pretrained = wraps(stock)(checked)
+
+
+def is_public(model: nn.Module) -> bool:
+    """Whether a config can name the class: one of transformers, and none that only serves inside another."""
+    return hasattr(transformers, type(model).__name__.removeprefix("Clover"))
 
 
 def rewritten(model: nn.Module) -> set[str]:
