@@ -100,8 +100,11 @@ class _ModelMixin:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        # The plan may be that of a language model, and this its base: from here on it has the names of this one.
-        config.clover = rebuild(self, Plan.from_dict(config.clover)).to_dict()  # type: ignore[arg-type]
+        plan = Plan.from_dict(config.clover)
+        own = rebuild(self, plan)  # type: ignore[arg-type]
+        if own != plan:  # it is that of a language model, say, and this its base: from here on it has this one's names
+            _own_config(self)  # type: ignore[arg-type]
+            self.config.clover = own.to_dict()  # type: ignore[attr-defined]
         self._tp_plan = _replicated(self)
 
     @classmethod
