@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from inspect import unwrap
 from linecache import getline
 from pathlib import Path
@@ -20,10 +21,17 @@ from torch import nn
 
 import clover
 from clover import pruning
+from clover.budget import Share
+from clover.checks import warn
 from clover.data import load_processor
 from clover.errors import CloverError, UnsupportedModelError
 from clover.families import FAMILIES, REFUSED, blocks
+from clover.folders import check_writable
+from clover.plan import Group, Plan
+from commands import refuse
 from families import build, outputs
+from test_checkpoint import python
+from test_export import llava
 
 
 @contextmanager
@@ -97,7 +105,7 @@ def test_mistakes_name_the_argument_as_the_caller_knows_it() -> None:
 
 
 def test_a_warning_names_the_line_that_called() -> None:
-    caller = {"__name__": "clover.somewhere", "warn": unwrap(pruning._warn)}
+    caller = {"__name__": "clover.somewhere", "warn": unwrap(warn)}
     exec("def deep(): warn('so it is')\ndef prune(): deep()", caller)
     with pytest.warns(UserWarning, match="so it is") as caught:
         caller["prune"]()  # this line
@@ -336,6 +344,150 @@ def test_adapter_that_is_not_merged() -> None:
     assert torch.equal(outputs(wrapped, batch), before)
 
 
+# --- parts of models, and what wraps them ---
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("clip", "vision_model"),
+        ("t5", "encoder"),
+        ("whisper", "model"),
+        ("whisper", "model.encoder"),
+        ("bart", "model.decoder"),
+        ("llama-gqa", "model"),
+        ("llava", "model.language_model"),
+    ],
+)
+def test_a_model_of_which_a_part_was_pruned(name: str, part: str, tmp_path: Path) -> None:
+    """Its folder would be loaded with that part drawn at random, or not at all."""
+    model, batch = build(name) if name != "llava" else (llava(), None)
+    clover.prune(model.get_submodule(part), vo=0.3)
+    said = rf"only {re.escape(part)} was pruned.*; prune the whole model with part=\.\.\."
+    if name in ("t5", "bart") or part.endswith("encoder"):  # these have no class that a config could name
+        said += "$"
+        with pytest.warns(UserWarning, match=r"no \w+ by name"):
+            clover.save(model.get_submodule(part), tmp_path / "part")
+    else:
+        said += rf", or save its {re.escape(part)} by itself"
+    for attempt in (lambda: clover.save(model, tmp_path / "m"), lambda: model.save_pretrained(tmp_path / "m"),
+                    lambda: clover.summary(model), lambda: clover.plan_of(model)):  # fmt: skip
+        with pytest.raises(CloverError, match=said):
+            attempt()
+    assert not (tmp_path / "m").exists()
+    assert clover.summary(model.get_submodule(part))["vo_removed"] > 0.2
+    if batch:
+        assert outputs(model, batch).isfinite().all()
+
+
+def test_a_part_that_was_pruned_is_saved_by_itself(tmp_path: Path) -> None:
+    model, batch = build("clip")
+    part = clover.prune(model.vision_model, vo=0.3)
+    loaded = clover.load(clover.save(part, tmp_path / "m"))
+    pixels = {"pixel_values": batch["pixel_values"]}
+    torch.testing.assert_close(outputs(loaded, pixels), outputs(part, pixels))
+
+
+def test_a_part_of_what_was_pruned(tmp_path: Path) -> None:
+    model, _ = build("llama-gqa")
+    part = clover.prune(model, vo=0.3).model
+    for attempt in (lambda: clover.save(part, tmp_path / "m"), lambda: clover.summary(part)):
+        with pytest.raises(CloverError, match=r"LlamaModel is a part of a pruned model.*save that model whole"):
+            attempt()
+
+
+def test_a_model_made_from_the_config_of_a_pruned_one(tmp_path: Path) -> None:
+    config = clover.prune(build("gpt2")[0], vo=0.3).config
+    with pytest.raises(CloverError, match=r"GPT2LMHeadModel has a plan for transformer\.h\.0\.attn, which was not"):
+        clover.save(t.GPT2LMHeadModel(config), tmp_path / "m")
+
+
+def test_wrappers_of_models(tmp_path: Path) -> None:
+    """In a process of its own, where nobody checks types before clover does."""
+    code = """
+import sys, peft, torch, clover
+from clover.budget import Share
+from clover.checks import warn
+from clover.pruning import apply, find_bases, plan_ranks
+from families import build
+model, _ = build("llama-gqa")
+bases = find_bases(model)
+plan = plan_ranks(bases, Share(0.0), Share(0.3))
+adapted = peft.get_peft_model(build("llama-gqa")[0], peft.LoraConfig(target_modules=["up_proj"], r=2))
+verbs = clover.prune, lambda m: apply(m, bases, plan), lambda m: clover.save(m, sys.argv[1]), clover.summary
+for wrapper in (torch.compile(model), torch.nn.DataParallel(model), torch.nn.Sequential(model), adapted):
+    for verb in verbs:
+        try:
+            verb(wrapper)
+        except clover.CloverError as error:
+            print(error)
+assert type(model).__name__ == "LlamaForCausalLM" and not hasattr(model.config, "clover")
+assert not any(hasattr(m, "clover") for m in model.modules())
+"""
+    done = python(code, tmp_path / "out")
+    wanted = {
+        "OptimizedModule": "its _orig_mod, and compile what comes out",
+        "DataParallel": "its module",
+        "Sequential": "the model of transformers itself",
+        "PeftModel": "what its merge_and_unload() returns",
+    }
+    said = [f"{kind} is no model of transformers; give {instead}" for kind, instead in wanted.items()]
+    assert done.stdout.splitlines() == [sentence for sentence in said for _ in range(4)], done.stderr[-3000:]
+    assert not list(tmp_path.iterdir())
+
+
+# --- plans ---
+
+GROUP = Group((0,), 4, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"groups": (replace(GROUP, value=0),)}, "is impossible"),
+        ({"groups": (replace(GROUP, value=9),)}, "is impossible"),
+        ({"groups": (replace(GROUP, heads=(0, 0)),)}, "is impossible"),
+        ({"groups": (replace(GROUP, heads=(-1,)),)}, "is impossible"),
+        ({"groups": (replace(GROUP, heads=(2,)),)}, "is impossible"),
+        ({"groups": (replace(GROUP, heads=()),)}, "is impossible"),
+        ({"groups": ()}, "is impossible"),
+        ({"groups": (replace(GROUP, pairs=3, plain=2),)}, "keeps 3 pairs and 2 other .*, which has 4 and 0"),
+        (
+            {"vo": 16, "groups": (replace(GROUP, value=12),)},
+            "heads of 8 and 16, but the model has 2 x 3 of 8 and 8",
+        ),
+        ({"kv_heads": 3}, "is for 3 x 3 heads"),
+        ({"part": "encoder"}, "in part 'encoder', but it is in part 'decoder'"),
+        ({"output_bias": True}, "has output_bias True"),
+        ({"name": "model.layers.7.self_attn"}, "other blocks"),
+    ],
+)
+def test_a_plan_that_is_wrong(changed: dict[str, Any], said: str) -> None:
+    """Made by hand, say: it is found out before the cut."""
+    model, batch = build("llama-gqa")
+    bases = pruning.find_bases(model)
+    plan = pruning.plan_ranks(bases, Share(0.0), Share(0.3))
+    wrong = Plan((plan.blocks[0], replace(plan.blocks[1], **changed)))
+    with refused(model, batch, f"{said}.*; make it"):
+        pruning.apply(model, bases, wrong)
+
+
+def test_a_plan_without_blocks() -> None:
+    model, batch = build("llama-gqa")
+    with refused(model, batch, "the clover plan has no blocks; make it"):
+        pruning.apply(model, [], Plan(()))
+
+
+def test_a_plan_that_cuts_what_a_norm_fixes() -> None:
+    model, batch = build("qwen3")
+    bases = pruning.find_bases(model)
+    plan = pruning.plan_ranks(bases, Share(0.0), Share(0.3))
+    first = plan.blocks[0].groups[0]
+    wrong = replace(plan.blocks[0], groups=(replace(first, pairs=first.pairs - 1),))
+    with refused(model, batch, "keeps 7 pairs .* has 8 and 0, none of which can go; make it"):
+        pruning.apply(model, bases, Plan((wrong, *plan.blocks[1:])))
+
+
 # --- output folders ---
 
 
@@ -348,6 +500,27 @@ def test_output_folder_that_exists(tmp_path: Path) -> None:
     with pytest.raises(CloverError, match="kept exists"):
         clover.save(model, tmp_path / "kept")
     assert (tmp_path / "kept").read_text() == "precious"
+
+
+def test_output_folder_that_is_a_link_to_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CloverError, match="link exists; remove it"):
+        check_writable(tmp_path / "link")
+
+
+@pytest.mark.usefixtures("calm")
+@pytest.mark.parametrize("command", [["prune", "--vo", 0.3], ["prune", "--vo", 0.3, "--stream"], ["export"]])
+def test_a_tokenizer_that_fails(command: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the work, not after it."""
+
+    def fails(_: str) -> None:
+        raise CloverError("an odd tokenizer")
+
+    monkeypatch.setattr("clover.options.found_beside", fails)
+    for name in ("load", "load_ready", "prune_folder"):
+        monkeypatch.setattr(f"clover.cli.{name}", lambda *_, **__: pytest.fail("work was begun"))
+    first, *options = command
+    assert "an odd tokenizer" in refuse(first, "somewhere", tmp_path / "out", *options)
 
 
 def test_parent_that_is_no_folder(tmp_path: Path) -> None:

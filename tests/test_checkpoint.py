@@ -109,6 +109,34 @@ def test_base_model_of_a_language_model(name: str, tmp_path: Path) -> None:
     assert torch.equal(outputs(base, batch), outputs(model.base_model, batch))
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt-neox"])
+def test_a_base_model_on_its_own(name: str, tmp_path: Path) -> None:
+    """Out of the folder of a language model it comes by the names that it has there; then they are its own."""
+    whole = pruned(name)[0]
+    type(AutoModel.from_config(whole.config))(whole.config)  # of which the plan stays as it is
+    base = AutoModel.from_pretrained(clover.save(whole, tmp_path / "model"))
+    assert clover.summary(base)["vo_removed"] > 0.2
+    assert all(base.get_submodule(block.name) for block in clover.plan_of(base).blocks)
+    again = clover.load(clover.save(base, tmp_path / "base"))
+    batch = build(name)[1]
+    assert torch.equal(outputs(again, batch), outputs(base.eval(), batch))
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "clip"])
+def test_two_models_of_one_config(name: str, tmp_path: Path) -> None:
+    """Pruning one changes nothing about the other, nor about the config that both were made from."""
+    model, batch = build(name)
+    config = model.config
+    other = type(model)(config).to(torch.float64).eval()
+    clover.prune(model, vo=0.3)
+    assert type(config) is type(other.config) and not hasattr(config, "clover")
+    assert outputs(clover.load(clover.save(other, tmp_path / "other")), batch).equal(outputs(other, batch))
+    model.set_attn_implementation("eager")
+    held = [m.config for m in model.modules() if hasattr(m, "config")]
+    assert len(held) > 2 and {c._attn_implementation for c in held} == {"eager"}
+    assert other.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_language_model_of_a_base_model(name: str, tmp_path: Path) -> None:
     """A head that the checkpoint lacks is a new one, as in transformers; the attention comes from the checkpoint."""
@@ -290,7 +318,56 @@ def _unknown_base(config: dict[str, Any]) -> None:
     config["base_model_type"] = "nonsense"
 
 
-DAMAGE = [_no_blocks, _no_groups, _unknown_field, _twice_the_same_head, _word_for_a_number, _no_plan, _unknown_base]
+def _list_for_a_plan(config: dict[str, Any]) -> None:
+    config["clover"] = [1]
+
+
+def _list_for_a_base(config: dict[str, Any]) -> None:
+    config["base_model_type"] = []
+
+
+def _dtype_of_no_kind(config: dict[str, Any]) -> None:
+    config["clover"]["dtype"] = "float99"
+
+
+def _part_that_sees_all(config: dict[str, Any]) -> None:
+    for block in config["clover"]["blocks"]:
+        block["part"] = "encoder"
+
+
+def _part_that_is_none(config: dict[str, Any]) -> None:
+    config["clover"]["blocks"][1]["part"] = "banana"
+
+
+def _class_of_another_family(config: dict[str, Any]) -> None:
+    config["architectures"] = ["BertModel"]
+
+
+def _class_that_is_no_model(config: dict[str, Any]) -> None:
+    config["architectures"] = ["LlamaConfig"]
+
+
+def _number_for_a_class(config: dict[str, Any]) -> None:
+    config["architectures"] = [5]
+
+
+DAMAGE = [
+    _no_blocks,
+    _no_groups,
+    _unknown_field,
+    _twice_the_same_head,
+    _word_for_a_number,
+    _no_plan,
+    _unknown_base,
+    _list_for_a_plan,
+    _list_for_a_base,
+    _dtype_of_no_kind,
+    _part_that_sees_all,
+    _part_that_is_none,
+    _class_of_another_family,
+    _class_that_is_no_model,
+    _number_for_a_class,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -300,6 +377,40 @@ def test_damaged_plan(damage: Any, tmp_path: Path) -> None:
     edit(tmp_path / "model", damage)
     with pytest.raises(CloverError, match="restore"):
         clover.load(tmp_path / "model")
+
+
+def _nonsense(name: str) -> Any:
+    return lambda config: config.update({name: "nonsense"})
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "hidden_act", "rope_parameters"])
+def test_damaged_config(name: str, tmp_path: Path) -> None:
+    build("llama-gqa")[0].save_pretrained(tmp_path)
+    edit(tmp_path, _nonsense(name))
+    with pytest.raises(CloverError, match=r"can.t be loaded|no model that can be loaded"):
+        clover.load(tmp_path)
+
+
+@pytest.mark.parametrize("named", [None, ["Nonsense"]])
+def test_no_class_is_named(named: Any, tmp_path: Path) -> None:
+    """Then the head, if there was one, is left out, and must not be missed without a word."""
+    clover.save(build("llama-gqa")[0], tmp_path / "m")
+    edit(tmp_path / "m", lambda config: config.update(architectures=named))
+    with pytest.warns(UserWarning, match=r"architecture.*loaded as AutoModel, and a head .* is left out"):
+        model = clover.load(tmp_path / "m")
+    assert type(model) is transformers.LlamaModel
+
+
+def test_what_happened_when_loading(tmp_path: Path) -> None:
+    clover.save(pruned("gpt2")[0], tmp_path / "m")
+    loaded = clover.load(tmp_path / "m", output_loading_info=True)
+    assert not loaded[0].training and "missing_keys" in loaded[1]
+
+
+def test_a_config_is_made_anew_from_what_it_says() -> None:
+    config = pruned("llama-gqa")[0].config
+    again = type(config).from_dict(config.to_dict())
+    assert again.to_dict() == config.to_dict() and again.clover == config.clover
 
 
 def test_no_model_there(tmp_path: Path) -> None:

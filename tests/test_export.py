@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import clover
 from clover import CloverError, UnsupportedModelError
 from clover.export import pad
 from families import CASES, build, outputs, pruned
+from tiny import LM, VISION
 
 NORMED = {"qwen3", "olmo2", "lfm2", "phi-norm", "qwen3-moe", "gemma3", "cohere-norm", "hunyuan", "llama4"}
 """A norm stands between their Q-K projections and the logit."""
@@ -88,3 +90,23 @@ def test_cached_generation_is_the_same() -> None:
 def test_a_model_that_was_not_rewritten_is_refused() -> None:
     with pytest.raises(CloverError, match="was not rewritten by clover"):
         pad(build("opt")[0])
+
+
+def test_the_switch_for_a_bias_of_a_vision_language_model() -> None:
+    """It is in the config of the text alone."""
+    model, words = llava().double(), torch.randint(3, 58, (2, 12))
+    pixels = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    image = torch.full((2, 16), model.config.image_token_index)
+    batch = {"input_ids": torch.cat([image, words], 1), "pixel_values": pixels}
+    clover.prune(model, qk=0.3, vo=0.3, part="decoder", calibration=[batch])
+    stock = pad(model)
+    assert stock.config.text_config.attention_bias and not model.config.text_config.attention_bias
+    torch.testing.assert_close(outputs(stock, batch), outputs(model, batch), rtol=1e-9, atol=1e-9)
+
+
+def llava() -> Any:
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**VISION),
+        text_config=transformers.LlamaConfig(**LM, num_key_value_heads=2), image_token_index=59,
+    )  # fmt: skip
+    return transformers.LlavaForConditionalGeneration(config).eval()

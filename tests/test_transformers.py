@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import transformers as t
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
@@ -16,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 import clover
 from clover.attention import CloverAttention
 from clover.errors import CloverError
+from commands import run
 from families import build, outputs, pruned
 from tiny import LM
 
@@ -58,6 +60,35 @@ def test_the_trainer_shifts_labels_for_label_smoothing(tmp_path: Path) -> None:
         )
         losses.append(t.Trainer(model, arguments, eval_dataset=data).evaluate()["eval_loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_the_trainer_goes_on_with_a_pruned_model(tmp_path: Path) -> None:
+    """It reads the config of its checkpoint by the base class of configs, which builds no model."""
+    data = [{"input_ids": row, "labels": row} for row in pruned("llama-gqa")[1]["input_ids"]]
+
+    def train(steps: int, **kwargs: Any) -> Any:
+        model = pruned("llama-gqa", dtype=torch.float32)[0]
+        arguments = t.TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=steps,
+            save_steps=2,
+            lr_scheduler_type="constant",
+            report_to=[],
+            use_cpu=True,
+        )
+        return model, t.Trainer(model, arguments, train_dataset=data).train(**kwargs)
+
+    train(2)
+    resumed, done = train(4, resume_from_checkpoint=True)
+    assert done.global_step == 4
+    whole, _ = train(4)
+    pairs = zip(resumed.parameters(), whole.parameters(), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+    folder = tmp_path / "checkpoint-2"
+    assert t.PreTrainedConfig.from_pretrained(folder).transformers_version == t.__version__
+    for refusing in (t.LlamaConfig, t.LlamaForCausalLM):
+        with pytest.raises(AttributeError, match="import clover"):
+            refusing.from_pretrained(folder)
 
 
 def test_a_new_head_is_welcome_where_the_user_says_so(tmp_path: Path) -> None:
@@ -161,3 +192,26 @@ def test_devices_that_share_a_model_have_rewritten_blocks_whole(tmp_path: Path) 
     again = clover.load(clover.save(model, tmp_path / "m"))
     plan: Any = again._tp_plan
     assert any("mlp" in name for name in plan) and not any("self_attn" in name for name in plan)
+
+
+@pytest.mark.usefixtures("calm")
+@pytest.mark.parametrize(
+    ("name", "dtype", "wide"),
+    [("t5", torch.float16, "wo.weight"), ("glm4-moe", torch.bfloat16, "e_score_correction_bias")],
+)
+def test_tensors_that_stay_wide(name: str, dtype: torch.dtype, wide: str, tmp_path: Path) -> None:
+    """transformers leaves them in float32 in a narrow model; whichever way it is pruned, they come out as they were."""
+    model = build(name, torch.float32)[0]
+    narrow = {key: value if key.endswith(wide) else value.to(dtype) for key, value in model.state_dict().items()}
+    model.to(dtype).save_pretrained(tmp_path / "dense", state_dict=narrow)
+    dense = safetensors.torch.load_file(tmp_path / "dense" / "model.safetensors")
+    dtypes = {}
+    for out in (["whole"], ["streamed", "--stream"]):
+        assert run("prune", tmp_path / "dense", tmp_path / out[0], "--vo", 0.3, *out[1:]).code == 0
+        found = safetensors.torch.load_file(tmp_path / out[0] / "model.safetensors")
+        assert all(value.equal(dense[key]) for key, value in found.items() if key.endswith(wide))
+        dtypes[out[0]] = {key: value.dtype for key, value in found.items()}
+    assert dtypes["whole"].items() <= dtypes["streamed"].items()  # which copies a tied tensor as often as it is there
+    assert set(dtypes["whole"].values()) - {torch.int64} == {dtype, torch.float32}
+    loaded = clover.load(tmp_path / "whole").state_dict()
+    assert {value.dtype for key, value in loaded.items() if key.endswith(wide)} == {torch.float32}

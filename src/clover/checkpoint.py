@@ -1,253 +1,53 @@
-"""Save and load rewritten models: ordinary folders, safetensors, a config that describes itself.
-
-transformers is extended where it asks to be: a model type, registered with its Auto classes. A rewritten model is an
-instance of a subclass of its original class, whose constructor rebuilds the attention from the plan in the config; the
-quantisation slot of the config stays free. Without ``import clover`` transformers refuses the folder, and the config
-is so made that a class named outright (``LlamaForCausalLM.from_pretrained``) refuses it too, instead of guessing.
-"""
+"""Save and load rewritten models: ordinary folders, safetensors, a config that describes itself."""
 
 from __future__ import annotations
 
-import copy
 import os
-import re
-from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    get_model_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
-from transformers.core_model_loading import WeightConverter
-from transformers.models.auto import modeling_auto
 
-from clover.block import Block
+from clover.checks import check_model, check_own, is_public, warn
+from clover.classes import __getattr__ as __getattr__  # a pickle may know the classes by this module
+from clover.classes import adopt as adopt
+from clover.classes import model_class
+from clover.classes import rebuild as rebuild
 from clover.errors import CloverError, reason
-from clover.families import blocks, is_attention
 from clover.folders import fresh_folder
 from clover.heads import finite
-from clover.plan import Plan
-from clover.surgery import install, skeleton
+from clover.precision import dtype_of as dtype_of
+from clover.precision import ready as ready
+from clover.precision import workplace as workplace
 
-MODEL_TYPE = "clover (pip install clover-attention, then import clover before loading)"
-GUARD = "unknown before `import clover` (pip install clover-attention); then load with clover.load or an Auto class"
-"""Stands in the config's ``dtype``: the first thing that a loader which ignores the model type stumbles over."""
-
-
-class RewrittenConfig(PreTrainedConfig):
-    """What a config of this model type is read as first; gives way to the subclass of the original config."""
-
-    model_type = MODEL_TYPE
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        base = config_dict.get("base_model_type")
-        if base not in transformers.CONFIG_MAPPING or "clover" not in config_dict:
-            raise CloverError(
-                f"config.json names no known base_model_type ({base!r}) or has no clover plan; restore the file"
-            )
-        return config_class(transformers.CONFIG_MAPPING[base]).from_dict(config_dict, **kwargs)
+DAMAGE = (
+    OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
+"""What transformers raises at a folder that is damaged, depending on where."""
 
 
-class _ConfigMixin:
-    """Adds the plan to a family's config. ``clover`` is the plan as plain data."""
-
-    model_type = MODEL_TYPE
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        config_dict = dict(config_dict)
-        plan = dict(config_dict.pop("clover"))
-        base = config_dict.pop("base_model_type")
-        config_dict["dtype"] = plan.pop("dtype", None)
-        result = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
-        config = result[0] if isinstance(result, tuple) else result
-        _mark(config, Plan.from_dict(plan), base)
-        return result
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        data = super().to_diff_dict()  # type: ignore[misc]
-        plan = {"dtype": data.get("dtype"), **getattr(self, "clover", {})}
-        return data | {"model_type": MODEL_TYPE, "base_model_type": self.model_type, "dtype": GUARD, "clover": plan}
+@overload
+def load(
+    path: str | os.PathLike[str], *, output_loading_info: Literal[True], **kwargs: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]: ...
 
 
-def _mark(config: PreTrainedConfig, plan: Plan, base: str) -> None:
-    config.clover = plan.to_dict()
-    config.model_type = base  # the rest of transformers treats the model as the family that it is
+@overload
+def load(
+    path: str | os.PathLike[str], *, output_loading_info: Literal[False] = False, **kwargs: Any
+) -> PreTrainedModel: ...
 
 
-class _ModelMixin:
-    """Rebuilds the attention of a model from the plan in its config."""
-
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        rebuild(self, Plan.from_dict(config.clover))  # type: ignore[arg-type]
-        self._tp_plan = _replicated(self)
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """As the original class says: of what it calls custom code, transformers leaves some constants unset."""
-        return cls._original().is_custom_code()
-
-    @classmethod
-    def _original(cls) -> Any:
-        return next(base for base in cls.__mro__ if not issubclass(base, _ModelMixin))
-
-    def _get_name(self) -> str:
-        """The original class's: by it transformers' Trainer knows whether labels are shifted."""
-        return self._original().__name__
-
-    def _get_static_cache_init_shape(self) -> None:
-        """A static cache takes its shapes from the first keys and values, not from the config."""
-        return None
-
-    @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but tensors that contradict the plan are an error, never a warning."""
-        wants_info = kwargs.pop("output_loading_info", False)
-        tolerant, kwargs["ignore_mismatched_sizes"] = kwargs.get("ignore_mismatched_sizes", False), True
-        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        if wrong := _contradiction(model, info, tolerant):
-            raise CloverError(
-                f"the tensors in {path} contradict the plan in its config.json: {wrong}; restore the files"
-            )
-        _name_as_here(model)
-        return (model, info) if wants_info else model
-
-
-def _contradiction(model: PreTrainedModel, info: dict[str, Any], tolerant: bool) -> str | None:
-    """What in the tensors, as ``from_pretrained`` reports on them, contradicts the plan.
-
-    Args:
-        tolerant: outside of attention shapes may differ, as for a new head.
-    """
-    prefix = f"{model.base_model_prefix}."
-    attention = [n for n, module in model.named_modules() if hasattr(module, "clover") or is_attention(module)]
-
-    def inside(keys: Iterable[str]) -> list[str]:
-        blocks = tuple(f"{name}." for name in attention)
-        return sorted(k for k in keys if k.startswith(blocks) or k.removeprefix(prefix).startswith(blocks))
-
-    for key, found, planned in info["mismatched_keys"]:
-        if tolerant and not inside([key]):
-            continue
-        return f"{key} has shape {tuple(found)}, the plan says {tuple(planned)}"
-    for key in inside(info["missing_keys"]):
-        return f"{key} is missing"
-    for key in inside(info["unexpected_keys"]):  # a block that the plan forgot: its weights are in another basis
-        return f"{key} is not in it"
-    return None
-
-
-def _replicated(model: Any) -> dict[str, str]:
-    """The plan of tensor parallelism without rewritten blocks: their heads differ, so each device has them whole."""
-    blocks = tuple(
-        f"{re.sub(r'[0-9]+', '*', name)}." for name, module in model.named_modules() if hasattr(module, "clover")
-    )
-    return {name: how for name, how in (model._tp_plan or {}).items() if not name.startswith(blocks)}
-
-
-@cache
-def config_class(base: Any) -> Any:
-    """The subclass of a family's config that carries a plan; its models become known to the Auto classes."""
-    made = type(f"Clover{base.__name__}", (_ConfigMixin, base), {"__module__": __name__})
-    for auto in vars(modeling_auto).values():
-        mapping = getattr(auto, "_model_mapping", None)
-        if mapping is not None and base in mapping:
-            found = mapping[base]
-            ours = tuple(model_class(m, made) for m in found) if isinstance(found, tuple) else model_class(found, made)
-            mapping.register(made, ours, exist_ok=True)
-    return made
-
-
-@cache
-def model_class(base: Any, config: Any) -> Any:
-    """The subclass of a model class that rebuilds its attention from the plan."""
-    made = type(f"Clover{base.__name__}", (_ModelMixin, base), {"config_class": config, "__module__": __name__})
-    for name in (base.__name__, config.__bases__[1].model_type):
-        if mergers := _mergers(get_checkpoint_conversion_mapping(name)):
-            register_checkpoint_conversion_mapping(made.__name__, mergers, overwrite=True)
-            break
-    return made
-
-
-def _mergers(conversions: Iterable[Any] | None) -> list[WeightConverter]:
-    """Those conversions of names and tensors that put several tensors of a file (a layer's experts) into one."""
-    return [c for c in conversions or () if isinstance(c, WeightConverter)]
-
-
-def _name_as_here(model: Any) -> None:
-    """Let a model be saved under its own names, merged tensors in parts.
-
-    Loading translates a family's old tensor names for classes of transformers alone, not for ours.
-    """
-    model._weight_conversions = _mergers(get_model_conversion_mapping(model, add_legacy=False))
-
-
-def __getattr__(name: str) -> Any:
-    """The classes that are made here, by name: so pickle finds them."""
-    base: Any = getattr(transformers, name.removeprefix("Clover"), None) if name.startswith("Clover") else None
-    if base is None:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    if issubclass(base, PreTrainedConfig):
-        return config_class(base)
-    return model_class(base, config_class(base.config_class))
-
-
-AutoConfig.register(MODEL_TYPE, RewrittenConfig, exist_ok=True)
-
-
-def adopt(model: PreTrainedModel, plan: Plan) -> None:
-    """Make a model that has been operated on one that saves and loads with its plan."""
-    base = model.config.model_type
-    config = config_class(model.config.__class__)
-    model.config.__class__ = config
-    _mark(model.config, plan, base)
-    kind = model_class(model.__class__, config)
-    # The constructor is where transformers notes which outputs (attentions, hidden states) a class can record.
-    PreTrainedModel.__init__(kind.__new__(kind), copy.deepcopy(model.config))
-    model.__class__ = kind
-    _name_as_here(model)
-
-
-def rebuild(model: nn.Module, plan: Plan) -> None:
-    """Give a fresh model the attention modules of a plan, weights not yet loaded.
-
-    Raises:
-        CloverError: the plan names a block that the model lacks, or sizes that its config contradicts.
-    """
-    found: dict[str, Block] = {block.name: block for block in blocks(model)}
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    for part in plan.blocks:
-        block = next(
-            (found[n] for n in (part.name, part.name.removeprefix(prefix), prefix + part.name) if n in found), None
-        )
-        if block is None:
-            raise CloverError(
-                f"the plan cuts {part.name}, which {type(model).__name__} does not have; restore config.json"
-            )
-        kv, n, d, _ = block.heads().q.shape
-        if (part.kv_heads, part.queries, part.qk, part.vo) != (kv, n, d, block.heads().v.shape[1]):
-            raise CloverError(
-                f"the plan of {part.name} is for {part.kv_heads} KV heads of {part.qk}, but config.json gives "
-                f"{kv} of {d}; restore config.json"
-            )
-        install(model, block, skeleton(block, part))
-
-
-def load(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+def load(path: str | os.PathLike[str], *, output_loading_info: bool = False, **kwargs: Any) -> Any:
     """Load a model, rewritten by clover or not, in the class that its config names.
 
     Args:
         path: a folder or a hub name.
+        output_loading_info: return what transformers says of the loading, too.
         kwargs: for ``from_pretrained`` (``dtype``, ``device_map``, ``revision``, ``trust_remote_code``, ...).
 
     Raises:
@@ -257,12 +57,13 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     keys = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir", "local_files_only")
     _, kind = _kind(path, **{k: kwargs[k] for k in keys if k in kwargs})
     try:
-        model = kind.from_pretrained(path, **kwargs)
+        model, info = kind.from_pretrained(path, output_loading_info=True, **kwargs)
     except CloverError:
         raise
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except DAMAGE as error:
         raise CloverError(f"{path} can't be loaded: {reason(error)}") from error
-    return model.eval()
+    model.eval()
+    return (model, info) if output_loading_info else model
 
 
 def blank(path: str | os.PathLike[str], dtype: torch.dtype) -> PreTrainedModel:
@@ -284,16 +85,45 @@ def _kind(path: str | os.PathLike[str], **config_args: Any) -> tuple[Any, Any]:
     """Config of a model, and the class that it names."""
     try:
         config = AutoConfig.from_pretrained(path, **config_args)
-    except (OSError, ValueError) as error:
+    except DAMAGE as error:
         if isinstance(error, CloverError):
             raise
         raise CloverError(f"{path} is no model that can be loaded: {reason(error)}") from error
-    names = [n.removeprefix("Clover") for n in (config.architectures or [])]
-    base = getattr(transformers, names[0], None) if names else None
-    kind: Any = transformers.AutoModel if base is None else base
-    if base is not None and hasattr(config, "clover"):
-        kind = model_class(base, type(config))  # type: ignore[arg-type]
-    return config, kind
+    base = _named_class(path, config)
+    if base is not transformers.AutoModel and hasattr(config, "clover"):
+        return config, model_class(base, type(config))  # type: ignore[arg-type]
+    return config, base
+
+
+def _named_class(path: str | os.PathLike[str], config: PreTrainedConfig) -> Any:
+    """The stock class that a config names, or else ``AutoModel``.
+
+    Raises:
+        CloverError: what it names is no class of a model, or of a rewritten one another family's.
+    """
+    names: Any = config.architectures or [None]
+    name = names[0] if isinstance(names, list) else names
+    kind: Any = getattr(transformers, str(name).removeprefix("Clover"), None)
+    if name is None or (isinstance(name, str) and kind is None):
+        _warn_of_no_class(path, name)
+        return transformers.AutoModel
+    fits = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+    if fits and hasattr(config, "clover"):
+        fits = isinstance(config, kind.config_class or ())
+    if not fits:
+        raise CloverError(
+            f"config.json of {path} names {name!r} as its architecture, which is no class of {config.model_type} "
+            "models; restore the file"
+        )
+    return kind
+
+
+def _warn_of_no_class(path: str | os.PathLike[str], name: str | None) -> None:
+    what = "no architecture" if name is None else f"the architecture {name}, which transformers does not have"
+    warn(
+        f"config.json of {path} names {what}: the model is loaded as AutoModel, and a head (lm_head, say) is left out; "
+        'write the class into config.json, as in "architectures": ["LlamaForCausalLM"]'
+    )
 
 
 def save(
@@ -307,8 +137,16 @@ def save(
         max_shard_size: largest safetensors file.
 
     Raises:
-        CloverError: the folder exists or can't be written, or a cut is not finite in the model's dtype.
+        CloverError: the folder exists or can't be written, a cut is not finite in the model's dtype, or the model is
+            not as it was pruned, see ``check_own``.
     """
+    check_model(model)
+    check_own(model)
+    if hasattr(model.config, "clover") and not is_public(model):
+        warn(
+            f"transformers has no {model._get_name()} by name, so that clover.load can't find it; load the "
+            "folder by an Auto class that knows it, or prune a model that is a class of transformers"
+        )
     for block in (getattr(model.config, "clover", None) or {}).get("blocks", ()):
         for name, parameter in model.get_submodule(block["name"]).named_parameters():
             plain = type(parameter.data) is torch.Tensor and not parameter.is_meta  # quantised ones are whole numbers
@@ -328,24 +166,3 @@ def write_config(model: PreTrainedModel, folder: Path) -> None:
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's weights."""
-    return next(model.parameters()).dtype
-
-
-def ready(model: Any) -> tuple[Any, torch.dtype]:
-    """The model where and in the dtype that it can be computed with, and the dtype that it had.
-
-    One that was quantised when it was loaded stays as it is.
-    """
-    dtype = dtype_of(model)
-    return (model if getattr(model, "is_quantized", False) else model.to(*workplace(dtype))), dtype
-
-
-def workplace(dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
-    """Where a model is computed with: on the GPU, else in float32, since half precision crawls on a CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda"), dtype
-    return torch.device("cpu"), torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

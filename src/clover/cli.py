@@ -156,18 +156,20 @@ def prune(
     settings: dict[str, Any] = {"part": part, "granularity": granularity, "limits": Limits(groups=groups), "seed": seed}
     if stream:
         _check_streams(max_loss, report)
-        quiet()
-        settings |= shares | {"calibration": None if metric == "weights" else data, "beside": beside_of(model)}
+    quiet()
+    beside = beside_of(model)  # whatever is wrong with it is found out before the work
+    if stream:
+        settings |= shares | {"calibration": None if metric == "weights" else data, "beside": beside}
         tell(prune_folder(model, out, **settings, resume=resume), f"saved {out.absolute()}", as_json)
         return
-    loaded, dtype = load_ready(model)
+    loaded, restore = load_ready(model)
     found = choose(loaded, request, calibration=data(loaded), metric=metric, **settings)
     loss = {} if found.outcome is None else {"loss": found.outcome.to_dict()}
     if loss:
         tell_loss(loss["loss"])
-    apply(loaded.to(dtype), found.bases, found.plan)  # before: the cut is checked in the dtype that it is saved in
+    apply(restore(loaded), found.bases, found.plan)  # before: the cut is checked in what it is saved in
     sizes = summary(loaded)
-    target = save(loaded, out, beside=beside_of(model))
+    target = save(loaded, out, beside=beside)
     if report:
         spectra = [basis.spectrum() for basis in found.bases]
         write_report(report, title=f"{model}, pruned", spectra=spectra, plan=found.plan, summary=sizes, **loss)
@@ -278,10 +280,12 @@ def export(
     check_writable(out)
     quiet()
     if kind == "padded":
-        note(f"saved {save(pad(load(model)), out, beside=beside_of(model))}; padded with zeros, so it is no smaller")
+        beside = beside_of(model)
+        note(f"saved {save(pad(load(model)), out, beside=beside)}; padded with zeros, so it is no smaller")
         return
     check_installed()
-    seen = write_onnx(load(model, dtype="float32"), out, beside=beside_of(model))
+    beside = beside_of(model)
+    seen = write_onnx(load(model, dtype="float32"), out, beside=beside)
     note(f"saved {out}: " + ", ".join(f"{k}.onnx within {v:.1g} of PyTorch" for k, v in seen.items()))
 
 

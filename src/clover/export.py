@@ -18,7 +18,7 @@ from clover.attention import CloverAttention
 from clover.block import Block, norm_entries
 from clover.errors import CloverError, UnsupportedModelError
 from clover.families import blocks
-from clover.plan import Group
+from clover.plan import Group, Plan
 from clover.pruning import plan_of
 
 
@@ -38,7 +38,7 @@ def pad(model: PreTrainedModel) -> PreTrainedModel:
         UnsupportedModelError: the class has no bias that could take up the mean of what was cut.
     """
     plan = plan_of(model)
-    stock = _stock(model, any(b.output_bias for b in plan.blocks))
+    stock = _stock(model, plan)
     here = {block.name: block for block in blocks(stock)}
     cut = [here[b.name] for b in plan.blocks]
     replaced = tuple(name for b in cut for name in b.replaced)
@@ -52,21 +52,30 @@ def pad(model: PreTrainedModel) -> PreTrainedModel:
     return stock.eval()
 
 
-def _stock(model: Any, biased: bool) -> PreTrainedModel:
+def _stock(model: Any, plan: Plan) -> PreTrainedModel:
     """A model of the original class and sizes, its weights not yet set."""
     kind: Any = type(model).__bases__[1]
-    config = copy.deepcopy(model.config)
+    copies: dict[int, Any] = {}
+    config = copy.deepcopy(model.config, copies)
     config.__class__ = type(model.config).__bases__[1]
     del config.clover
-    if biased and getattr(config, "attention_bias", None) is False:
-        config.attention_bias = True
+    for block in plan.blocks:
+        # The switch is in the config that the block was made from: of a vision-language model one inside the whole.
+        part = copies.get(id(_attention(model.get_submodule(block.name)).config), config)
+        if block.output_bias and getattr(part, "attention_bias", None) is False:
+            part.attention_bias = True
     weight = next(model.parameters())
     return kind._from_config(config, dtype=weight.dtype).to(weight.device)
 
 
+def _attention(holder: nn.Module) -> Any:
+    """The rewritten attention of a block."""
+    return next(m for m in holder.modules() if isinstance(m, CloverAttention))
+
+
 def _fill(block: Block, holder: nn.Module) -> None:
     """Set all weights of a stock block from those of a rewritten one."""
-    attention: Any = next(m for m in holder.modules() if isinstance(m, CloverAttention))
+    attention = _attention(holder)
     plan, n = attention.clover, attention.clover.queries
     output: Any = holder.get_submodule(block.family.o) if block.family.core else attention.o_proj
     _give_back(block, attention)

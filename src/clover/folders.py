@@ -47,7 +47,7 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
         CloverError: it exists, or its parent can't be written.
     """
     target = Path(path).absolute()
-    if target.exists():
+    if os.path.lexists(target):  # a link that leads nowhere, too
         raise CloverError(f"{target} exists; remove it or choose another folder")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

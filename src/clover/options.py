@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +13,11 @@ import typer
 from transformers.utils import logging
 
 from clover import pruning
-from clover.checkpoint import load, ready
+from clover.checkpoint import load
 from clover.data import calibration_batches, found_beside
 from clover.files import file_kind
 from clover.lossbudget import keep_apart
+from clover.precision import Dtypes, ready
 from clover.progress import console
 from clover.report import table
 from clover.show import note, show
@@ -108,10 +109,12 @@ def quiet() -> None:
         logging.disable_progress_bar()
 
 
-def load_ready(name: str) -> tuple[Any, Any]:
-    """The model, ready to be computed with, and the dtype of its checkpoint."""
+def load_ready(name: str) -> tuple[Any, Callable[[Any], Any]]:
+    """The model, ready to be computed with, and what gives its tensors the dtypes of the checkpoint back."""
     quiet()
-    return ready(load(name))
+    model = load(name)
+    dtypes = Dtypes(model)
+    return ready(model)[0], dtypes.restore
 
 
 def batches_of(

@@ -82,19 +82,34 @@ class Plan:
         Raises:
             CloverError: a field is missing, unknown or contradicts another, or it is of another format.
         """
-        if "format" in data:
+        if isinstance(data, dict) and "format" in data:
             _check_format(data["format"])
         try:
             plan = cls(tuple(_block_from_dict(b) for b in data["blocks"]))
-            wrong = next((b for b in plan.blocks if not _possible(b)), None)
         except (KeyError, TypeError) as error:
             raise CloverError(f"the clover plan in config.json is damaged ({error}); restore the file") from error
+        plan.check("restore config.json")
         _check_format(data.get("format"))  # those of old have none
-        if not plan.blocks:
-            raise CloverError("the clover plan in config.json has no blocks; restore the file")
-        if wrong is not None:
-            raise CloverError(f"the clover plan of {wrong.name} is impossible: {wrong.groups}; restore config.json")
         return plan
+
+    def check(self, remedy: str) -> None:
+        """Refuse what no block can be cut to.
+
+        Args:
+            remedy: what the user is told to do.
+
+        Raises:
+            CloverError: no blocks, or sizes or heads that contradict one another.
+        """
+        if not self.blocks:
+            raise CloverError(f"the clover plan has no blocks; {remedy}")
+        for block in self.blocks:
+            try:
+                fine = _possible(block)
+            except TypeError:  # no numbers, or not several of them
+                fine = False
+            if not fine:
+                raise CloverError(f"the clover plan of {block.name} is impossible: {block.groups}; {remedy}")
 
     @property
     def qk_removed(self) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +13,8 @@ from clover.attention import CloverAttention
 from clover.basis import Basis, find_basis
 from clover.budget import Costs, Energy, Granularity, Limits, Rule, Share, Threshold, make_plan
 from clover.calibrate import calibrate
-from clover.checkpoint import adopt
+from clover.checks import check_model, check_own, warn
+from clover.classes import adopt
 from clover.errors import CloverError
 from clover.families import blocks
 from clover.lossbudget import Outcome, check_bound, keep_apart, within
@@ -221,6 +220,7 @@ def find_bases(
     seed: int = 0,
 ) -> list[Basis]:
     """First step of ``prune``: decompose every block; the model stays as it is. Arguments as there."""
+    check_model(model)
     metric = measured_by(metric, calibration)
     found = blocks(model, part)
     for block in found:
@@ -244,22 +244,15 @@ def plan_costs(
     """As ``plan_ranks``, from what the directions of each block cost."""
     fixed = sum(c.fixed_qk for c in costs)
     if fixed and qk != Share(0.0):
-        _warn(f"Q-K of {fixed} of {len(costs)} blocks stays whole: a norm stands between their projections and logits")
+        warn(f"Q-K of {fixed} of {len(costs)} blocks stays whole: a norm stands between their projections and logits")
     return make_plan(costs, qk, vo, granularity=granularity, limits=limits)
 
 
 def apply(model: PreTrainedModel, bases: list[Basis], plan: Plan) -> None:
     """Third step of ``prune``: cut the model to the plan, in place."""
+    check_model(model)
     operate(model, bases, plan)
     adopt(model, plan)
-
-
-def _warn(text: str) -> None:
-    """Warn of the line that called this package, from however deep in it."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "clover":
-        level, frame = level + 1, frame.f_back
-    warnings.warn(text, stacklevel=level)
 
 
 # --- what is told of models ---
@@ -276,19 +269,21 @@ def inspect(
     return [b.spectrum() for b in find_bases(model, part=part, calibration=calibration, metric=metric)]
 
 
-def plan_of(model: nn.Module) -> Plan:
+def plan_of(model: PreTrainedModel) -> Plan:
     """The plan that a rewritten model was cut by.
 
     Raises:
-        CloverError: the model was not rewritten by clover.
+        CloverError: the model was not rewritten by clover, or not as a whole.
     """
-    data = getattr(getattr(model, "config", None), "clover", None)
+    check_model(model)
+    check_own(model)
+    data = getattr(model.config, "clover", None)
     if data is None:
         raise CloverError(f"{type(model).__name__} was not rewritten by clover; prune or orthogonalize it first")
     return Plan.from_dict(data)
 
 
-def summary(model: nn.Module) -> dict[str, float | int]:
+def summary(model: PreTrainedModel) -> dict[str, float | int]:
     """What was removed from a rewritten model.
 
     Returns:

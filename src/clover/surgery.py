@@ -14,7 +14,7 @@ from clover.basis import Basis
 from clover.block import Block
 from clover.errors import CloverError
 from clover.families import blocks
-from clover.heads import finite
+from clover.heads import Heads, finite
 from clover.plan import BlockPlan, Plan
 
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"
@@ -25,8 +25,11 @@ def operate(model: nn.Module, bases: Sequence[Basis], plan: Plan) -> None:
     """Replace the blocks of ``bases`` by their cuts, in place. Nothing is installed unless all can be.
 
     Raises:
-        CloverError: the plan names other blocks, or a cut is not finite in the model's dtype.
+        CloverError: the plan names other blocks or sizes that they don't have, or a cut is not finite in the model's
+            dtype.
     """
+    remedy = "make it by plan_ranks from the same bases, or correct it"
+    plan.check(remedy)
     if [b.name for b in bases] != [p.name for p in plan.blocks]:
         raise CloverError("the plan was made for other blocks than those to cut; make it from the same model and part")
     here = {block.name: block for block in blocks(model)}  # of this very model, which may be a copy of the one measured
@@ -34,11 +37,49 @@ def operate(model: nn.Module, bases: Sequence[Basis], plan: Plan) -> None:
         raise CloverError(
             f"{type(model).__name__} has no block {missing[0]}; cut the model that the bases were found in"
         )
+    for basis, block_plan in zip(bases, plan.blocks, strict=True):
+        check_fit(basis.block, basis.heads, block_plan, remedy)
+        if block_plan.output_bias != _biased(basis):
+            raise CloverError(f"the plan of {basis.name} has output_bias {block_plan.output_bias}; {remedy}")
     ready = [
         (here[b.name], filled(here[b.name], b, block_plan)) for b, block_plan in zip(bases, plan.blocks, strict=True)
     ]
     for block, made in ready:
         install(model, block, made)
+
+
+def check_fit(block: Block, heads: Heads, plan: BlockPlan, remedy: str) -> None:
+    """Refuse a plan of another block, whatever it is called.
+
+    Args:
+        heads: of the block.
+        remedy: what the user is told to do.
+
+    Raises:
+        CloverError: the part, the sizes or what is kept are not those of the block.
+    """
+    kv, n, d, _ = heads.q.shape
+    e = heads.v.shape[1]
+    if (plan.kv_heads, plan.queries, plan.qk, plan.vo) != (kv, n, d, e):
+        raise CloverError(
+            f"the plan of {plan.name} is for {plan.kv_heads} x {plan.queries} heads of {plan.qk} and {plan.vo}, but "
+            f"the model has {kv} x {n} of {d} and {e}; {remedy}"
+        )
+    if plan.part != block.part:  # which says whether its attention is causal
+        raise CloverError(f"the plan has {plan.name} in part {plan.part!r}, but it is in part {block.part!r}; {remedy}")
+    pairs, plain = heads.pairs, d - 2 * heads.pairs
+    for group in plan.groups:
+        whole = (group.pairs, group.plain) == (pairs, plain)
+        if group.pairs > pairs or group.plain > plain or (block.normed and not whole):
+            raise CloverError(
+                f"the plan keeps {group.pairs} pairs and {group.plain} other Q-K directions of {plan.name}, which has "
+                f"{pairs} and {plain}{', none of which can go' if block.normed else ''}; {remedy}"
+            )
+
+
+def _biased(basis: Basis) -> bool:
+    """Whether the output of a cut has a bias, be it for that of the values or for the mean of what was cut."""
+    return basis.heads.o_bias is not None or basis.heads.v_bias is not None or basis.moments is not None
 
 
 @torch.no_grad()

@@ -1,0 +1,54 @@
+"""Where and in which dtype a model is computed with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's weights."""
+    return next(model.parameters()).dtype
+
+
+class Dtypes:
+    """The dtypes of a model's tensors. A few of a narrow model may be wide, since they would lose by less."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.main = dtype_of(model)
+        self.others = {name: tensor.dtype for name, tensor in _floats(model) if tensor.dtype != self.main}
+
+    def restore(self, model: nn.Module) -> nn.Module:
+        """Give every tensor the dtype back that it had, in place; those that were wide never get narrow between."""
+        for name, tensor in _floats(model):
+            tensor.data = tensor.data.to(self.others.get(name, self.main))
+        return model
+
+
+def _floats(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    named = chain(model.named_parameters(), model.named_buffers())
+    return ((name, tensor) for name, tensor in named if tensor.is_floating_point())
+
+
+def ready(model: Any) -> tuple[Any, torch.dtype]:
+    """The model where and in the dtype that it can be computed with, and the dtype that it had.
+
+    One that was quantised when it was loaded stays as it is.
+    """
+    dtype = dtype_of(model)
+    if getattr(model, "is_quantized", False):
+        return model, dtype
+    device, wide = workplace(dtype)
+    # A GPU computes in the dtypes that there are: to make one of them all would narrow those that must stay wide.
+    return (model.to(device) if device.type == "cuda" else model.to(device, wide)), dtype
+
+
+def workplace(dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
+    """Where a model is computed with: on the GPU, else in float32, since half precision crawls on a CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), dtype
+    return torch.device("cpu"), torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
