@@ -129,8 +129,8 @@ def draft(
         yield made
     except (OSError, SafetensorError) as error:
         number = getattr(error, "errno", None)
-        reason = getattr(error, "strerror", None) or error
-        full = number in FULL or any(word in str(reason) for word in ("space", "quota", "too large"))
+        reason = str(getattr(error, "strerror", None) or error)  # the error itself would keep its frames alive
+        full = number in FULL or any(word in reason for word in ("space", "quota", "too large"))
         remedy = "free space" if full else "mend that"
         raise CloverError(
             f"{target} can't be written: {reason}; {remedy} and give the same command again, what was done is kept"
