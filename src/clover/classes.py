@@ -103,7 +103,7 @@ class _ModelMixin:
         plan = Plan.from_dict(config.clover)
         own = rebuild(self, plan)  # type: ignore[arg-type]
         if own != plan:  # it is that of a language model, say, and this its base: from here on it has this one's names
-            _own_config(self)  # type: ignore[arg-type]
+            _own_config(self)
             self.config.clover = own.to_dict()  # type: ignore[attr-defined]
         self._tp_plan = _replicated(self)
 
