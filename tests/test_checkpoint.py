@@ -347,6 +347,14 @@ def _class_that_is_no_model(config: dict[str, Any]) -> None:
     config["architectures"] = ["LlamaConfig"]
 
 
+def _no_class(config: dict[str, Any]) -> None:
+    del config["architectures"]
+
+
+def _class_that_is_unknown(config: dict[str, Any]) -> None:
+    config["architectures"] = ["Nonsense"]
+
+
 def _number_for_a_class(config: dict[str, Any]) -> None:
     config["architectures"] = [5]
 
@@ -367,6 +375,8 @@ DAMAGE = [
     _class_of_another_family,
     _class_that_is_no_model,
     _number_for_a_class,
+    _no_class,
+    _class_that_is_unknown,
 ]
 
 

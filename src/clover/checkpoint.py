@@ -90,25 +90,25 @@ def _kind(path: str | os.PathLike[str], **config_args: Any) -> tuple[Any, Any]:
             raise
         raise CloverError(f"{path} is no model that can be loaded: {reason(error)}") from error
     base = _named_class(path, config)
-    if base is not transformers.AutoModel and hasattr(config, "clover"):
-        return config, model_class(base, type(config))  # type: ignore[arg-type]
-    return config, base
+    return config, model_class(base, type(config)) if hasattr(config, "clover") else base  # type: ignore[arg-type]
 
 
 def _named_class(path: str | os.PathLike[str], config: PreTrainedConfig) -> Any:
     """The stock class that a config names, or else ``AutoModel``.
 
     Raises:
-        CloverError: what it names is no class of a model, or of a rewritten one another family's.
+        CloverError: what it names is no class of a model; or it is that of a rewritten model, and names none of its
+            family, as ``save`` does.
     """
+    rewritten = hasattr(config, "clover")
     names: Any = config.architectures or [None]
     name = names[0] if isinstance(names, list) else names
     kind: Any = getattr(transformers, str(name).removeprefix("Clover"), None)
-    if name is None or (isinstance(name, str) and kind is None):
+    if not rewritten and (name is None or (isinstance(name, str) and kind is None)):
         _warn_of_no_class(path, name)
         return transformers.AutoModel
     fits = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
-    if fits and hasattr(config, "clover"):
+    if fits and rewritten:
         fits = isinstance(config, kind.config_class or ())
     if not fits:
         raise CloverError(
