@@ -16,7 +16,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src/clover"
 ORDER = [
     "errors", "progress", "folders", "plan", "decompose", "heads", "rotary", "alike", "block", "families", "spend",
     "budget", "layerwise", "answers", "calibrate", "refit", "ragged", "basis", "cache", "eager",
-    "attention", "surgery", "checkpoint", "lossbudget", "pruning", "export", "targets", "config", "cores", "tuner",
+    "attention", "surgery", "precision", "checks", "classes", "checkpoint", "lossbudget", "pruning", "export",
+    "targets", "config", "cores", "tuner",
     "crew", "shards", "pieces", "draft", "packed", "layout", "sequential", "streaming",
     "files", "data", "cost", "graphs", "onnx", "bench", "evaluate", "curve", "report",
     "demo", "recipe", "training", "show", "options", "cli",

@@ -22,7 +22,6 @@ from transformers import AutoModel
 
 import clover
 from clover import streaming
-from clover.checkpoint import ready
 from clover.crew import Crew
 from clover.draft import Draft, draft, hidden
 from clover.errors import CloverError
@@ -60,9 +59,9 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def in_memory(source: Path, out: Path, **cut: Any) -> Path:
     """What ``clover prune`` makes of a folder without ``--stream``."""
-    model, dtype = ready(clover.load(source))
+    model, restore = ready(clover.load(source))
     clover.prune(model, **cut)
-    return clover.save(model.to(dtype), out)
+    return clover.save(restore(model), out)
 
 
 def same(a: Path, b: Path) -> None:
@@ -271,6 +270,7 @@ def test_file_size_limit(llama: Path, tmp_path: Path) -> None:
     """Any error of the system while writing: one sentence, nothing under the name, and the rest can be gone on with."""
     code = """
 import resource, sys
+from clover.precision import ready
 from clover.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 sys.argv = ["clover", "prune", sys.argv[1], sys.argv[2], "--qk", "0.3", "--vo", "0.4", "--stream"]

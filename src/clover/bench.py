@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from clover.checkpoint import load, ready
+from clover.checkpoint import load
 from clover.cost import compare_throughput, reads_text_alone, sizes, use, writes_text
 from clover.errors import CloverError
+from clover.precision import ready
 
 SIDES = ("dense", "pruned")
 

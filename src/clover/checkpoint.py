@@ -13,16 +13,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from clover.checks import check_model, check_own, is_public, warn
-from clover.classes import __getattr__ as __getattr__  # a pickle may know the classes by this module
-from clover.classes import adopt as adopt
 from clover.classes import model_class
-from clover.classes import rebuild as rebuild
 from clover.errors import CloverError, reason
 from clover.folders import fresh_folder
 from clover.heads import finite
-from clover.precision import dtype_of as dtype_of
-from clover.precision import ready as ready
-from clover.precision import workplace as workplace
 
 DAMAGE = (
     OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, SafetensorError, StrictDataclassError,

@@ -17,12 +17,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from clover.budget import Share
-from clover.checkpoint import load, ready, save
+from clover.checkpoint import load, save
 from clover.cost import compare_throughput, writes_text
 from clover.data import calibration_batches, load_processor, max_positions, text_tokens
 from clover.errors import CloverError
 from clover.evaluate import perplexity
 from clover.folders import check_writable, fresh_folder
+from clover.precision import ready
 from clover.progress import console
 from clover.pruning import apply, find_bases, plan_of, plan_ranks, summary
 from clover.report import write_report
@@ -62,7 +63,7 @@ def run(model: str | None = None, out: str | os.PathLike[str] = "clover-demo") -
     source, tokenizer = _smollm2() if model is None else (load(model), load_processor(model, "AutoTokenizer"))
     if not writes_text(source):
         raise CloverError(f"the demonstration needs a causal language model, but {model} is a {type(source).__name__}")
-    dense, dtype = ready(source)
+    dense, restore = ready(source)
     with fresh_folder(target) as folder:
         calibration, held_out = (folder / f"{part}.txt" for part in ("calibration", "held-out"))
         for file, text in zip((calibration, held_out), texts(), strict=True):
@@ -78,7 +79,7 @@ def run(model: str | None = None, out: str | os.PathLike[str] = "clover-demo") -
         measurements, protocol = _compare(dense, pruned, *text_tokens(held_out.read_text(encoding="utf-8"), tokenizer))
 
         _say("4/4 saving the model and the report")
-        sizes = summary(pruned.to(dtype))
+        sizes = summary(restore(pruned))
         save(pruned, folder / "model", beside=(tokenizer,))
         write_report(
             folder / "report.html", title=f"{name}, pruned", spectra=[basis.spectrum() for basis in bases],

@@ -363,7 +363,8 @@ def _body(model: Any) -> Any:
 
 def _load(name: str | Path, task: str) -> Any:
     """A model that can do the task."""
-    from clover.checkpoint import load, ready
+    from clover.checkpoint import load
+    from clover.precision import ready
 
     model, _ = ready(load(str(name)))
     speech = "input_features" in accepts(model)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from clover.block import Block
-from clover.checkpoint import adopt, rebuild, write_config
+from clover.checkpoint import write_config
+from clover.classes import adopt, rebuild
 from clover.crew import Crew
 from clover.draft import Draft
 from clover.errors import CloverError

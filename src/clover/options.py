@@ -17,7 +17,7 @@ from clover.checkpoint import load
 from clover.data import calibration_batches, found_beside
 from clover.files import file_kind
 from clover.lossbudget import keep_apart
-from clover.precision import Dtypes, ready
+from clover.precision import ready
 from clover.progress import console
 from clover.report import table
 from clover.show import note, show
@@ -112,9 +112,7 @@ def quiet() -> None:
 def load_ready(name: str) -> tuple[Any, Callable[[Any], Any]]:
     """The model, ready to be computed with, and what gives its tensors the dtypes of the checkpoint back."""
     quiet()
-    model = load(name)
-    dtypes = Dtypes(model)
-    return ready(model)[0], dtypes.restore
+    return ready(load(name))
 
 
 def batches_of(

@@ -22,11 +22,12 @@ from transformers.core_model_loading import (
 
 from clover.basis import Basis
 from clover.block import Block
-from clover.checkpoint import blank, workplace
+from clover.checkpoint import blank
 from clover.errors import CloverError, reason
 from clover.families import blocks
 from clover.heads import finite
 from clover.plan import BlockPlan
+from clover.precision import workplace
 from clover.shards import DTYPES, Checkpoint, Entry
 from clover.surgery import filled
 
@@ -85,7 +86,7 @@ class Pieces:
         return blocks(self.model, part)
 
     def fill(self, name: str, module: nn.Module | None = None) -> nn.Module:
-        """A copy of a module of the model, with its weights, ready to be computed with (as ``checkpoint.ready``)."""
+        """A copy of a module of the model, with its weights, ready to be computed with (as ``precision.ready``)."""
         filled = copy.deepcopy(self.model.get_submodule(name) if module is None else module)
         for path, part in filled.named_modules():
             self._load(f"{name}.{path}".rstrip("."), part)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -10,16 +10,11 @@ import torch
 from torch import Tensor, nn
 
 
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's weights."""
-    return next(model.parameters()).dtype
-
-
 class Dtypes:
     """The dtypes of a model's tensors. A few of a narrow model may be wide, since they would lose by less."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.main = dtype_of(model)
+        self.main = next(model.parameters()).dtype
         self.others = {name: tensor.dtype for name, tensor in _floats(model) if tensor.dtype != self.main}
 
     def restore(self, model: nn.Module) -> nn.Module:
@@ -34,17 +29,17 @@ def _floats(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, tensor) for name, tensor in named if tensor.is_floating_point())
 
 
-def ready(model: Any) -> tuple[Any, torch.dtype]:
-    """The model where and in the dtype that it can be computed with, and the dtype that it had.
+def ready(model: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The model where and in the dtype that it can be computed with, and what gives its tensors their dtypes back.
 
     One that was quantised when it was loaded stays as it is.
     """
-    dtype = dtype_of(model)
+    dtypes = Dtypes(model)
     if getattr(model, "is_quantized", False):
-        return model, dtype
-    device, wide = workplace(dtype)
+        return model, dtypes.restore
+    device, wide = workplace(dtypes.main)
     # A GPU computes in the dtypes that there are: to make one of them all would narrow those that must stay wide.
-    return (model.to(device) if device.type == "cuda" else model.to(device, wide)), dtype
+    return (model.to(device) if device.type == "cuda" else model.to(device, wide)), dtypes.restore
 
 
 def workplace(dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:

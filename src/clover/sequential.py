@@ -27,7 +27,6 @@ from clover.answers import Masks, on, padding, valid
 from clover.basis import find_basis
 from clover.block import Block
 from clover.calibrate import Moments, Watcher
-from clover.checkpoint import workplace
 from clover.crew import Crew
 from clover.draft import Draft
 from clover.errors import CloverError
@@ -36,6 +35,7 @@ from clover.layout import BASES, DONE, Layout
 from clover.packed import pack_costs
 from clover.pieces import Pieces, cut
 from clover.plan import Plan
+from clover.precision import workplace
 
 QUERIES = 32
 """Queries sampled from each sequence, as in ``calibrate``."""

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
-from clover.checkpoint import load, ready, save
+from clover.checkpoint import load, save
 from clover.cost import accepts, writes_text
 from clover.crew import crew
 from clover.data import found_beside, load_processor, text_tokens
@@ -32,6 +32,7 @@ from clover.draft import Draft, draft
 from clover.errors import CloverError, reason
 from clover.files import file_kind, read_records, read_text
 from clover.folders import check_writable
+from clover.precision import ready
 from clover.progress import console
 from clover.recipe import Recipe, adapter_config
 
@@ -281,12 +282,12 @@ def _trained(model: Any, data: list[Any], recipe: Recipe, made: Draft, save_ever
 
 def _trainable(model: str) -> Any:
     """A causal language model in a dtype that it can be trained in."""
-    base, dtype = ready(load(model))
+    base, _ = ready(load(model))
     if not writes_text(base):
         raise CloverError(
             f"{model} is a {type(base).__name__}; clover tune trains causal language models: tune others through peft"
         )
-    if dtype == torch.float16 and not getattr(base, "is_quantized", False):
+    if base.dtype == torch.float16 and not getattr(base, "is_quantized", False):
         return base.float()  # its range is too small for gradients
     return base
 
