@@ -25,6 +25,7 @@ from clover import streaming
 from clover.crew import Crew
 from clover.draft import Draft, draft, hidden
 from clover.errors import CloverError
+from clover.precision import ready
 from clover.shards import Checkpoint, Shard
 from clover.streaming import prune_folder
 from families import CASES, MERGED, build
