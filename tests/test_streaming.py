@@ -271,7 +271,6 @@ def test_file_size_limit(llama: Path, tmp_path: Path) -> None:
     """Any error of the system while writing: one sentence, nothing under the name, and the rest can be gone on with."""
     code = """
 import resource, sys
-from clover.precision import ready
 from clover.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 sys.argv = ["clover", "prune", sys.argv[1], sys.argv[2], "--qk", "0.3", "--vo", "0.4", "--stream"]
