@@ -25,7 +25,7 @@ from clover import streaming
 from clover.crew import Crew
 from clover.draft import Draft, draft, hidden
 from clover.errors import CloverError
-from clover.precision import ready
+from clover.options import load_ready
 from clover.shards import Checkpoint, Shard
 from clover.streaming import prune_folder
 from families import CASES, MERGED, build
@@ -60,7 +60,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def in_memory(source: Path, out: Path, **cut: Any) -> Path:
     """What ``clover prune`` makes of a folder without ``--stream``."""
-    model, restore = ready(clover.load(source))
+    model, restore = load_ready(str(source))
     clover.prune(model, **cut)
     return clover.save(restore(model), out)
 

@@ -15,11 +15,13 @@ from transformers.utils import logging
 from clover import pruning
 from clover.checkpoint import load
 from clover.data import calibration_batches, found_beside
+from clover.errors import CloverError
 from clover.files import file_kind
 from clover.lossbudget import keep_apart
 from clover.precision import ready
 from clover.progress import console
 from clover.report import table
+from clover.shards import Checkpoint
 from clover.show import note, show
 
 
@@ -112,7 +114,18 @@ def quiet() -> None:
 def load_ready(name: str) -> tuple[Any, Callable[[Any], Any]]:
     """The model, ready to be computed with, and what gives its tensors the dtypes of the checkpoint back."""
     quiet()
-    return ready(load(name))
+    model = load(name)
+    return ready(model, _wide_in_memory_alone(name, model))
+
+
+def _wide_in_memory_alone(name: str, model: Any) -> set[str]:
+    """Modules that transformers makes float32 as it loads half precision, and that are not on disk."""
+    made = set(model._keep_in_fp32_modules or ())
+    try:
+        entries = Checkpoint.open(name).entries if made else {}
+    except CloverError:  # no folder of safetensors
+        return made
+    return made.difference(*(key.split(".") for key, entry in entries.items() if entry.dtype == "F32"))
 
 
 def batches_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import chain
 from typing import Any
 
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 class Dtypes:
     """The dtypes of a model's tensors. A few of a narrow model may be wide, since they would lose by less."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, narrow: Collection[str] = ()) -> None:
+        """``narrow``: modules whose tensors are wide in memory alone."""
         self.main = next(model.parameters()).dtype
-        self.others = {name: tensor.dtype for name, tensor in _floats(model) if tensor.dtype != self.main}
+        wide = ((name, t.dtype) for name, t in _floats(model) if t.dtype != self.main)
+        self.others = {name: dtype for name, dtype in wide if set(narrow).isdisjoint(name.split("."))}
 
     def restore(self, model: nn.Module) -> nn.Module:
         """Give every tensor the dtype back that it had, in place; those that were wide never get narrow between."""
@@ -29,12 +31,12 @@ def _floats(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, tensor) for name, tensor in named if tensor.is_floating_point())
 
 
-def ready(model: Any) -> tuple[Any, Callable[[Any], Any]]:
+def ready(model: Any, narrow: Collection[str] = ()) -> tuple[Any, Callable[[Any], Any]]:
     """The model where and in the dtype that it can be computed with, and what gives its tensors their dtypes back.
 
-    One that was quantised when it was loaded stays as it is.
+    One that was quantised when it was loaded stays as it is. ``narrow`` as in ``Dtypes``.
     """
-    dtypes = Dtypes(model)
+    dtypes = Dtypes(model, narrow)
     if getattr(model, "is_quantized", False):
         return model, dtypes.restore
     device, wide = workplace(dtypes.main)
