@@ -15,6 +15,14 @@ LOSS_MODELS = {
 }  # fmt: skip
 
 
+LOSS = {
+    "smollm2": "relative increase of perplexity, truth on the first 24,576 tokens of WikiText-2 test",
+    "gemma3": "likewise on 8,192 tokens, V-O alone",
+    "minilm": "relative squared error of the output, truth on windows of WikiText-2 test",
+    "whisper-encoder": "divergence of what is written, truth on the test clips",
+}  # fmt: skip
+
+
 def language(results: Results) -> str:
     dense = results["language-dense"]["result"]
     rows = [["none", f"{dense['value']:.2f}", "", "", ""]]
@@ -261,17 +269,14 @@ def healing_speech(results: Results) -> str:
 
 def loss_rank(results: Results) -> str:
     """Foretold, measured and true loss of cuts, in full for SmolLM2, as rank correlations for all."""
-    about = (
-        "Relative increase of perplexity, foretold, measured as divergence on data kept out of the calibration, and in "
-        "truth, on test data: SmolLM2 (the first 24,576 tokens of WikiText-2 test) and Gemma 3 270M (8,192; "
-        "V-O alone); Whisper-base's encoder (divergence of what is written of the test clips); of all-MiniLM-L6-v2 the "
-        "relative squared error of its output."
-    )
     rows, named = [], {r["result"].get("model", "smollm2"): r["result"] for _, r in _of(results, "loss-rank")}
     for model in (m for m in LOSS_MODELS if m in named):
         points = _foretold(named[model]["points"])
         told = [[p[k] for p in points] for k in ("foretold", "measured", "true")]
         rows.append([LOSS_MODELS[model], len(points), *(f"{spearman(x, told[2]):.3f}" for x in told[:2])])
+    about = "Loss of cuts: foretold, measured on data kept out of the calibration, and in truth. " + " ".join(
+        f"{LOSS_MODELS[m]}: {LOSS[m]}." for m in LOSS_MODELS if m in named
+    )
     ranks = table("Model | cuts | Spearman's correlation of foretold and true | of measured and true", rows)
     points = sorted(_foretold(named["smollm2"]["points"]), key=lambda p: p["true"])
     rows = [[percent(p["qk"]), percent(p["vo"]), *(percent(math.expm1(p[k])) for k in ("foretold", "measured", "true"))]
