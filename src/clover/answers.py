@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clover.errors import CloverError
 
 IGNORED = -100
-"""The label of what is padding."""
+"""The label that transformers' losses leave out, of padding above all."""
 ROWS = 256
 """Tokens whose distributions are held at once."""
 

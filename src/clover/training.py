@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
+from clover.answers import IGNORED
 from clover.checkpoint import load, save
 from clover.cost import accepts, writes_text
 from clover.crew import crew
@@ -36,7 +37,6 @@ from clover.precision import ready
 from clover.progress import console
 from clover.recipe import Recipe, adapter_config
 
-IGNORED = -100  # what transformers' losses leave out
 CHECKPOINTS = "checkpoints"
 """Where in a run's draft the Trainer keeps them."""
 
