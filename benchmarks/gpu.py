@@ -3,7 +3,8 @@
     python benchmarks/gpu.py [eager] [pruning] [tuning] [compiled]     (default: all)
 
 pruning: seconds and most memory to prune by the weights, and calibrated on 16 x 512 tokens.
-eager: prefill and decode of the dense model and of cuts, in turns, beside the bound of their bytes for decode.
+eager: prefill and decode of the dense model and of cuts, in turns, beside the bound of their bytes for decode; and what
+is written first in a process, at lengths that libraries have no kernel chosen for yet.
 compiled: the same for one token with a static cache, under torch.compile and CUDA graphs, on fewer layers.
 tuning: seconds and memory of a training step, CLOVER beside LoRA (whose step PiSSA's is) and DoRA, as many parameters.
 Weights are random, but heads differ and their spectra fall as in trained models, so that ranks come out ragged.
@@ -36,6 +37,7 @@ LAYERS = int(os.environ.get("CLOVER_LAYERS", SEVEN["num_hidden_layers"]))
 CUTS = {"25 %": 0.25, "50 %": 0.5}
 PREFILL, DECODE = ((2048, 1), (512, 8)), ((2048, 1), (2048, 8), (4000, 8))
 """Contexts and batches."""
+FIRST = 1000, 1100, 1200
 NEW_TOKENS, REPEATS = 16, 5
 FEWER = 4
 STEP = (4, 512)
@@ -118,8 +120,24 @@ def bounds(models: dict[str, Any], batch: int, tokens: int) -> dict[str, float]:
     return {name: moved["dense"] / moved[name] for name in moved}
 
 
+@torch.inference_mode()
+def first_tokens(model: Any, context: int) -> float:
+    """Tokens a second behind a context, each at a length that this model never had."""
+    ids = torch.randint(1000, (1, context), device="cuda")
+    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+    def write() -> None:
+        for _ in range(NEW_TOKENS):
+            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+
+    return NEW_TOKENS / clocked(write)[1] * 1e3
+
+
 def eager() -> dict:
     models, rows = cuts(LAYERS), []
+    for context in FIRST:
+        rates = {name: first_tokens(model, context) for name, model in models.items()}
+        rows.append({"what": "first", "context": context, "batch": 1, "rates": rates})
     for context, batch in PREFILL:
         rates = compare_throughput(models, context=context, batch=batch, new_tokens=1, repeats=REPEATS)
         rows.append({"what": "prefill", "context": context, "batch": batch, "rates": rates})

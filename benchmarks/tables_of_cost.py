@@ -211,8 +211,12 @@ def tuning_cost(results: Results) -> str:
 
 def gpu(results: Results) -> str:
     run, cost, tuned, fast = (results[f"gpu-{name}"]["result"] for name in ("eager", "pruning", "tuning", "compiled"))
-    rows = []
+    rows, first = [], []
     for r in run["rows"]:
+        if r["what"] == "first":
+            dense, *others = r["rates"].values()
+            first.append([f"{r['context']:,}", f"{dense:.1f}", *(f"{rate / dense:.1f}" for rate in others)])
+            continue
         key = f"{r['what']}_tokens_per_second"
         ratios = r["rates"]["ratio"]
         bound = [f"{r['bound'][cut]:.2f}" if "bound" in r else "" for cut in ratios]
@@ -245,6 +249,9 @@ def gpu(results: Results) -> str:
         f"{results['gpu-eager']['machine']['gpu']}: speed over dense, without compilation, each cut in Q-K and V-O "
         "alike. Where a new token is no faster, starting kernels takes the time, not what they do.\n\n"
         f"{table(' | '.join(header), rows)}\n\n"
+        "The same where each token makes the cache as long as it never was in this process, as in a first text: the "
+        "dense model's library plans its kernel anew for each length.\n\n"
+        f"{table(' | '.join(['behind', 'dense tokens/s', *header[4:6]]), first)}\n\n"
         f"One token with a static cache, compiled (`reduce-overhead`, so one CUDA graph), {fast['layers']} layers:\n\n"
         f"{table(' | '.join(['context', 'batch', 'dense ms', *header[4:]]), compiled)}\n\n"
         f"Pruning it takes {sum(weights.values()):.1f} s by the weights, {sum(calibrated.values()):.0f} s calibrated "

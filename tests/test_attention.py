@@ -83,6 +83,14 @@ def test_cached_generation_equals_uncached(name: str, kind: str) -> None:
         assert torch.equal(plain, generate(name, "dense", use_cache=False))
 
 
+@pytest.mark.parametrize("name", [*GENERATIVE, *SEQ2SEQ])
+def test_tokens_that_round_a_length_up_are_not_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = generate(name, "pruned", use_cache=False)
+    monkeypatch.setattr("clover.cache.ANY_LENGTH", ())
+    monkeypatch.setattr("clover.cache.STEP", 8)
+    assert torch.equal(generate(name, "pruned"), plain)
+
+
 @pytest.mark.parametrize("kind", ["orthogonal", "pruned"])
 @pytest.mark.parametrize("name", [*GENERATIVE, *SEQ2SEQ])
 def test_beam_search(name: str, kind: str) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from clover.cache import LEAST, GrowingLayer, grow
+from clover.cache import LEAST, STEP, GrowingLayer, grow
 from families import pruned
 
 Step = tuple[str, int]
@@ -70,19 +70,24 @@ def test_it_holds_what_a_dynamic_layer_holds(steps: list[Step]) -> None:
             batch = 1
         assert theirs.get_seq_length() == 0 or same(ours, theirs)
         assert ours.get_seq_length() == theirs.get_seq_length()
+        for held, longer in zip((ours.keys, ours.values), ours.stepped(), strict=True):
+            assert torch.equal(longer[:, :, : held.shape[2]], held) and longer.isfinite().all()
+            assert longer.shape[2] % STEP == 0 or kind not in ("update", "crop", "copy")
 
 
 def test_a_token_is_written_without_moving_the_others() -> None:
     layer = GrowingLayer()
     layer.update(*states(1, 10))
     place = layer.keys.data_ptr(), layer.values.data_ptr()
-    for _ in range(LEAST):
+    room = layer.buffers["keys"].shape[2]
+    assert room >= 10 + LEAST
+    for _ in range(room - 10):
         layer.update(*states(1, 1))
         assert (layer.keys.data_ptr(), layer.values.data_ptr()) == place
     layer.update(*states(1, 1))
     assert layer.keys.data_ptr() != place[0], "full, so it has moved"
-    assert layer.keys.shape == (1, 1, 11 + LEAST, 5)
-    assert layer.keys.nbytes == 4 * 5 * (11 + LEAST), "room is not counted as held"
+    assert layer.keys.shape == (1, 1, room + 1, 5)
+    assert layer.keys.nbytes == 4 * 5 * (room + 1), "room is not counted as held"
 
 
 def test_copies_do_not_share_room() -> None:

@@ -19,7 +19,7 @@ from transformers import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clover.block import Block, arguments, growth_at, head_bias, norm_entries
-from clover.cache import grow
+from clover.cache import grow, stepped
 from clover.eager import eager_attention, exporting
 from clover.errors import CloverError
 from clover.plan import BlockPlan
@@ -169,7 +169,10 @@ class CloverAttention(nn.Module):
         if self.uneven:
             self._tables.at(queries)
         if self._writes_one(x, keys, mask):
-            z = self._attend_one(queries, keys, values, mask)
+            tokens = keys.shape[1]
+            if not self.is_cross:
+                keys, values = stepped(call.get("past_key_values"), self.layer_idx, keys, values)
+            z = self._attend_one(queries, keys, values, mask, tokens)
         else:
             for name in ("hidden_states", "past_key_values", "key_value_states", "position_embeddings", "use_cache",
                          "sliding_window"):  # fmt: skip
@@ -329,8 +332,8 @@ class CloverAttention(nn.Module):
         padding = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)  # flash attention is told no more
         return "flash" in name and padding and (window is None or keys.shape[1] <= window)
 
-    def _attend_one(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """One token against the flat cache, all heads at once: ``(batch, 1, columns)``.
+    def _attend_one(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, tokens: Any) -> Tensor:
+        """One token against ``tokens`` of the flat cache, all heads at once: ``(batch, 1, columns)``.
 
         Reading the cache is what takes the time, so it is read once and as it lies: each query stands in a row as
         wide as all keys, zero outside its own head's columns, and of each row of results only its own head's columns
@@ -338,7 +341,7 @@ class CloverAttention(nn.Module):
         """
         n, results, dtype, cpu = self.clover.queries, [], queries.dtype, queries.device.type == "cpu"
         if isinstance(mask, Tensor) and mask.dim() == 2:  # flash attention's: what is padding
-            mask = mask[:, None, None, -keys.shape[1] :].bool()
+            mask = mask[:, None, None, -tokens:].bool()
         mask, (_, spans) = by_head(mask, self._tables.heads), self._tables.at(queries)
         # Products that end in rows of logits of no whole 16 bytes take GPUs several times as long; so do those that
         # begin with them.
@@ -346,6 +349,9 @@ class CloverAttention(nn.Module):
         if cpu and queries.dtype.itemsize < 4:
             # oneDNN compiles a half-precision product anew for each length of the cache: milliseconds a token.
             queries, keys, values = queries.float(), keys.float(), values.float()
+        least, spare = max(LEAST, torch.finfo(queries.dtype).min), keys.shape[1] - tokens
+        if mask is not None and spare:
+            mask = nn.functional.pad(mask, (0, spare), value=False if mask.dtype == torch.bool else least)
         for span in spans:
             q, k, v = queries, keys, values
             if len(spans) > 1:
@@ -355,8 +361,9 @@ class CloverAttention(nn.Module):
             logits = torch.bmm(k, rows.mT).mT if turned else torch.bmm(rows, k.mT)
             if mask is not None:
                 m = mask[:, :, 0] if mask.shape[1] == 1 else mask[:, span.first * n : (span.first + span.heads) * n, 0]
-                least = max(LEAST, torch.finfo(logits.dtype).min)
                 logits = torch.where(m, logits, least) if m.dtype == torch.bool else logits + m
+            elif spare:
+                logits[..., tokens:] = least
             weights = logits.softmax(-1, dtype=torch.float32 if cpu else None)  # GPUs compute in float32 by themselves
             if weights.shape[-1] > FEW and cpu:
                 weights = nn.functional.threshold(weights, NOTHING, 0.0, inplace=not weights.requires_grad)
