@@ -38,7 +38,7 @@ CUTS = {"25 %": 0.25, "50 %": 0.5}
 PREFILL, DECODE = ((2048, 1), (512, 8)), ((2048, 1), (2048, 8), (4000, 8))
 """Contexts and batches."""
 FIRST = 1000, 1100, 1200
-NEW_TOKENS, REPEATS = 16, 5
+NEW_TOKENS, REPEATS = 16, 15
 FEWER = 4
 STEP = (4, 512)
 
