@@ -306,3 +306,12 @@ torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-5)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_flash_mask_says_how_many_tokens_a_static_cache_holds() -> None:
+    model, _ = pruned("llama-gqa", dtype=torch.float32)
+    attention = next(m for m in model.modules() if isinstance(m, CloverAttention))
+    queries, keys, values = (torch.randn(2, n, width) for n, width in zip((1, 9, 9), attention.sizes, strict=True))
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    right = attention._attend_one(queries, keys[:, :5], values[:, :5], mask[:, None, None].bool(), 5)
+    torch.testing.assert_close(attention._attend_one(queries, keys, values, mask, 9), right)

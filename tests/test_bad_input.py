@@ -153,6 +153,13 @@ def test_calibration_with_values_that_are_not_finite() -> None:
         clover.prune(model, vo=0.3, calibration=[batch, bad])
 
 
+@pytest.mark.parametrize("row", [[1, 2, 3], torch.tensor([1, 2, 3])])
+def test_rows_of_a_dataset_are_no_batches(row: Any) -> None:
+    model, _ = build("gpt2")
+    with pytest.raises(CloverError, match=r"input_ids of a calibration batch is a .* of one row; give batches"):
+        clover.prune(model, vo=0.3, calibration=[{"input_ids": row}])
+
+
 def test_calibration_that_the_model_refuses() -> None:
     """The error is the model's own; hooks and weights are put back all the same."""
     model, batch = build("gpt2")

@@ -96,6 +96,8 @@ def test_merge_refuses(wide: Path, narrow: Path, tmp_path: Path) -> None:
         (["--vo", 0.5, "--report", "nowhere/page.html"], "cannot write 'nowhere/page.html'"),
         (["--vo", 0.5, "--part", "encoder"], "no attention block in part 'encoder'"),
         (["--vo-threshold", 1e9], "would lose every direction"),
+        (["--vo", 0.5, "--split", "test"], "--split test chooses from calibration data"),
+        (["--vo", 0.5, "--limit", 8], "--limit 8 chooses from calibration data"),
     ],
 )
 def test_prune_refuses(narrow: Path, tmp_path: Path, arguments: list[object], said: str) -> None:
@@ -127,6 +129,30 @@ def test_calibration_of_another_kind(narrow: Path, tmp_path: Path) -> None:
     manifest = tmp_path / "speech.tsv"
     manifest.write_text("file\ttext\na.wav\tone\n")
     assert "reads text" in refuse("prune", narrow, tmp_path / "out", "--vo", 0.5, "--calibration", manifest)
+
+
+def test_rows_of_what_has_none(narrow: Path, words: Path, tmp_path: Path) -> None:
+    said = refuse("prune", narrow, tmp_path / "out", "--vo", 0.5, "--calibration", words, "--split", "test")
+    assert f"only a manifest has splits, and {words} is none" in said
+
+
+def test_too_little_memory_is_told_with_what_can_be_done(
+    narrow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(cli, "choose", full)
+    assert "CUDA out of memory. Try a smaller batch, --stream" in refuse("prune", narrow, tmp_path / "out", "--vo", 0.5)
+
+
+def test_a_package_that_a_model_needs_is_named(narrow: Path, tmp_path: Path) -> None:
+    config = json.loads((narrow / "config.json").read_text())
+    shutil.copytree(narrow, tmp_path / "quantised")
+    settings = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "quantised" / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    said = refuse("prune", tmp_path / "quantised", tmp_path / "out", "--vo", 0.5)
+    assert "can't be loaded" in said and "optimum" in said
 
 
 def test_calibration_without_use_is_pointed_out(narrow: Path, words: Path, tmp_path: Path) -> None:

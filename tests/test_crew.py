@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from clover.crew import crew
 from clover.draft import hidden
 from clover.streaming import prune_folder
 from test_streaming import CUT, same, save
@@ -60,3 +61,10 @@ def test_a_process_that_dies_ends_the_run(kind: str, rank: int, tmp_path: Path) 
     prune_folder(source, out, **CUT, resume=True)  # by one process, what two began
     prune_folder(source, tmp_path / "one", **CUT)
     same(tmp_path / "one", out)
+
+
+def test_a_scheduler_that_only_tells_the_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with crew() as we:
+        assert (we.rank, we.size) == (0, 1)

@@ -112,10 +112,22 @@ def _quantised(folder: Path) -> str:
     return "quantised; prune the unquantised model"
 
 
+def _odd_heads(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 5}))
+    return "is no model that can be loaded|but config.json gives"
+
+
+def _generation(folder: Path) -> str:
+    (folder / "generation_config.json").write_text("{")
+    _drop(folder, "model.norm.weight")
+    return "no tensor for model.norm.weight"  # as transformers, it takes the settings of the config
+
+
 @pytest.mark.parametrize(
     "damage",
     [_truncate, _beheaded, _no_file, _wrong_place, _not_listed, _no_index, _outside, _no_value, _no_norm, _other_heads,
-     _nan, _quantised],
+     _nan, _quantised, _odd_heads, _generation],
 )  # fmt: skip
 def test_damaged_source(damage: Any, llama: Path, tmp_path: Path) -> None:
     message = damage(llama)

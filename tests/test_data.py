@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -306,12 +307,34 @@ def test_models_of_images_that_write_take_text(name: str, tmp_path: Path) -> Non
         data.calibration_batches(tmp_path, model)
 
 
+def test_a_processor_in_the_place_of_a_tokenizer(tmp_path: Path) -> None:
+    model, _ = families.build("llama-gqa", torch.float32)
+    both = SimpleNamespace(tokenizer=tokenizer())
+    (batch,) = data.calibration_batches(text_file(tmp_path, 200), model, processor=both, length=9, sequences=2)
+    assert batch["input_ids"].shape == (2, 9)
+
+
+def test_positions_of_a_language_model_inside_another() -> None:
+    model, _ = families.build("llava", torch.float32)
+    assert data.max_positions(model) == model.config.text_config.max_position_embeddings
+    model.config.text_config.max_position_embeddings = -1  # which means that there is no bound
+    assert data.max_positions(model) is None
+
+
 def test_models_of_raw_sound(manifest: Path) -> None:
     model, _ = families.build("wav2vec2", torch.float32)
     extractor = t.Wav2Vec2FeatureExtractor(sampling_rate=8000)
     batches = data.calibration_batches(manifest, model, processor=extractor, split="test")
     assert all(batch.keys() == {"input_values"} and batch["input_values"].shape[0] == 1 for batch in batches)
     model(**batches[0])
+
+
+def test_what_only_hears_needs_no_tokenizer(manifest: Path, tmp_path: Path) -> None:
+    model, _ = families.build("hubert", torch.float32)
+    for thing in (model, t.Wav2Vec2FeatureExtractor(sampling_rate=8000)):
+        thing.save_pretrained(tmp_path / "hubert")
+    (batch,) = data.calibration_batches(manifest, clover.load(tmp_path / "hubert"))
+    assert batch.keys() == {"input_values"}
 
 
 def test_speech_is_teacher_forced(manifest: Path) -> None:
@@ -357,6 +380,16 @@ def test_images(pictures: Path) -> None:
     batches = data.calibration_batches(pictures, model, processor=t.ViTImageProcessorPil(size=size), batch=2)
     assert [b["pixel_values"].shape for b in batches] == [(2, 3, 16, 16), (1, 3, 16, 16)]
     model(**batches[0])
+
+
+def test_images_of_many_shapes_come_with_what_is_known_of_them(pictures: Path) -> None:
+    config = t.Siglip2VisionConfig(num_patches=16, patch_size=4, **TINY)
+    model = t.Siglip2VisionModel(config).eval()
+    images = t.Siglip2ImageProcessorPil(patch_size=4, max_num_patches=20)
+    (batch,) = data.calibration_batches(pictures, model, processor=images)
+    assert batch.keys() == {"pixel_values", "pixel_attention_mask", "spatial_shapes"}
+    clover.prune(model, vo=0.3, calibration=[batch])
+    assert model(**batch).last_hidden_state.isfinite().all()
 
 
 def test_images_for_two_towers_come_with_a_prompt(pictures: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import soundfile
 import torch
@@ -353,6 +354,20 @@ def test_cosine_where_the_base_is_not_what_reads_the_inputs(name: str) -> None:
     assert ev.embedding_cosine(model, model, [batch]).value == pytest.approx(1)
 
 
+def test_cosine_where_the_mask_is_one_of_samples() -> None:
+    model, batch = families.build("wav2vec2", torch.float32)
+    mask = torch.ones_like(batch["input_values"], dtype=torch.long)
+    assert ev.embedding_cosine(model, model, [batch | {"attention_mask": mask}]).value == pytest.approx(1)
+
+
+def test_a_learned_prompt_is_not_left_out_in_silence(llama: Any) -> None:
+    prompted = peft.get_peft_model(
+        copy.deepcopy(llama), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    with pytest.raises(CloverError, match=r"PROMPT_TUNING.* measure adapters of weights"):
+        ev.perplexity(prompted, torch.arange(9))
+
+
 # --- the verb ---
 
 
@@ -438,8 +453,11 @@ def test_what_cannot_be_evaluated(
 
 def test_model_that_does_not_suit_the_task(language_folder: Path, clips: list[Utterance], tmp_path: Path) -> None:
     (tmp_path / "m.tsv").write_text("file\ttext\na.wav\tone\n")
-    with pytest.raises(CloverError, match=r"speech recognition model, but .*LlamaForCausalLM"):
+    with pytest.raises(CloverError, match=r"Whisper model, but .*LlamaForCausalLM"):
         ev.evaluate(language_folder, tmp_path / "m.tsv", "wer")
+    families.build("speech2text", torch.float32)[0].save_pretrained(tmp_path / "other")
+    with pytest.raises(CloverError, match=r"Whisper model, but .*Speech2TextForConditionalGeneration"):
+        ev.evaluate(tmp_path / "other", tmp_path / "m.tsv", "wer")
     t.BertModel(t.BertConfig(vocab_size=60, **TINY)).save_pretrained(tmp_path / "bert")
     (tmp_path / "t.txt").write_text("long text")
     with pytest.raises(CloverError, match=r"causal language model, but .*BertModel"):

@@ -98,6 +98,11 @@ def test_divergence_is_that_of_torch() -> None:
     assert divergence(p, q).isfinite().all()
 
 
+def test_what_is_no_number_is_no_loss_of_nothing() -> None:
+    p, q = torch.full((2, 7), math.nan), torch.randn(2, 7)
+    assert divergence(p, q).isnan().all() and divergence(q, p).isnan().all()
+
+
 def test_one_number_is_no_distribution() -> None:
     """A reranker's only logit would, as a distribution, be the same whatever it says."""
     ids = torch.randint(3, 60, (4, 8))

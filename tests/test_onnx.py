@@ -204,3 +204,10 @@ def test_a_decoder_behind_an_encoder_reads_its_caches_alone() -> None:
         longer = torch.cat([batch["decoder_input_ids"], ids], 1)
         expected = dense(**batch | {"decoder_input_ids": longer}).logits[:, -1:]
         torch.testing.assert_close(decoder.run(ordered)["logits"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_also_sees_has_no_graph_of_text_alone(tmp_path: Path) -> None:
+    model, _ = build("llava", torch.float32)
+    with pytest.raises(CloverError, match=r"also reads pixel_values.*--format padded"):
+        onnx.export(model, tmp_path / "out")
+    assert not any(tmp_path.iterdir())

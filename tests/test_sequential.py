@@ -199,6 +199,16 @@ def test_batches_that_miss_a_part(tmp_path: Path) -> None:
         prune_folder(source, tmp_path / "out", **CUT, calibration=only_encoder)
 
 
+def test_text_alone_for_a_model_of_images(tmp_path: Path) -> None:
+    model, _, source = prepared("llava", tmp_path / "dense")
+    text = [{"input_ids": torch.randint(3, 60, (2, 9))} for _ in range(3)]
+    prune_folder(source, tmp_path / "out", vo=0.4, part="decoder", calibration=text)
+    made = clover.load(tmp_path / "out", dtype=torch.float64)
+    clover.prune(model, vo=0.4, part="decoder")
+    whole = build("llava")[0]
+    assert error(made, whole, text[0]) < error(model, whole, text[0])
+
+
 def test_never_more_than_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of a layer are dropped before the next one's are read; those of the head never are."""
     _, batches, source = prepared("llama-gqa", tmp_path / "dense")

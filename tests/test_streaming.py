@@ -126,6 +126,44 @@ def test_names_with_another_prefix(name: str, add: bool, tmp_path: Path) -> None
     same(in_memory(source, tmp_path / "cut", **CUT), tmp_path / "streamed")
 
 
+def test_a_tied_tensor_under_its_other_name(tmp_path: Path) -> None:
+    """As ``safetensors.torch.save_model`` leaves it."""
+    source = save("gpt2", tmp_path / "dense", shard="1GB")
+    held = tensors(source)
+    held["lm_head.weight"] = held.pop("transformer.wte.weight")
+    safetensors.torch.save_file(held, source / "model.safetensors", {"format": "pt"})
+    prune_folder(source, tmp_path / "streamed", **CUT)
+    one, other = (clover.load(p) for p in (in_memory(source, tmp_path / "whole", **CUT), tmp_path / "streamed"))
+    assert torch.equal(one.get_input_embeddings().weight, other.get_input_embeddings().weight)
+    assert torch.equal(one.get_output_embeddings().weight, other.get_output_embeddings().weight)
+
+
+def test_how_an_older_model_generates_is_in_its_config(tmp_path: Path) -> None:
+    source = save("bart", tmp_path / "dense")
+    (source / "generation_config.json").unlink()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_beams": 4, "max_length": 77}))
+    prune_folder(source, tmp_path / "out", **CUT)
+    made = clover.load(tmp_path / "out").generation_config
+    assert (made.num_beams, made.max_length) == (4, 77)
+
+
+def test_of_a_hub_name_only_what_is_read_is_fetched(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fetch(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert ignore_patterns == ["*/*"]
+        asked.extend(allow_patterns)
+        return str(llama)
+
+    monkeypatch.setattr(streaming, "snapshot_download", fetch)
+    prune_folder("somebody/model", tmp_path / "out", **CUT)
+    weights = {f.name for f in llama.glob("*.safetensors")}
+    assert set(asked) == {"*.json", "model.safetensors", *weights}
+
+
 def test_tensors_that_are_not_cut_are_copied_byte_for_byte(llama: Path, tmp_path: Path) -> None:
     prune_folder(llama, tmp_path / "streamed", vo=0.5)
     before, after = tensors(llama), tensors(tmp_path / "streamed")

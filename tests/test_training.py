@@ -299,6 +299,8 @@ def test_a_loss_that_is_no_number_stops_the_run(llama: Path, text: Path, tmp_pat
         ({"lr": float("nan")}, "lr is nan"),
         ({"lr": 0.0}, "lr is 0.0"),
         ({"rank": 0}, "rank is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
         ({"block_size": 0}, "block_size is 0"),
         ({"parts": ("down",)}, "'down'"),
     ],
@@ -459,3 +461,34 @@ def test_no_example_is_longer_than_asked() -> None:
     long = training.answered("a question " * 10, "an answer " * 300, tokenizer(), 64)
     assert len(long["input_ids"]) == len(long["labels"]) == 64
     assert long["labels"][0] == training.IGNORED and long["labels"][1] != training.IGNORED
+
+
+def test_an_answer_that_is_cut_off_does_not_end(tmp_path: Path) -> None:
+    """Or every long example would teach to stop in the middle of a sentence."""
+    words = tokenizer()
+    words.eos_token = "w49"
+    whole, cut = (training.answered("w1", " ".join(["w2"] * n), words, 9)["labels"] for n in (3, 30))
+    assert whole[-1] == words.eos_token_id and cut[-1] != words.eos_token_id
+    file = tmp_path / "long.jsonl"
+    rows = [{"instruction": "w1", "output": " ".join(["w2"] * n)} for n in (3, 30, 40)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.warns(UserWarning, match=r"2 of the 3 answers in .*long.jsonl end after 9 tokens"):
+        examples(file, words, 9)
+
+
+def test_examples_have_no_more_tokens_than_positions(tmp_path: Path) -> None:
+    build("gpt2", torch.float32)[0].save_pretrained(tmp_path / "gpt2")
+    tokenizer().save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i % 47}" for i in range(400)))
+    recipe = Recipe(**{**SMALL, "steps": 1, "length": 300, "block_size": 16})
+    result = tune(str(tmp_path / "gpt2"), tmp_path / "adapter", tmp_path / "text.txt", recipe)
+    assert result["length"] == clover.load(tmp_path / "gpt2").config.n_positions
+
+
+def test_a_bar_writes_nothing_to_standard_output(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training.console, "_force_terminal", True)
+    tune(str(llama), tmp_path / "adapter", text, Recipe(**SMALL))
+    out, err = capsys.readouterr()
+    assert out == "" and "6/6" in err

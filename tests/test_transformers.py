@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,9 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 
 import clover
 from clover.attention import CloverAttention
+from clover.budget import Share
 from clover.errors import CloverError
+from clover.pruning import apply, find_bases, plan_ranks
 from commands import run
 from families import build, outputs, pruned
 from tiny import LM
@@ -185,6 +190,60 @@ def test_a_paged_cache_is_refused() -> None:
     attention = next(m for m in model.modules() if isinstance(m, CloverAttention))
     with pytest.raises(CloverError, match="paged cache"):
         attention(torch.zeros(1, 2, 48), cache=object())
+
+
+def test_batches_of_requests_are_refused_at_once() -> None:
+    model, _ = pruned("llama-gqa", dtype=torch.float32)
+    with pytest.raises(CloverError, match="use generate"):
+        model.generate_batch([[1, 2, 3]], generation_config=model.generation_config)
+
+
+def test_a_cache_of_other_heads_is_refused() -> None:
+    model, batch = pruned("llama-gqa", dtype=torch.float32)
+    dense, _ = build("llama-gqa", torch.float32)
+    cache = dense(**batch, use_cache=True).past_key_values
+    with pytest.raises(CloverError, match=r"keys of 2 heads.*prefix tuning"):
+        model(**batch, past_key_values=cache)
+
+
+def test_experts_are_computed_as_in_the_original_class(tmp_path: Path) -> None:
+    """Transformers looks for what tells in the module of the class, and its class of ours is made here."""
+    clover.save(pruned("mixtral", dtype=torch.float32)[0], tmp_path / "m")
+    code = (
+        "import clover, sys; m = clover.load(sys.argv[1]); print(m.config._experts_implementation); "
+        "m.set_experts_implementation('batched_mm')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == build("mixtral", torch.float32)[0].config._experts_implementation
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_a_hook_can_be_taken_off_after_pruning() -> None:
+    model, batch = build("llama-gqa", torch.float32)
+    attention, seen = model.model.layers[0].self_attn, []
+    handles = [
+        attention.register_forward_hook(lambda *_: seen.append("forward"), always_call=True),
+        attention.register_full_backward_pre_hook(lambda *_: seen.append("backward")),
+    ]
+    clover.prune(model, qk=0.3, vo=0.3)
+    model(**batch).logits.sum().backward()
+    assert seen == ["forward", "backward"]
+    for handle in handles:
+        handle.remove()
+    model(**batch).logits.sum().backward()
+    assert seen == ["forward", "backward"]
+
+
+def test_times_of_words_without_heads_that_are_gone() -> None:
+    model, _ = build("whisper", torch.float32)
+    model.generation_config.alignment_heads = [[0, 0], [0, 1], [1, 0]]
+    bases = find_bases(model, part="cross")
+    plan = plan_ranks(bases, Share(0), Share(0))
+    first = plan.blocks[0]
+    left = tuple(replace(group, heads=tuple(h for h in group.heads if h)) for group in first.groups)
+    apply(model, bases, replace(plan, blocks=(replace(first, groups=left), *plan.blocks[1:])))
+    assert model.generation_config.alignment_heads == [[0, 1], [1, 0]]
 
 
 def test_devices_that_share_a_model_have_rewritten_blocks_whole(tmp_path: Path) -> None:

@@ -466,3 +466,12 @@ def test_only_layers_with_attention_are_tuned(name: str) -> None:
     tuned = get_peft_model(model, CloverConfig(block_size=16)).base_model.model
     wrapped = {n for n, module in tuned.named_modules() if isinstance(module, CloverLayer)}
     assert wrapped == {n for n, slots in found.items() if any(s.part in ("qk", "vo", "up") for s in slots)}
+
+
+def test_layers_are_chosen_where_modules_are_named_one_by_one() -> None:
+    model, _ = build("lfm2", torch.float32)
+    attention = [n for n, m in model.named_modules() if n.endswith("self_attn")]
+    layer = int(attention[-1].split(".")[2])
+    tuned = get_peft_model(model, CloverConfig(block_size=16, layers_to_transform=[layer])).base_model.model
+    wrapped = {n for n, module in tuned.named_modules() if isinstance(module, CloverLayer)}
+    assert wrapped and all(n.startswith(f"model.layers.{layer}.") for n in wrapped)

@@ -12,6 +12,7 @@ from clover.errors import CloverError
 
 IGNORED = -100
 """The label that transformers' losses leave out, of padding above all."""
+READ = "input_ids", "input_features", "input_values", "pixel_values"
 ROWS = 256
 """Tokens whose distributions are held at once."""
 
@@ -126,6 +127,12 @@ def on(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (list, tuple)) and len(batch) == 1:  # as a loader hands over a dataset of tensors
         batch = batch[0]
     if isinstance(batch, Mapping):
+        for name in set(READ) & set(batch):
+            if not isinstance(batch[name], Tensor) or batch[name].dim() < 2:
+                raise CloverError(
+                    f"{name} of a calibration batch is a {type(batch[name]).__name__} of one row; give batches of "
+                    "tensors (batch, ...), as a DataLoader makes them of a dataset"
+                )
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if v is not None}
     if isinstance(batch, Tensor) and batch.dim() > 1:
         return batch.to(device)

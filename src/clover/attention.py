@@ -157,7 +157,7 @@ class CloverAttention(nn.Module):
         """
         call = arguments(self.family, self.is_cross, self.positional, args, kwargs)
         if call.get("cache") is not None:
-            raise CloverError("a pruned model can't share a paged cache (generate_batch); use generate")
+            raise CloverError("a pruned model can't share a paged cache; use generate")
         x, seen = call["hidden_states"], self._seen(call)
         queries, keys, values = self._project(x, call)
         if self.growth:
@@ -340,8 +340,9 @@ class CloverAttention(nn.Module):
         are taken.
         """
         n, results, dtype, cpu = self.clover.queries, [], queries.dtype, queries.device.type == "cpu"
-        if isinstance(mask, Tensor) and mask.dim() == 2:  # flash attention's: what is padding
-            mask = mask[:, None, None, -tokens:].bool()
+        if isinstance(mask, Tensor) and mask.dim() == 2:  # flash attention's: what of the tokens so far is padding
+            tokens = min(tokens, mask.shape[1])
+            keys, values, mask = keys[:, :tokens], values[:, :tokens], mask[:, None, None, -tokens:].bool()
         mask, (_, spans) = by_head(mask, self._tables.heads), self._tables.at(queries)
         # Products that end in rows of logits of no whole 16 bytes take GPUs several times as long; so do those that
         # begin with them.

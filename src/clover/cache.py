@@ -9,6 +9,8 @@ from jaxtyping import Shaped
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from clover.errors import CloverError
+
 ROOM, LEAST = 8, 64
 """A buffer that is full grows by an ``1 / ROOM`` of its tokens, and by ``LEAST`` of them at least."""
 WHICH = "keys", "values"
@@ -81,10 +83,20 @@ def _begins(held: Tensor, buffer: Tensor) -> bool:
 
 
 def grow(cache: Cache, layer: int) -> None:
-    """Let an empty dynamic layer of a cache be one that grows in place; any other kind stays what it is."""
+    """Let an empty dynamic layer of a cache be one that grows in place; any other kind stays what it is.
+
+    Raises:
+        CloverError: the layer holds keys of other heads.
+    """
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= layer:
             cache.layers.append(cache.layer_class_to_replicate())
+    held = getattr(cache.layers[layer], "keys", None)
+    if isinstance(held, Tensor) and held.dim() == 4 and held.shape[1] != 1:
+        raise CloverError(
+            f"the cache holds keys of {held.shape[1]} heads, as the unpruned model or prefix tuning makes them; begin "
+            "with an empty cache, and tune a pruned model by its weights or by a prompt"
+        )
     if type(cache.layers[layer]) is DynamicLayer and not cache.layers[layer].is_initialized and not cache.offloading:
         cache.layers[layer] = GrowingLayer()
 

@@ -19,9 +19,10 @@ from clover.folders import fresh_folder
 from clover.heads import finite
 
 DAMAGE = (
-    OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, SafetensorError, StrictDataclassError,
+    OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, ImportError, SafetensorError,
+    StrictDataclassError,
 )  # fmt: skip
-"""What transformers raises at a folder that is damaged, depending on where."""
+"""What transformers raises at a folder that is damaged, depending on where; or that needs a package."""
 
 
 @overload
@@ -52,7 +53,7 @@ def load(path: str | os.PathLike[str], *, output_loading_info: bool = False, **k
     _, kind = _kind(path, **{k: kwargs[k] for k in keys if k in kwargs})
     try:
         model, info = kind.from_pretrained(path, output_loading_info=True, **kwargs)
-    except CloverError:
+    except (CloverError, torch.OutOfMemoryError):
         raise
     except DAMAGE as error:
         raise CloverError(f"{path} can't be loaded: {reason(error)}") from error
@@ -68,11 +69,24 @@ def blank(path: str | os.PathLike[str], dtype: torch.dtype) -> PreTrainedModel:
     """
     config, kind = _kind(path, trust_remote_code=False)
     make = kind.from_config if kind is transformers.AutoModel else kind._from_config
-    with torch.device("meta"):
-        model = make(config, dtype=config.dtype or dtype)
-    if model.can_generate() and (Path(path) / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    try:
+        with torch.device("meta"):
+            model = make(config, dtype=config.dtype or dtype)
+    except DAMAGE as error:
+        raise CloverError(f"{path} is no model that can be loaded: {reason(error)}") from error
+    if model.can_generate():
+        model.generation_config = _generation_config(path)
     return model.eval()
+
+
+def _generation_config(path: str | os.PathLike[str]) -> Any:
+    """As transformers finds it: in older models it is part of the config, whose class drops it."""
+    try:
+        return transformers.GenerationConfig.from_pretrained(path)
+    except OSError:
+        return transformers.GenerationConfig.from_pretrained(
+            path, config_file_name="config.json", _from_model_config=True
+        )
 
 
 def _kind(path: str | os.PathLike[str], **config_args: Any) -> tuple[Any, Any]:

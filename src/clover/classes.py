@@ -113,6 +113,20 @@ class _ModelMixin:
         return cls._original().is_custom_code()
 
     @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """As the original class says, in whose module transformers then looks for what tells."""
+        return cls._original()._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Likewise."""
+        return cls._original()._can_set_experts_implementation()
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """Refuse at once: what fails later fails in a thread of transformers, which passes over it."""
+        raise CloverError("a pruned model can't share a paged cache (generate_batch); use generate")
+
+    @classmethod
     def _original(cls) -> Any:
         return next(base for base in cls.__mro__ if not issubclass(base, _ModelMixin))
 
@@ -248,6 +262,22 @@ def adopt(model: PreTrainedModel, plan: Plan) -> None:
     PreTrainedModel.__init__(kind.__new__(kind), copy.deepcopy(model.config))
     model.__class__ = kind
     _name_as_here(model)
+    _align_by_what_is_left(model, plan)
+
+
+def _align_by_what_is_left(model: Any, plan: Plan) -> None:
+    """Let Whisper tell the times of words without heads that attend to nothing, or to all alike."""
+    heads: Any = getattr(getattr(model, "generation_config", None), "alignment_heads", None) or ()
+    if heads and (cross := [block for block in plan.blocks if block.part == "cross"]):
+        n = cross[0].queries
+        left = {
+            (layer, n * head + i)
+            for layer, block in enumerate(cross)
+            for group in block.groups if group.qk and group.value
+            for head in group.heads for i in range(n)
+        }  # fmt: skip
+        model.generation_config = copy.deepcopy(model.generation_config)
+        model.generation_config.alignment_heads = [list(h) for h in map(tuple, heads) if h in left] or None
 
 
 def _own_config(model: PreTrainedModel) -> None:

@@ -65,7 +65,7 @@ def crew() -> Iterator[Crew]:
     if dist.is_available() and dist.is_initialized():
         own = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         yield Crew(dist.get_rank(), dist.get_world_size(), own)
-    elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    elif "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # schedulers set the latter alone
         with _together():
             dist.init_process_group("gloo")
         try:

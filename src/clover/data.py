@@ -169,6 +169,11 @@ def audio_features(files: Sequence[Path], extractor: Any) -> torch.Tensor:
     return extractor(clips, sampling_rate=rate, return_tensors="pt")[extractor.model_input_names[0]]
 
 
+def is_whisper(model: Any) -> bool:
+    """Whether it is told language and task by tokens, and writes text by what it hears, as Whisper's class does."""
+    return hasattr(model.config, "median_filter_width")  # which Whisper alone has, to tell times
+
+
 def is_multilingual(model: nn.Module) -> bool:
     """Whether a Whisper model is told language and task; English-only ones must not be."""
     return getattr(getattr(model, "generation_config", None), "is_multilingual", True)
@@ -177,9 +182,9 @@ def is_multilingual(model: nn.Module) -> bool:
 def max_positions(model: nn.Module) -> int | None:
     """Most tokens that the model reads at once, or None if its config sets no bound, nor those of its two sides."""
     config: Any = model.config
-    configs = (config, getattr(config, "encoder", None), getattr(config, "decoder", None))
+    configs = (config, *(getattr(config, side, None) for side in ("text_config", "encoder", "decoder")))
     bounds = (getattr(each, "max_position_embeddings", None) for each in configs)
-    bound = min((b for b in bounds if b is not None), default=None)
+    bound = min((b for b in bounds if b is not None and b > 0), default=None)
     tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
     padding = next((i for m in tables if (i := getattr(m, "padding_idx", None)) is not None), None)
     # A position table with a padding row starts counting behind that row.
@@ -209,7 +214,7 @@ def _spread(items: Sequence[T], count: int) -> list[T]:
 def _text_batches(
     path: Path, model: nn.Module, tokenizer: Any, sequences: int, length: int, batch: int
 ) -> Iterable[dict[str, torch.Tensor]]:
-    tokenizer = tokenizer or load_processor(model, "AutoTokenizer")
+    tokenizer = _part(tokenizer, "tokenizer", "all_special_ids", model, "AutoTokenizer")
     text = read_text(path)
     if file_kind(path) == "questions":
         text = "\n\n".join(f"{r['instruction']}\n{r['output']}" for _, r in read_records(path))
@@ -254,7 +259,6 @@ def _audio_batches(
     utterances = read_manifest(path, split)
     if split is None:
         utterances = [u for u in utterances if u.split == "calibration"] or utterances
-    processor = processor or load_processor(model, "AutoProcessor")
     extractor = _part(processor, "feature_extractor", "sampling_rate", model, "AutoFeatureExtractor")
     decodes = "decoder_input_ids" in inspect.signature(model.forward).parameters
     tokenizer = _part(processor, "tokenizer", "all_special_ids", model, "AutoTokenizer") if decodes else None
@@ -278,7 +282,7 @@ def _part(processor: Any, name: str, has: str, model: nn.Module, kind: str) -> A
 def _teacher(text: str, model: Any, tokenizer: Any) -> list[int]:
     """What the decoder has read when it has written ``text``, in English without timestamps if it is Whisper's."""
     start = [decoder_start(model)]
-    if hasattr(model.config, "median_filter_width"):  # which Whisper alone has, to tell times
+    if is_whisper(model):
         prompt = ["<|en|>", "<|transcribe|>"] if is_multilingual(model) else []
         start = tokenizer.convert_tokens_to_ids(["<|startoftranscript|>", *prompt, "<|notimestamps|>"])
         if None in start or tokenizer.unk_token_id in start:
@@ -313,7 +317,8 @@ def _image_batches(
     chosen = _spread(files, most)
     for start in track(range(0, len(chosen), batch), "reading images"):
         pictures = [_read_image(file) for file in chosen[start : start + batch]]
-        seen = {"pixel_values": images(images=pictures, return_tensors="pt")["pixel_values"]}
+        made = images(images=pictures, return_tensors="pt")
+        seen = {name: made[name] for name in made if name in reads}  # some say what of the pixels is no picture
         yield seen | prompt | (_written(model, seen) if "decoder_input_ids" in reads else {})
 
 

@@ -55,8 +55,7 @@ def decompose(gram_a: Float[Tensor, "*batch d d"], gram_b: Float[Tensor, "*batch
     return Bases(shrink * (vh @ l_b.mT), shrink * (u.mT @ l_a.mT), torch.where(empty, 0, s))
 
 
-def weight_gram(weight: Float[Tensor, "*batch d n"], bias: Float[Tensor, "*batch d"] | None = None) -> Tensor:
-    """Gram of a projection under white input, ``W W^T (+ b b^T)``: the metric of the paper. Shape ``(..., d, d)``."""
+def weight_gram(weight: Float[Tensor, "*batch d n"]) -> Float[Tensor, "*batch d d"]:
+    """Gram of a projection under white input, ``W W^T``, float64: the metric of the paper."""
     weight = weight.double()
-    gram = weight @ weight.mT
-    return gram if bias is None else gram + bias.double().unsqueeze(-1) * bias.double().unsqueeze(-2)
+    return weight @ weight.mT

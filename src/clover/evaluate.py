@@ -15,11 +15,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
+from clover.answers import padding, valid
+from clover.checkpoint import load
 from clover.cost import accepts, encoder, writes_text
-from clover.data import audio_features, is_multilingual, load_processor, max_positions, text_tokens
+from clover.data import audio_features, is_multilingual, is_whisper, load_processor, max_positions, text_tokens
 from clover.errors import CloverError
 from clover.files import Question, Utterance, extra, file_kind, read_manifest, read_questions, read_text
 from clover.layerwise import replaced
+from clover.precision import ready
 from clover.progress import track
 
 TASKS = {"perplexity": "text", "wer": "manifest", "choice": "questions"}
@@ -267,7 +270,7 @@ def _shared(a: list[int], b: list[int]) -> int:
 def embedding_cosine(dense: nn.Module, pruned: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> Score:
     """Mean cosine between the embeddings that two models give to the same inputs; 1 is full agreement.
 
-    An embedding is the mean of the encoder's last hidden states, over the tokens that ``attention_mask`` shows.
+    An embedding is the mean of the encoder's last hidden states, over what ``attention_mask`` shows.
 
     Args:
         dense: the model to agree with.
@@ -293,7 +296,7 @@ def _embed(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     hidden = getattr(run(**{k: v for k, v in batch.items() if k in reads}), "last_hidden_state", None)
     if hidden is None:
         raise CloverError(f"{type(run).__name__} gives no last hidden state; compare its text or vision model")
-    mask = batch.get("attention_mask", torch.ones(hidden.shape[:2], device=hidden.device))[..., None].double()
+    mask = valid(hidden, padding(batch, model).encoder)[..., None].double()
     return (hidden.double() * mask).sum(1) / mask.sum(1)
 
 
@@ -335,7 +338,16 @@ def evaluate(
 
 
 def _whole(model: Any) -> Any:
-    """The model; of one with a peft adapter, what the adapter is in."""
+    """The model; of one with a peft adapter, what the adapter is in.
+
+    Raises:
+        CloverError: the adapter is none of weights.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise CloverError(
+            f"a prompt learned by {model.active_peft_config.peft_type.value} stands outside of the model and would be "
+            "left out; measure adapters of weights"
+        )
     return getattr(model, "get_base_model", lambda: model)()
 
 
@@ -363,12 +375,8 @@ def _body(model: Any) -> Any:
 
 def _load(name: str | Path, task: str) -> Any:
     """A model that can do the task."""
-    from clover.checkpoint import load
-    from clover.precision import ready
-
     model, _ = ready(load(str(name)))
-    speech = "input_features" in accepts(model)
-    if not (model.can_generate() and speech if task == "wer" else writes_text(model)):
-        wanted = "a speech recognition model" if task == "wer" else "a causal language model"
+    if not (is_whisper(model) and model.can_generate() if task == "wer" else writes_text(model)):
+        wanted = "a Whisper model" if task == "wer" else "a causal language model"
         raise CloverError(f"{task} needs {wanted}, but {name} is a {type(model).__name__}")
     return model.eval()

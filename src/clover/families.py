@@ -113,7 +113,7 @@ _ROWS: dict[str, Family] = {
         fused="query_key_value", interleaved=True, o="dense", head_dim="head_size", rotary=True,
         rename={"layer_past": "past_key_values"},
     ),
-    "FalconAttention": Family(
+    "FalconAttention FalconFlashAttention2": Family(
         fused="query_key_value", interleaved=True, o="dense", heads="num_heads", kv_heads="num_kv_heads",
         scale=("inv_norm_factor",), rotary=attrgetter("config.rotary"), rename={"layer_past": "past_key_values"},
         unless={"config.alibi": "each implementation of its attention adds another bias by distance (alibi)"},

@@ -64,6 +64,11 @@ class _Call(nn.Module):
 def graphs(model: Any) -> list[Graph]:
     """The graphs that together are the model, in evaluation mode."""
     if writes_text(model):
+        if senses := accepts(model).keys() & {"pixel_values", "input_features", "input_values"}:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} also reads {min(senses)}, for which its graph would have no place; "
+                "use --format padded"
+            )
         return [_decoder(model)]
     if model.can_generate() and model.config.is_encoder_decoder:
         if "input_ids" in accepts(model.get_encoder()):

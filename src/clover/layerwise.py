@@ -8,7 +8,7 @@ carried from layer to layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -135,6 +135,20 @@ def walk(
                     calls[at] = record(at, Form(rest))[1]
                     forms[stack.name] = Form(None if rest is None else (None,) * len(rest))
         done[stack.name] = hidden
+
+
+def entered(model: nn.Module, order: Sequence[Stack], batch: Any) -> list[str]:
+    """The stacks that a batch enters, by name, in their order: as far as a model whose layers do nothing can be run."""
+    found: list[str] = []
+
+    def note(name: str, *args: Any, **kwargs: Any) -> Tensor:
+        found.append(name)
+        return args[0] if args else kwargs["hidden_states"]
+
+    stubs = {model.get_submodule(layer): partial(note, stack.name) for stack in order for layer in stack.layers}
+    with replaced(stubs), suppress(Exception), torch.no_grad():  # what layers return may matter, as does the head
+        forward(model, batch)
+    return list(dict.fromkeys(found))
 
 
 class _Inputs(Sequence[tuple[Tensor, Call]]):

@@ -366,7 +366,7 @@ def _by_sequence(whole: nn.Module, cut: nn.Module, batch: Any) -> Iterator[Tenso
 def divergence(p: Float[Tensor, "n words"], q: Float[Tensor, "n words"]) -> Float[Tensor, " n"]:
     """``KL(softmax(p) || softmax(q))`` of each row, in nats; words that ``p`` rules out don't count."""
     p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
-    return torch.where(p > -math.inf, p.exp() * (p - q), 0.0).sum(-1).clamp_min(0)  # rounding may go below
+    return torch.where(p == -math.inf, 0.0, p.exp() * (p - q)).sum(-1).clamp_min(0)  # rounding may go below
 
 
 def relative_error(p: Float[Tensor, "n d"], q: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:

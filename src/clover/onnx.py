@@ -33,7 +33,7 @@ def export(model: PreTrainedModel, path: str | os.PathLike[str], *, beside: tupl
     """Write a model as ONNX, whole or not at all: a file for each of its :func:`clover.graphs.graphs`, and the config.
 
     Args:
-        model: rewritten by clover or not, float32; it stays as it is.
+        model: rewritten by clover or not, float32; it is left in evaluation mode.
         path: the folder to make; must not exist.
         beside: tokenizers and processors to save with it.
 

@@ -69,11 +69,18 @@ def flag(argument: str) -> str:
     return "--" + argument.replace("_", "-")
 
 
-def measured_by(metric: pruning.Metric | None, calibration: Path | None) -> pruning.Metric:
+def measured_by(
+    metric: pruning.Metric | None, calibration: Path | None, split: str | None, limit: int | None
+) -> pruning.Metric:
     """The metric; finds out before the long work whether it and the data go together."""
     chosen = pruning.measured_by(metric, calibration, flag)
+    for name, value in (("--split", split), ("--limit", limit)):
+        if value is not None and calibration is None:
+            raise CloverError(f"{name} {value} chooses from calibration data; give --calibration FILE, or leave it out")
     if calibration is not None:
-        file_kind(calibration)
+        kind = file_kind(calibration)
+        if split is not None and kind != "manifest":
+            raise CloverError(f"--split {split}: only a manifest has splits, and {calibration} is none; leave it out")
         if chosen == "weights":
             note(f"warning: --metric weights makes no use of {calibration}")
     return chosen

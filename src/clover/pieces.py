@@ -164,7 +164,13 @@ class Pieces:
 
     def _source_name(self, key: str) -> str | None:
         """Under which name the checkpoint holds a tensor of the model, or the one that it is tied to."""
-        return self.names.get(key) or self.names.get(self.model.all_tied_weights_keys.get(key, ""))
+        return next((self.names[name] for name in (key, *self._tied(key)) if name in self.names), None)
+
+    def _tied(self, key: str) -> list[str]:
+        """The other names of a tensor of the model: a file may hold it under any one of them."""
+        ties = self.model.all_tied_weights_keys
+        first = ties.get(key, key)
+        return [name for name in (first, *(n for n, of in ties.items() if of == first)) if name != key]
 
     def untouched(self, gone: tuple[str, ...]) -> Iterator[tuple[str, Entry]]:
         """What is copied as it lies, by its name in what is written: all tensors whose names don't begin so."""
@@ -180,11 +186,12 @@ class Pieces:
         return self.source.entries[self.names[f"{block.output_name}.weight"]].file.name
 
     def _check(self) -> None:
-        tied, ignored = self.model.all_tied_weights_keys, self.model._keys_to_ignore_on_load_missing or ()
+        ignored = self.model._keys_to_ignore_on_load_missing or ()
         for key, tensor in self.shapes.items():
             name, shape = self._found(key)
             if shape is None:
-                if key in tied or any(re.search(pattern, key) for pattern in ignored):
+                tied = any(name in self.names or name in self.merged for name in self._tied(key))
+                if tied or any(re.search(pattern, key) for pattern in ignored):
                     continue
                 raise CloverError(f"{self.source.folder} has no tensor for {key}; restore the files")
             if shape != tuple(tensor.shape):

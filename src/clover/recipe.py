@@ -32,7 +32,7 @@ class Recipe:
     warmup: int = 10
     """Steps over which the learning rate rises; it then falls to zero along a line."""
     length: int = 512
-    """Tokens at most in an example."""
+    """Tokens at most in an example, and no more than the model has positions for."""
     parts: tuple[str, ...] = ("qk", "vo", "up")
     core: str = "full"
     block_size: int = 64
@@ -62,6 +62,8 @@ class Recipe:
                 raise CloverError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.rate < math.inf:
             raise CloverError(f"lr is {self.lr}; it must be a positive finite number")
+        if not 0 <= self.seed < 2**32:
+            raise CloverError(f"seed is {self.seed}; it must be at least 0 and less than 2**32")
         if self.rank is not None and self.rank < 1:
             raise CloverError(f"rank is {self.rank}; it must be at least 1")
 

@@ -30,7 +30,7 @@ from clover.calibrate import Moments, Watcher
 from clover.crew import Crew
 from clover.draft import Draft
 from clover.errors import CloverError
-from clover.layerwise import Call, Stack, run, stacks, walk
+from clover.layerwise import Call, Stack, entered, run, stacks, walk
 from clover.layout import BASES, DONE, Layout
 from clover.packed import pack_costs
 from clover.pieces import Pieces, cut
@@ -159,7 +159,7 @@ class Calibrated:
         device = workplace(pieces.model.dtype)[0]
         batches = [on(b, device) for b in (calibration(model) if callable(calibration) else calibration)]
         sample, mine = Sample.of(batches, model, we, seed)
-        return cls(pieces, blocks, order, model, mine, sample, _fingerprint(batches))
+        return cls(pieces, blocks, _needed(model, order, blocks, batches), model, mine, sample, _fingerprint(batches))
 
     def survey(self, made: Draft, we: Crew) -> None:
         """Keep what the directions of all blocks cost in the draft."""
@@ -212,6 +212,17 @@ class Calibrated:
             walk(self.model, self.order, self.batches, layer, spill)
             shutil.rmtree(spill, ignore_errors=True)
         we.meet()
+
+
+def _needed(
+    model: nn.Module, order: Sequence[Stack], blocks: Sequence[Block], batches: Sequence[Any]
+) -> Sequence[Stack]:
+    """The lists of layers without those that nothing comes from: the images' of a model that is given text alone."""
+    chosen = {stack.name for stack in stacks(model, blocks)}
+    runs = [entered(model, order, batch) for batch in batches]
+    if not all(chosen <= set(run) for run in runs):
+        return order
+    return [stack for stack in order if stack.name in chosen.union(*runs)]
 
 
 def _fingerprint(batches: Iterable[Any]) -> str:

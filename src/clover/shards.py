@@ -97,7 +97,7 @@ class Checkpoint:
         if (folder / SINGLE).exists():  # transformers reads it, whatever else lies there
             places, files = None, [SINGLE]
         elif index.exists():
-            places = _read_index(index)
+            places = read_index(index)
             files = sorted(set(places.values()))
         else:
             raise CloverError(
@@ -129,7 +129,12 @@ class Checkpoint:
         return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
 
 
-def _read_index(index: Path) -> dict[str, str]:
+def read_index(index: Path) -> dict[str, str]:
+    """Names of tensors -> names of files.
+
+    Raises:
+        CloverError: it is damaged.
+    """
     try:
         places = json.loads(index.read_text())["weight_map"]
         if isinstance(places, dict) and places and all(Path(f).name == f for f in places.values()):

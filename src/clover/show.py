@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
 from clover.block import Block
-from clover.errors import CloverError
+from clover.errors import CloverError, reason
 from clover.plan import Spectrum
 from clover.progress import console
 from clover.report import Row
@@ -30,6 +31,8 @@ class Commands(TyperGroup):
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
         except CloverError as error:
             _fail(str(error))
+        except torch.OutOfMemoryError as error:
+            _fail(f"{reason(error)} Try a smaller batch, --stream (of prune), or the CPU: CUDA_VISIBLE_DEVICES=")
         except Exception as error:
             if not hasattr(error, "format_message"):  # only what the parser raises has it
                 raise

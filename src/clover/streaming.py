@@ -23,6 +23,7 @@ from clover.budget import Granularity, Limits
 from clover.crew import Crew, crew
 from clover.draft import Draft, draft
 from clover.errors import CloverError, reason
+from clover.folders import check_writable
 from clover.layout import BASES, DONE, Layout
 from clover.packed import pack, pack_costs, unpack, unpack_costs
 from clover.pieces import Pieces, cut
@@ -30,6 +31,7 @@ from clover.plan import FORMAT, Plan
 from clover.progress import track
 from clover.pruning import Part, plan_costs, rules, summary
 from clover.sequential import Calibrated
+from clover.shards import INDEX, SINGLE, read_index
 
 Calibration = Iterable[Any] | Callable[[PreTrainedModel], Iterable[Any]]
 
@@ -79,6 +81,7 @@ def prune_folder(
         qk=qk, vo=vo, qk_threshold=qk_threshold, vo_threshold=vo_threshold, qk_energy=qk_energy, vo_energy=vo_energy
     )
     limits = limits or Limits()
+    check_writable(out)
     with crew() as we:
         pieces = Pieces.open(local(model))
         found = pieces.blocks(part)
@@ -104,15 +107,21 @@ def prune_folder(
 
 
 def local(model: str | os.PathLike[str]) -> Path:
-    """The folder of a model; a hub name is fetched first, safetensors alone.
+    """The folder of a model; a hub name is fetched first, of its weights those that transformers would load.
 
     Raises:
         CloverError: nothing there.
     """
     if Path(model).is_dir():
         return Path(model)
+
+    def fetch(files: list[str]) -> Path:  # other formats of the same weights lie beside them and in folders
+        return Path(snapshot_download(str(model), allow_patterns=files, ignore_patterns=["*/*"]))
+
     try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
+        index = fetch(["*.json"]) / INDEX
+        shards = set(read_index(index).values()) if index.exists() else set()
+        return fetch(["*.json", SINGLE, *sorted(shards)])
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         raise CloverError(f"{model} is no model that can be loaded: {reason(error)}") from error
 

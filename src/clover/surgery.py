@@ -17,7 +17,7 @@ from clover.families import blocks
 from clover.heads import Heads, finite
 from clover.plan import BlockPlan, Plan
 
-HOOKS = "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"
+HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name and "state_dict" not in name)
 
 
 @torch.no_grad()
@@ -133,6 +133,6 @@ def skeleton(block: Block, plan: BlockPlan) -> dict[str, nn.Module]:
 def install(model: nn.Module, block: Block, made: Mapping[str, nn.Module], prefix: str = "") -> None:
     """Swap the modules in; hooks of the attention that goes move over. ``prefix`` is the model's own name in theirs."""
     for kind in HOOKS:
-        getattr(made[block.core_name], kind).update(getattr(block.core, kind))
+        setattr(made[block.core_name], kind, getattr(block.core, kind))  # themselves, so that their handles remove them
     for name, module in made.items():
         model.set_submodule(name.removeprefix(prefix), module)

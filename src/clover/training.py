@@ -12,6 +12,7 @@ import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ from accelerate.utils import broadcast
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from clover.answers import IGNORED
 from clover.checkpoint import load, save
+from clover.checks import warn
 from clover.cost import accepts, writes_text
 from clover.crew import crew
-from clover.data import found_beside, load_processor, text_tokens
+from clover.data import found_beside, load_processor, max_positions, text_tokens
 from clover.draft import Draft, draft
 from clover.errors import CloverError, reason
 from clover.files import file_kind, read_records, read_text
@@ -56,7 +58,9 @@ def examples(path: str | Path, tokenizer: Any, length: int) -> list[dict[str, li
     """
     kind = file_kind(path)
     if kind == "questions":
-        return [example(record, tokenizer, length) for _, record in read_records(path)]
+        found = [example(record, tokenizer, length) for _, record in read_records(path)]
+        _warn_of_cuts(found, path, tokenizer, length)
+        return found
     if kind != "text":
         raise CloverError(f"{path} holds {kind}; tuning takes a .txt or a .jsonl, each with or without .gz")
     tokens, start = text_tokens(read_text(path), tokenizer)
@@ -69,22 +73,33 @@ def examples(path: str | Path, tokenizer: Any, length: int) -> list[dict[str, li
     return found
 
 
+def _warn_of_cuts(found: list[dict[str, list[int]]], path: str | Path, tokenizer: Any, length: int) -> None:
+    end = tokenizer.eos_token_id
+    if cut := 0 if end is None else sum(e["labels"][-1] != end for e in found):
+        warn(
+            f"{cut} of the {len(found)} answers in {path} end after {length} tokens, question included; raise --length"
+        )
+
+
 def example(record: dict[str, Any], tokenizer: Any, length: int) -> dict[str, list[int]]:
     """Ids and labels of one record: the loss is that of its ``output`` (or ``answer``) and the end-of-text token."""
     return answered(f"{record['instruction']}\n", record["output"], tokenizer, length)
 
 
 def answered(question: str, text: str, tokenizer: Any, length: int) -> dict[str, list[int]]:
-    """Ids and labels of ``text`` after ``question``: the loss is that of the text and of the end-of-text token."""
+    """Ids and labels of ``text`` after ``question``: the loss is that of the text and of the end-of-text token.
+
+    Of what is longer than ``length``, the question loses its beginning, and the text its end.
+    """
     prompt = tokenizer(question).input_ids
     answer = tokenizer(text, add_special_tokens=False).input_ids
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    answer = answer[: max(1, length - 1 - len(end))]
-    room = max(1, length - len(answer) - len(end))
+    answer = (answer + end)[: max(1, length - 1)]  # one that is cut off does not end
+    room = max(1, length - len(answer))
     if len(prompt) > room:  # of a long prompt, its end names the choices; what stands in front of any text stays
         front = prompt[:1] if prompt[0] == tokenizer.bos_token_id and room > 1 else []
         prompt = front + prompt[len(prompt) - room + len(front) :]
-    return {"input_ids": prompt + answer + end, "labels": [IGNORED] * len(prompt) + answer + end}
+    return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
 
 
 def collate(batch: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -144,6 +159,12 @@ class _StopAtNaN(TrainerCallback):
                 )
 
 
+class _Bar(ProgressCallback):
+    """The Trainer's own bar, which would write every step's figures to standard output besides."""
+
+    def on_log(self, *_: Any, **__: Any) -> None: ...
+
+
 def train(
     model: Any, data: list[Any], recipe: Recipe, folder: Path, *, save_every: int | None = None, shuffle: bool = True
 ) -> list[Any]:
@@ -163,24 +184,22 @@ def train(
     Raises:
         CloverError: loss or gradient became NaN or infinite.
     """
-    quiet = not console.is_terminal
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=recipe.steps, learning_rate=recipe.rate, seed=recipe.seed,
         per_device_train_batch_size=recipe.batch, warmup_steps=min(recipe.warmup, recipe.steps // 2),
         lr_scheduler_type="linear", weight_decay=0.0, logging_steps=1, logging_nan_inf_filter=False,
         save_strategy="steps" if save_every else "no", save_steps=save_every or recipe.steps, save_total_limit=1,
-        report_to=[], disable_tqdm=quiet, remove_unused_columns=False, dataloader_pin_memory=False,
+        report_to=[], disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
         train_sampling_strategy="random" if shuffle else "sequential",
         bf16=any(p.dtype == torch.bfloat16 for p in model.parameters()), use_cpu=_on_cpu(),
         ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,
     )  # fmt: skip
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # more would multiply the batch of a single process in silence
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     collator = (lambda batch: lean(collate(batch))) if "logits_to_keep" in accepts(base) else collate
-    trainer = Trainer(
-        model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=[_StopAtNaN()]
-    )  # fmt: skip
-    if quiet:
-        trainer.remove_callback(PrinterCallback)
+    callbacks = [_StopAtNaN(), *([_Bar()] if console.is_terminal else [])]
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)
     last = _last_whole(folder) if save_every else None
     with contiguous_head(base):
         trainer.train(resume_from_checkpoint=last)
@@ -244,6 +263,7 @@ def tune(
     processes = PartialState(cpu=_on_cpu())  # first: it gives each process its own device
     base = _trainable(model)
     tokenizer = load_processor(model, "AutoTokenizer")
+    recipe = replace(recipe, length=min(recipe.length, max_positions(base) or recipe.length))
     learned = examples(data, tokenizer, recipe.length)
     held_out = None if eval_data is None else examples(eval_data, tokenizer, recipe.length)
     config = adapter_config(base, recipe)

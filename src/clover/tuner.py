@@ -291,7 +291,10 @@ class CloverModel(BaseTuner):
             meant = {
                 n for n, _ in self.model.named_modules() if n in short or n.endswith(tuple(f".{s}" for s in short))
             }
-            peft_config.target_modules = set(short) if meant <= wanted else wanted
+            peft_config.target_modules = set(short)
+            if not meant <= wanted:  # named one by one, and peft then looks at no other setting
+                chosen = {name for name in wanted if self._check_target_module_exists(peft_config, name)}
+                peft_config.target_modules = chosen or wanted
         return peft_config
 
     def fold(self, adapter_name: str = "default") -> None:
