@@ -156,9 +156,3 @@ def test_square_root_squares_back(case: Case) -> None:
 
 def test_square_root_takes_rounding_below_zero_as_zero() -> None:
     assert not square_root(torch.diag(torch.tensor([0.0, -1e-18], dtype=torch.float64))).any()
-
-
-def test_weight_gram_counts_the_bias_as_the_weight_of_a_one() -> None:
-    weight, bias = torch.randn(2, 3, 5), torch.randn(2, 3)
-    extended = torch.cat([weight, bias.unsqueeze(-1)], -1).double()
-    torch.testing.assert_close(weight_gram(weight, bias), extended @ extended.mT)

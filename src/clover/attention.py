@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clover.block import Block, arguments, growth_at, head_bias, norm_entries
 from clover.cache import grow, stepped
-from clover.eager import eager_attention, exporting
+from clover.eager import eager_attention, exporting, turn_pairs
 from clover.errors import CloverError
 from clover.plan import BlockPlan
 from clover.ragged import Tables, as_heads, by_head, is_by_head, joined, kernel_size, padded, take, weighted_sum
@@ -240,7 +240,7 @@ class CloverAttention(nn.Module):
         idle = self.clover.qk > self.rotary
         if torch.compiler.is_compiling():  # compilers and exporters know real numbers only
             angles = self._angles(position_embeddings, qk.shape[1], idle)
-            return _turn(qk, *(take(t, self.frequencies) for t in angles))
+            return turn_pairs(qk, *(take(t, self.frequencies) for t in angles))
         # Every layer is handed the same tensors, so what is made of them is kept on one.
         keeper: Any = position_embeddings if isinstance(position_embeddings, Tensor) else position_embeddings[0]
         if not hasattr(keeper, "clover_table"):
@@ -398,9 +398,3 @@ class CloverAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{len(g.heads)} kv heads of {g.qk}/{g.value}" for g in self.clover.groups)
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn neighbouring columns by angles whose cosines and sines are given, in real numbers."""
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2).to(x.dtype)
