@@ -73,6 +73,7 @@ def _options(
     ] = None,
 ) -> None:
     warnings.showwarning = lambda message, *_: note(f"warning: {message}")
+    warnings.simplefilter("ignore", FutureWarning)  # between libraries; who runs a command can't heed it
     # Large tensors in large pages: torch asks when it makes the first, and where weights come and go, Linux otherwise
     # spends more time on handing out memory than the work takes.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
