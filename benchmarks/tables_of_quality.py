@@ -137,6 +137,10 @@ def _frontier_table(model: str, methods: dict[str, dict[float, dict]]) -> str:
             rows.append([title, *(cell(by.get(share), share) for share in shares), left])
     header = " | ".join(["Method", *(percent(share) for share in shares), "half leaves"])
     title = f"{PLOTTED[model]}; {AXES[dense['task']]}, dense {dense['value']:.{digits}f}"
+    if dense["task"] == "choice":
+        asked = dense["questions"] * len(dense["sets"])
+        error = math.sqrt(dense["value"] * (1 - dense["value"]) / asked)
+        title += f"\n\n{asked} questions, so that a share has a standard error of {error:.3f}."
     return f"### {title}\n\n{table(header, rows)}\n\n![{PLOTTED[model]}](frontier-{model}.svg)"
 
 

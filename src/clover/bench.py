@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from clover.checkpoint import load
 from clover.cost import compare_throughput, reads_text_alone, sizes, use, writes_text
@@ -88,6 +89,7 @@ def _peak(name: str, dtype: str, options: dict[str, Any]) -> int:
 
 def peak_bytes(name: str, dtype: str, options: dict[str, Any]) -> int:
     """Load a model, run it once, and tell the most bytes that were held, on the GPU or else by this process."""
+    logging.disable_progress_bar()  # of the process that it runs in
     model: Any = load(name, dtype=getattr(torch, dtype))
     if torch.cuda.is_available():
         model = model.cuda()
