@@ -80,7 +80,7 @@ def _other(name: str) -> tuple[Any, list, Callable[[Any], float]]:
     else:
         model = speech.dense()
         calibration, test = (
-            list(calibration_batches(speech.MANIFEST, model, processor=speech.processor(), split=split))
+            list(calibration_batches(speech.MANIFEST, model, processor=speech.processor(), split=split, joined=0))
             for split in ("calibration", "test")
         )
     return model, calibration, lambda cut: compare(model, cut, test).nats

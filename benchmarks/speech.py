@@ -4,8 +4,9 @@
 
 GROUP: dense; vanilla, weights and calibrated (the encoder at the paper's shares and beyond); thresholds (the paper's
 rule, encoder); decoder and cross (calibrated sweeps); divided (totals of the encoder that are divided between Q-K and
-V-O by what a cut of either loses on a third of the calibration clips, kept out of the bases that decide). One result
-file each, with a row for every pruned model.
+V-O by what a cut of either loses on a third of the calibration clips, kept out of the bases that decide); joined
+(equal shares of the encoder, calibrated by clips alone, as in all others, and by clips that fill windows together,
+which is the default of the command). One result file each, with a row for every pruned model.
 Calibrated on the manifest's calibration split, float32.
 """
 
@@ -48,10 +49,13 @@ def processor() -> Any:
     return AutoProcessor.from_pretrained(MODELS / "whisper-base")
 
 
+def calibration(joined: int) -> list[Any]:
+    return calibration_batches(MANIFEST, dense(), processor=processor(), split="calibration", joined=joined)
+
+
 @cache
-def bases(part: str, metric: str) -> list[Basis]:
-    calibration = calibration_batches(MANIFEST, dense(), processor=processor(), split="calibration")
-    data = calibration if metric == "activations" else None
+def bases(part: str, metric: str, joined: int = 0) -> list[Basis]:
+    data = calibration(joined) if metric == "activations" else None
     return find_bases(dense(), part=part, calibration=data, metric=metric, seed=SEED)  # type: ignore[arg-type]
 
 
@@ -60,10 +64,10 @@ def wer(model: Any) -> dict:
     return {"task": score.task, "value": score.value, "protocol": score.protocol}
 
 
-def pruned(part: str, metric: str, qk: Rule, vo: Rule) -> dict:
+def pruned(part: str, metric: str, qk: Rule, vo: Rule, joined: int = 0) -> dict:
     """One model cut by CLOVER."""
-    model = copy.deepcopy(dense())
-    apply(model, bases(part, metric), plan_ranks(bases(part, metric), qk, vo))
+    model, found = copy.deepcopy(dense()), bases(part, metric, joined)
+    apply(model, found, plan_ranks(found, qk, vo))
     return {"part": part, "metric": metric, **clover.summary(model), **wer(model)}
 
 
@@ -99,9 +103,19 @@ def thresholds() -> list[dict]:
 
 
 def divided() -> list[dict]:
-    used, kept_out = keep_apart(calibration_batches(MANIFEST, dense(), processor=processor(), split="calibration"))
+    used, kept_out = keep_apart(calibration(joined=0))
     forecast = gauge(dense(), find_bases(dense(), part="encoder", calibration=used, seed=SEED), kept_out, NATS)
     return [{"total": total, **sweep("encoder", "activations", [forecast.shares(total)])[0]} for total in TOTALS]
+
+
+def joined() -> list[dict]:
+    """The encoder at three shares, calibrated by clips alone, and by clips that fill windows, once and twice."""
+    rows = []
+    for often in (0, 1, 2):
+        for share in TOTALS:
+            made = pruned("encoder", "activations", Share(share), Share(share), often)
+            rows.append({"joined": often, "qk": share, "vo": share, **made})
+    return rows
 
 
 GROUPS = {
@@ -112,6 +126,7 @@ GROUPS = {
     "thresholds": thresholds,
     "decoder": lambda: sweep("decoder", "activations", SWEEP),
     "divided": divided,
+    "joined": joined,
     "cross": lambda: sweep("cross", "activations", SWEEP),
     "all": lambda: sweep("all", "activations", SWEEP[:2]),
 }

@@ -15,6 +15,8 @@ LOSS_MODELS = {
 }  # fmt: skip
 
 
+JOINED = {0: "clips alone", 1: "clips that fill windows", 2: "clips that fill windows in two orders"}
+"""What an argument of ``calibration_batches`` means."""
 LOSS = {
     "smollm2": "relative increase of perplexity, truth on the first 24,576 tokens of WikiText-2 test",
     "gemma3": "likewise on 8,192 tokens, V-O alone",
@@ -65,6 +67,7 @@ def speech_parts(results: Results) -> str:
         "cross": lambda r: "cross-attention",
         "all": lambda r: "all three, one budget",
         "divided": lambda r: f"encoder, {percent(r['total'])} divided by what a cut of either loses",
+        "joined": lambda r: f"encoder, calibrated by {JOINED[r['joined']]}",
         "thresholds": lambda r: f"encoder, norm product <= {r['qk_threshold']:g} (Q-K), {r['vo_threshold']:g} (V-O)",
     }
     rows = [

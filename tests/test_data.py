@@ -344,16 +344,33 @@ def test_speech_is_teacher_forced(manifest: Path) -> None:
     ids = batch["decoder_input_ids"][0]
     assert ids[:4].tolist() == processor.tokenizer.convert_tokens_to_ids(SPECIAL[1:])
     assert processor.tokenizer.decode(ids[4:]) == " two"
-    assert len(data.calibration_batches(manifest, model, processor=processor, split="test")) == 2
+    assert len(data.calibration_batches(manifest, model, processor=processor, split="test", joined=0)) == 2
     assert len(data.calibration_batches(manifest, model, processor=processor, split="test", limit=1)) == 1
     model.float()(**data.calibration_batches(manifest, model, processor=processor)[0])
+
+
+def test_clips_are_joined_until_a_window_is_full(manifest: Path) -> None:
+    """Twice by default, in another order; a clip more than fits begins the next window."""
+    manifest.write_text("file\ttext\na.wav\tone\nc.ogg\tthree\nb.flac\ttwo\n")
+    processor, model = whisper_processor(), t.WhisperForConditionalGeneration(whisper_config())
+    both, last = data.calibration_batches(manifest, model, processor=processor)
+    assert both["input_features"].shape == (2, 8, 200) and last["input_features"].shape == (1, 8, 200)
+    said = [processor.tokenizer.decode(ids[4:]) for ids in both["decoder_input_ids"]]
+    assert said == [" one three", " three one"]
+    alone = data.calibration_batches(manifest, model, processor=processor, joined=0)
+    assert [len(b["input_features"]) for b in alone] == [1, 1, 1]
+    sound = [files.read_audio(manifest.with_name(name), 16000) for name in ("c.ogg", "a.wav")]
+    heard = processor.feature_extractor(np.concatenate(sound), sampling_rate=16000, return_tensors="pt")
+    torch.testing.assert_close(both["input_features"][1:], heard["input_features"])
+    (once, _) = data.calibration_batches(manifest, model, processor=processor, joined=1)
+    torch.testing.assert_close(once["input_features"], both["input_features"][:1])
 
 
 def test_english_only_speech_model_and_long_text(manifest: Path) -> None:
     manifest.write_text(f"file\ttext\na.wav\t{'long ' * 20}\nc.ogg\tthree\n")  # without splits every row counts
     processor, model = whisper_processor(), t.WhisperForConditionalGeneration(whisper_config())
     model.generation_config.is_multilingual = False
-    first, second = data.calibration_batches(manifest, model, processor=processor)
+    first, second = data.calibration_batches(manifest, model, processor=processor, joined=0)
     start = processor.tokenizer.convert_tokens_to_ids([SPECIAL[1], SPECIAL[4]])
     assert second["decoder_input_ids"].tolist() == [
         start + processor.tokenizer(" three", add_special_tokens=False).input_ids
@@ -428,7 +445,7 @@ def test_empty_calibration_text(tmp_path: Path, content: str) -> None:
         data.calibration_batches(tmp_path / "a.txt", llama(), processor=tokenizer())
 
 
-@pytest.mark.parametrize("options", [{"limit": 0}, {"sequences": 0}, {"length": 1}, {"batch": -1}])
+@pytest.mark.parametrize("options", [{"limit": 0}, {"sequences": 0}, {"length": 1}, {"batch": -1}, {"joined": -1}])
 def test_counts_must_be_positive(tmp_path: Path, options: dict[str, int]) -> None:
     with pytest.raises(CloverError, match="must be positive"):
         data.calibration_batches(text_file(tmp_path, 9), llama(), processor=tokenizer(), **options)

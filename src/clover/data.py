@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -16,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from clover.errors import CloverError, reason
-from clover.files import Kind, extra, file_kind, read_audio, read_manifest, read_records, read_text
+from clover.files import Kind, Utterance, extra, file_kind, read_audio, read_manifest, read_records, read_text
 from clover.progress import track
 
 T = TypeVar("T")
@@ -36,13 +38,15 @@ def calibration_batches(
     length: int = 512,
     limit: int | None = None,
     batch: int = 4,
+    joined: int = 2,
 ) -> list[dict[str, torch.Tensor]]:
     """Batches for ``model(**batch)``, on the model's device and in its dtype; nothing in them is padding.
 
     - Text or questions: ``input_ids`` (b, t), windows spread evenly, each with the tokenizer's special tokens; for a
       model with a decoder also ``decoder_input_ids`` (b, t), the same text one token later.
-    - Manifest: ``input_features`` (1, mel, frames) or ``input_values`` (1, samples) and, for a model with a decoder,
-      ``decoder_input_ids`` (1, t), which are the reference text behind the decoder's start (Whisper's English prompt).
+    - Manifest: ``input_features`` (b, mel, frames) or ``input_values`` (1, samples) and, for a model with a decoder,
+      ``decoder_input_ids`` (b, t), which are the reference text behind the decoder's start (Whisper's English prompt).
+      A model that hears a window of fixed length gets clips joined until it is full, or most of it would be silence.
     - Folder of images: ``pixel_values`` (b, channels, height, width) and, for an image-text model, ``input_ids``
       (1, t) of a short neutral prompt, which is too little to prune its text side by. An image-text model that writes
       takes text instead, which reaches its language part; one that is given nothing but images gets what it writes
@@ -57,19 +61,24 @@ def calibration_batches(
         length: tokens of a window, special tokens included; no more than the model has positions for.
         limit: at most this many windows, utterances or images, evenly spread; the last two are 128 if it is left out.
         batch: windows or images a batch.
+        joined: how often the same clips fill a window, each time in another order, as one batch; 1 where sequences must
+            not share clips, such as to measure a loss; 0 leaves each clip alone.
 
     Raises:
         CloverError: the file is empty, unreadable or of a kind that the model does not read; no processor is found;
             the ``eval`` extra is needed and not installed.
     """
     path = Path(path)
-    if min(sequences, length - 1, batch, 1 if limit is None else limit) < 1:
-        raise CloverError(f"{sequences=}, {length=}, {limit=} and {batch=} must be positive, and length at least 2")
+    if min(sequences, length - 1, batch, joined + 1, 1 if limit is None else limit) < 1:
+        raise CloverError(
+            f"{sequences=}, {length=}, {limit=} and {batch=} must be positive, {joined=} not negative, and length at "
+            "least 2"
+        )
     kind = file_kind(path)
     _check_kind(path, kind, model)
     most = 128 if limit is None else limit
     if kind == "manifest":
-        batches = _audio_batches(path, model, processor, split, most)
+        batches = _audio_batches(path, model, processor, split, most, joined)
     elif kind == "images":
         batches = _image_batches(path, model, processor, most, batch)
     else:
@@ -160,13 +169,20 @@ def audio_features(files: Sequence[Path], extractor: Any) -> torch.Tensor:
     Raises:
         CloverError: a file is unreadable or longer than the window of the extractor (30 s for Whisper).
     """
-    rate = extractor.sampling_rate
-    clips = [read_audio(file, rate) for file in files]
-    for file, clip in zip(files, clips, strict=True):
-        most = getattr(extractor, "n_samples", None)
-        if most and len(clip) > most:  # the extractor would cut it off in silence
-            raise CloverError(f"{file} is longer than the {most / rate:g} s the model hears; cut it up")
-    return extractor(clips, sampling_rate=rate, return_tensors="pt")[extractor.model_input_names[0]]
+    return _features([_clip(file, extractor) for file in files], extractor)
+
+
+def _clip(file: Path, extractor: Any) -> Any:
+    """A file as the extractor wants it."""
+    rate, most = extractor.sampling_rate, getattr(extractor, "n_samples", None)
+    clip = read_audio(file, rate)
+    if most and len(clip) > most:  # the extractor would cut it off in silence
+        raise CloverError(f"{file} is longer than the {most / rate:g} s the model hears; cut it up")
+    return clip
+
+
+def _features(clips: Sequence[Any], extractor: Any) -> torch.Tensor:
+    return extractor(clips, sampling_rate=extractor.sampling_rate, return_tensors="pt")[extractor.model_input_names[0]]
 
 
 def is_whisper(model: Any) -> bool:
@@ -254,7 +270,7 @@ def _in_windows(pieces: list[str], tokenizer: Any, length: int) -> list[list[int
 
 
 def _audio_batches(
-    path: Path, model: nn.Module, processor: Any, split: str | None, most: int
+    path: Path, model: nn.Module, processor: Any, split: str | None, most: int, joined: int
 ) -> Iterable[dict[str, torch.Tensor]]:
     utterances = read_manifest(path, split)
     if split is None:
@@ -262,11 +278,27 @@ def _audio_batches(
     extractor = _part(processor, "feature_extractor", "sampling_rate", model, "AutoFeatureExtractor")
     decodes = "decoder_input_ids" in inspect.signature(model.forward).parameters
     tokenizer = _part(processor, "tokenizer", "all_special_ids", model, "AutoTokenizer") if decodes else None
-    for utterance in track(_spread(utterances, most), "reading audio"):
-        batch = {extractor.model_input_names[0]: audio_features([utterance.file], extractor)}
-        if decodes:  # one utterance a batch, for padding would be counted as if it were speech
-            batch["decoder_input_ids"] = torch.tensor([_teacher(utterance.text, model, tokenizer)])
+    chosen = track(_spread(utterances, most), "reading audio")
+    for heard in _windows_of_sound(chosen, extractor, getattr(extractor, "n_samples", 0) if joined else 0):
+        orders = [heard[at:] + heard[:at] for at in range(0, len(heard), -(-len(heard) // max(1, joined)))]
+        sound = _features([np.concatenate([clip for _, clip in order]) for order in orders], extractor)
+        batch = {extractor.model_input_names[0]: sound}
+        if decodes:  # the same texts in any order are equally long, and padding would be counted as if it were speech
+            texts = [[text for text, _ in order] for order in orders]
+            batch["decoder_input_ids"] = torch.tensor([_teacher(each, model, tokenizer) for each in texts])
         yield batch
+
+
+def _windows_of_sound(utterances: Iterable[Utterance], extractor: Any, room: int) -> Iterator[list[tuple[str, Any]]]:
+    """Texts and clips that fit together into as many samples; at least one."""
+    found: list[tuple[str, Any]] = []
+    for utterance in utterances:
+        clip = _clip(utterance.file, extractor)
+        if found and sum(len(c) for _, c in found) + len(clip) > room:
+            yield found
+            found = []
+        found.append((utterance.text, clip))
+    yield found
 
 
 def _part(processor: Any, name: str, has: str, model: nn.Module, kind: str) -> Any:
@@ -279,16 +311,16 @@ def _part(processor: Any, name: str, has: str, model: nn.Module, kind: str) -> A
     return part if hasattr(part, has) else load_processor(model, kind)
 
 
-def _teacher(text: str, model: Any, tokenizer: Any) -> list[int]:
-    """What the decoder has read when it has written ``text``, in English without timestamps if it is Whisper's."""
+def _teacher(texts: Sequence[str], model: Any, tokenizer: Any) -> list[int]:
+    """What the decoder has read when it has written ``texts``, in English without timestamps if it is Whisper's."""
     start = [decoder_start(model)]
     if is_whisper(model):
         prompt = ["<|en|>", "<|transcribe|>"] if is_multilingual(model) else []
         start = tokenizer.convert_tokens_to_ids(["<|startoftranscript|>", *prompt, "<|notimestamps|>"])
         if None in start or tokenizer.unk_token_id in start:
             raise CloverError("the tokenizer lacks Whisper's start tokens; pass the model's own processor")
-    written = tokenizer(f" {text.strip()}", add_special_tokens=False).input_ids
-    return (start + written)[: getattr(model.config, "max_target_positions", None) or max_positions(model)]
+    written = tokenizer([f" {text.strip()}" for text in texts], add_special_tokens=False).input_ids
+    return [*start, *chain(*written)][: getattr(model.config, "max_target_positions", None) or max_positions(model)]
 
 
 def decoder_start(model: Any) -> int:
