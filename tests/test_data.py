@@ -22,6 +22,7 @@ import clover
 import families
 from clover import data, files
 from clover.errors import CloverError
+from clover.options import batches_of
 
 WORDS = [f"w{i}" for i in range(50)]
 SPECIAL = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
@@ -364,6 +365,15 @@ def test_clips_are_joined_until_a_window_is_full(manifest: Path) -> None:
     torch.testing.assert_close(both["input_features"][1:], heard["input_features"])
     (once, _) = data.calibration_batches(manifest, model, processor=processor, joined=1)
     torch.testing.assert_close(once["input_features"], both["input_features"][:1])
+
+
+def test_where_a_loss_is_measured_clips_are_heard_one_by_one(manifest: Path, tmp_path: Path) -> None:
+    for thing in (t.WhisperForConditionalGeneration(whisper_config()), whisper_processor()):
+        thing.save_pretrained(tmp_path / "whisper")
+    model = clover.load(tmp_path / "whisper")
+    for spare, sizes in ((False, [2]), (True, [1, 1])):
+        batches = batches_of(model, manifest, "activations", "test", None, spare=spare)
+        assert batches is not None and [len(b["input_features"]) for b in batches] == sizes
 
 
 def test_english_only_speech_model_and_long_text(manifest: Path) -> None:

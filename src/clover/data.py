@@ -62,7 +62,7 @@ def calibration_batches(
         limit: at most this many windows, utterances or images, evenly spread; the last two are 128 if it is left out.
         batch: windows or images a batch.
         joined: how often the same clips fill a window, each time in another order, as one batch; 1 where sequences must
-            not share clips, such as to measure a loss; 0 leaves each clip alone.
+            not share clips, 0 leaves each clip alone, such as to measure a loss.
 
     Raises:
         CloverError: the file is empty, unreadable or of a kind that the model does not read; no processor is found;

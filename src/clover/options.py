@@ -142,7 +142,7 @@ def batches_of(
     if calibration is None or metric == "weights":
         return None
     sizes = {} if limit is None else {"sequences": limit, "limit": limit}
-    sizes = ({"sequences": 24, "batch": 2, "joined": 1} if spare else {}) | sizes
+    sizes = ({"sequences": 24, "batch": 2, "joined": 0} if spare else {}) | sizes
     return calibration_batches(calibration, model, split=split, **sizes)
 
 
