@@ -67,8 +67,9 @@ def _write(graph: Graph, file: Path) -> float:
         try:
             program: Any = torch.onnx.export(
                 graph.module, tensors, dynamo=True, verbose=False, dynamic_shapes=(tuple(graph.axes()),),
-                input_names=list(graph.inputs), output_names=list(graph.outputs),
+                input_names=list(graph.inputs), output_names=list(graph.outputs), optimize=False,
             )  # fmt: skip
+            _tidy(program.model)
         except Exception as error:  # whatever tracing or conversion met; the exporter has no error of its own for it
             cause: BaseException = error
             while cause.__cause__ is not None:
@@ -76,6 +77,28 @@ def _write(graph: Graph, file: Path) -> float:
             raise CloverError(f"{file.stem} can't be written as ONNX: {reason(cause)}; use --format padded") from error
         program.save(str(file))
     return compare(graph, file)
+
+
+def _tidy(model: Any) -> None:
+    """What the exporter's own optimisation does to these graphs.
+
+    It has a rule besides (``slice_split_rule``) that looks at the whole graph at each of its nodes, which takes minutes.
+    """
+    optimizer: Any = extra("onnxscript.optimizer", "onnx")
+    rewriter: Any = extra("onnxscript.rewriter", "onnx")
+    rules: Any = extra("onnxscript.rewriter.rules.common", "onnx")
+    passes: Any = extra("onnx_ir.passes.common", "onnx")
+    optimizer.inline(model)
+    optimizer.fold_constants(model)
+    rewriter.rewrite(
+        model, [rules.transpose_transpose_rule, rules.no_op_transpose_rule, rules.unsqueeze_unsqueeze_rule]
+    )
+    for tidied in (
+        passes.RemoveUnusedNodesPass(), passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(), passes.CommonSubexpressionEliminationPass(), passes.OutputFixPass(),
+        passes.NameFixPass(),
+    ):  # fmt: skip
+        tidied(model)
 
 
 def compare(graph: Graph, file: Path) -> float:
