@@ -82,7 +82,7 @@ def _write(graph: Graph, file: Path) -> float:
 def _tidy(model: Any) -> None:
     """What the exporter's own optimisation does to these graphs.
 
-    It has a rule besides (``slice_split_rule``) that looks at the whole graph at each of its nodes, which takes minutes.
+    It has a rule besides (``slice_split_rule``) that looks at the whole graph at each of its nodes, for minutes.
     """
     optimizer: Any = extra("onnxscript.optimizer", "onnx")
     rewriter: Any = extra("onnxscript.rewriter", "onnx")
