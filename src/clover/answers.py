@@ -12,7 +12,8 @@ from clover.errors import CloverError
 
 IGNORED = -100
 """The label that transformers' losses leave out, of padding above all."""
-READ = "input_ids", "input_features", "input_values", "pixel_values"
+INPUTS = ("input_ids", "input_features", "input_values", "pixel_values")
+"""What models read, by the names of the arguments."""
 ROWS = 256
 """Tokens whose distributions are held at once."""
 
@@ -122,12 +123,12 @@ def on(batch: Any, device: torch.device) -> Any:
     """A batch on a device: arguments of the model's forward by name, those that are None left out, or its first alone.
 
     Raises:
-        CloverError: it is neither.
+        CloverError: it is neither, or what is read is a row of a dataset instead of a batch.
     """
     if isinstance(batch, (list, tuple)) and len(batch) == 1:  # as a loader hands over a dataset of tensors
         batch = batch[0]
     if isinstance(batch, Mapping):
-        for name in set(READ) & set(batch):
+        for name in (n for n in INPUTS if n in batch):
             if not isinstance(batch[name], Tensor) or batch[name].dim() < 2:
                 raise CloverError(
                     f"{name} of a calibration batch is a {type(batch[name]).__name__} of one row; give batches of "

@@ -15,13 +15,12 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from clover.answers import INPUTS
 from clover.data import max_positions
 from clover.errors import CloverError, reason
 from clover.progress import track
 
 T = TypeVar("T")
-INPUTS = ("input_ids", "input_features", "input_values", "pixel_values")
-"""What models read, by the names of the arguments."""
 SAMPLES = 16_000 * 10
 """Of the noise that a model of raw sound is timed on: ten seconds."""
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from clover.answers import INPUTS
 from clover.cost import accepts, random_inputs, writes_text
 from clover.errors import UnsupportedModelError
 
@@ -64,7 +65,7 @@ class _Call(nn.Module):
 def graphs(model: Any) -> list[Graph]:
     """The graphs that together are the model, in evaluation mode."""
     if writes_text(model):
-        if senses := accepts(model).keys() & {"pixel_values", "input_features", "input_values"}:
+        if senses := accepts(model).keys() & {*INPUTS} - {"input_ids"}:
             raise UnsupportedModelError(
                 f"{type(model).__name__} also reads {min(senses)}, for which its graph would have no place; "
                 "use --format padded"
