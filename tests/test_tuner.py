@@ -475,3 +475,5 @@ def test_layers_are_chosen_where_modules_are_named_one_by_one() -> None:
     tuned = get_peft_model(model, CloverConfig(block_size=16, layers_to_transform=[layer])).base_model.model
     wrapped = {n for n, module in tuned.named_modules() if isinstance(module, CloverLayer)}
     assert wrapped and all(n.startswith(f"model.layers.{layer}.") for n in wrapped)
+    with pytest.raises(CloverError, match=r"layers_to_transform=\[9\].* leave nothing to tune"):
+        get_peft_model(build("lfm2", torch.float32)[0], CloverConfig(block_size=16, layers_to_transform=[9]))

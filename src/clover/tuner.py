@@ -294,7 +294,12 @@ class CloverModel(BaseTuner):
             peft_config.target_modules = set(short)
             if not meant <= wanted:  # named one by one, and peft then looks at no other setting
                 chosen = {name for name in wanted if self._check_target_module_exists(peft_config, name)}
-                peft_config.target_modules = chosen or wanted
+                if not chosen:
+                    raise CloverError(
+                        f"layers_to_transform={peft_config.layers_to_transform} and exclude_modules leave nothing to "
+                        "tune; choose layers that hold attention"
+                    )
+                peft_config.target_modules = chosen
         return peft_config
 
     def fold(self, adapter_name: str = "default") -> None:
