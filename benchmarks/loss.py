@@ -28,7 +28,7 @@ import embedding
 import language
 import speech
 from clover.budget import Share, make_plan
-from clover.data import calibration_batches, text_tokens
+from clover.data import text_tokens
 from clover.evaluate import perplexity
 from clover.lossbudget import Forecast, compare, keep_apart, twin, within
 from clover.plan import Plan
@@ -79,10 +79,7 @@ def _other(name: str) -> tuple[Any, list, Callable[[Any], float]]:
         model, calibration, test = embedding.dense(), list(embedding.calibration()), list(embedding.calibration("test"))
     else:
         model = speech.dense()
-        calibration, test = (
-            list(calibration_batches(speech.MANIFEST, model, processor=speech.processor(), split=split, joined=0))
-            for split in ("calibration", "test")
-        )
+        calibration, test = (list(speech.transcripts(split)) for split in ("calibration", "test"))
     return model, calibration, lambda cut: compare(model, cut, test).nats
 
 

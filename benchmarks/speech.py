@@ -49,8 +49,14 @@ def processor() -> Any:
     return AutoProcessor.from_pretrained(MODELS / "whisper-base")
 
 
-def calibration(joined: int) -> list[Any]:
+def calibration(joined: int = 2) -> list[Any]:
     return calibration_batches(MANIFEST, dense(), processor=processor(), split="calibration", joined=joined)
+
+
+@cache
+def transcripts(split: str = "test") -> list[Any]:
+    """Each clip by itself, with its text."""
+    return calibration_batches(MANIFEST, dense(), processor=processor(), split=split, joined=0)
 
 
 @cache
@@ -103,7 +109,7 @@ def thresholds() -> list[dict]:
 
 
 def divided() -> list[dict]:
-    used, kept_out = keep_apart(calibration(joined=0))
+    used, kept_out = keep_apart(transcripts("calibration"))
     forecast = gauge(dense(), find_bases(dense(), part="encoder", calibration=used, seed=SEED), kept_out, NATS)
     return [{"total": total, **sweep("encoder", "activations", [forecast.shares(total)])[0]} for total in TOTALS]
 

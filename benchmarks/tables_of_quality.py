@@ -130,6 +130,7 @@ def _frontier_table(model: str, methods: dict[str, dict[float, dict]]) -> str:
         if r is None:
             return ""
         text = f"{r['value']:.{digits}f}" if r["value"] < 1e5 else f"{r['value']:.0e}"
+        text += f" ({r['nats']:.3f})" if "nats" in r else ""
         return f"**{text}**" if r["value"] == best[share] and r["cache_left"] < 1 else text
 
     rows = []
@@ -140,6 +141,8 @@ def _frontier_table(model: str, methods: dict[str, dict[float, dict]]) -> str:
             rows.append([title, *(cell(by.get(share), share) for share in shares), left])
     header = " | ".join(["Method", *(percent(share) for share in shares), "half leaves"])
     title = f"{PLOTTED[model]}; {AXES[dense['task']]}, dense {dense['value']:.{digits}f}"
+    if "nats" in dense:
+        title += "\n\nIn brackets: divergence from the dense model in what it writes of the test clips, nats a token."
     if dense["task"] == "choice":
         asked = dense["questions"] * len(dense["sets"])
         error = math.sqrt(dense["value"] * (1 - dense["value"]) / asked)
