@@ -5,8 +5,8 @@
 GROUP: dense; vanilla, weights and calibrated (the encoder at the paper's shares and beyond); thresholds (the paper's
 rule, encoder); decoder and cross (calibrated sweeps); divided (totals of the encoder that are divided between Q-K and
 V-O by what a cut of either loses on a third of the calibration clips, kept out of the bases that decide); joined
-(equal shares of the encoder, calibrated by clips alone, as in all others, and by clips that fill windows together,
-which is the default of the command). One result file each, with a row for every pruned model.
+(equal shares of the encoder, calibrated by clips alone, by clips that fill windows, and by these in two orders, which
+is the default of the command and what all others do). One result file each, with a row for every pruned model.
 Calibrated on the manifest's calibration split, float32.
 """
 
@@ -60,7 +60,7 @@ def transcripts(split: str = "test") -> list[Any]:
 
 
 @cache
-def bases(part: str, metric: str, joined: int = 0) -> list[Basis]:
+def bases(part: str, metric: str, joined: int = 2) -> list[Basis]:
     data = calibration(joined) if metric == "activations" else None
     return find_bases(dense(), part=part, calibration=data, metric=metric, seed=SEED)  # type: ignore[arg-type]
 
@@ -70,7 +70,7 @@ def wer(model: Any) -> dict:
     return {"task": score.task, "value": score.value, "protocol": score.protocol}
 
 
-def pruned(part: str, metric: str, qk: Rule, vo: Rule, joined: int = 0) -> dict:
+def pruned(part: str, metric: str, qk: Rule, vo: Rule, joined: int = 2) -> dict:
     """One model cut by CLOVER."""
     model, found = copy.deepcopy(dense()), bases(part, metric, joined)
     apply(model, found, plan_ranks(found, qk, vo))
