@@ -1,4 +1,4 @@
-"""What a cut loses: foretold, measured on kept-out calibration data, and in truth on test data.
+"""What a cut loses: predicted, measured on kept-out calibration data, and true, on test data.
 
     python benchmarks/loss.py rank [MODEL ...]    # Q-K, V-O and both at 12.5 to 75 %
     python benchmarks/loss.py bound [MODEL ...]   # what clover prune --max-loss delivers for 1 to 20 %
@@ -84,7 +84,7 @@ def _other(name: str) -> tuple[Any, list, Callable[[Any], float]]:
 
 
 def rank(bench: Bench) -> None:
-    """Foretold, measured and true loss of 18 cuts; of 6 where norms fix Q-K."""
+    """Predicted, measured and true loss of 18 cuts; of 6 where norms fix Q-K."""
     costs = [basis.costs() for basis in bench.bases]
     forecast, points = Forecast.of(costs), []
     fixed = all(c.fixed_qk for c in costs)

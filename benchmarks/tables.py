@@ -56,7 +56,7 @@ SECTIONS: dict[str, tuple[Section, str]] = {
     "Tuning: commonsense": (commonsense, "commonsense-smollm2-texts"),
     "Healing": (healing, "healing-(?!speech)"),
     "Healing of speech": (healing_speech, "healing-speech-"),
-    "A budget of loss: what is foretold": (loss_rank, "loss-rank"),
+    "A budget of loss: what is predicted": (loss_rank, "loss-rank"),
     "A budget of loss: what is delivered": (loss_bound, "loss-bound"),
     "peft's tests": (peft_suite, "peft-suite"),
 }

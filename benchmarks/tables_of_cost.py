@@ -227,7 +227,7 @@ def gpu(results: Results) -> str:
         "context",
         "batch",
         "dense tokens/s",
-        *(f"{cut} removed" for cut in CUT),
+        *(f"ratio, {cut} removed" for cut in CUT),
         *(f"bound at {c}" for c in CUT),
     ]
     compiled = [
@@ -249,7 +249,7 @@ def gpu(results: Results) -> str:
         f"{results['gpu-eager']['machine']['gpu']}: speed over dense, without compilation, each cut in Q-K and V-O "
         "alike. Where a new token is no faster, starting kernels takes the time, not what they do.\n\n"
         f"{table(' | '.join(header), rows)}\n\n"
-        "The same where each token makes the cache as long as it never was in this process, as in a first text: the "
+        "The same at cache lengths not seen before in the process, as in a first text: the "
         "dense model's library plans its kernel anew for each length.\n\n"
         f"{table(' | '.join(['behind', 'dense tokens/s', *header[4:6]]), first)}\n\n"
         f"One token with a static cache, compiled (`reduce-overhead`, so one CUDA graph), {fast['layers']} layers:\n\n"

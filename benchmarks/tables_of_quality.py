@@ -278,31 +278,34 @@ def healing_speech(results: Results) -> str:
 
 
 def loss_rank(results: Results) -> str:
-    """Foretold, measured and true loss of cuts, in full for SmolLM2, as rank correlations for all."""
+    """Predicted, measured and true loss of cuts, in full for SmolLM2, as rank correlations for all."""
     rows, named = [], {r["result"].get("model", "smollm2"): r["result"] for _, r in _of(results, "loss-rank")}
+    told_of = ("predicted", "measured", "true")
     for model in (m for m in LOSS_MODELS if m in named):
-        points = _foretold(named[model]["points"])
-        told = [[p[k] for p in points] for k in ("foretold", "measured", "true")]
+        points = _predicted(named[model]["points"])
+        told = [[p[k] for p in points] for k in told_of]
         rows.append([LOSS_MODELS[model], len(points), *(f"{spearman(x, told[2]):.3f}" for x in told[:2])])
-    about = "Loss of cuts: foretold, measured on data kept out of the calibration, and in truth. " + " ".join(
-        f"{LOSS_MODELS[m]}: {LOSS[m]}." for m in LOSS_MODELS if m in named
+    about = (
+        "Loss of cuts: predicted, measured on data kept out of the calibration, and true, on test data. "
+        + " ".join(f"{LOSS_MODELS[m]}: {LOSS[m]}." for m in LOSS_MODELS if m in named)
     )
-    ranks = table("Model | cuts | Spearman's correlation of foretold and true | of measured and true", rows)
-    points = sorted(_foretold(named["smollm2"]["points"]), key=lambda p: p["true"])
-    rows = [[percent(p["qk"]), percent(p["vo"]), *(percent(math.expm1(p[k])) for k in ("foretold", "measured", "true"))]
+    ranks = table("Model | cuts | Spearman's correlation of predicted and true | of measured and true", rows)
+    points = sorted(_predicted(named["smollm2"]["points"]), key=lambda p: p["true"])
+    rows = [[percent(p["qk"]), percent(p["vo"]), *(percent(math.expm1(p[k])) for k in told_of)]
             for p in points]  # fmt: skip
-    return f"{about}\n\n{ranks}\n\nSmolLM2:\n\n" + table("Q-K removed | V-O removed | foretold | measured | true", rows)
+    cuts = table(f"Q-K removed | V-O removed | {' | '.join(told_of)}", rows)
+    return f"{about}\n\n{ranks}\n\nSmolLM2:\n\n{cuts}"
 
 
 def _of(results: Results, kind: str) -> list[tuple[str, Any]]:
     return [(name, r) for name, r in results.items() if name == kind or name.startswith(f"{kind}-")]
 
 
-def _foretold(points: list[dict]) -> list[dict]:
-    """With what was foretold, whose prices are gauged at 25 % of either kind."""
+def _predicted(points: list[dict]) -> list[dict]:
+    """With what was predicted, whose prices are gauged at 25 % of either kind."""
     single = {k: [p for p in points if p[k] == 0.25 and p["qk"] + p["vo"] == 0.25] for k in ("qk", "vo")}
     rates = {k: found[0]["measured"] / found[0][f"{k}_cost"] for k, found in single.items() if found}
-    return [p | {"foretold": sum(rates[k] * p[f"{k}_cost"] for k in rates)} for p in points]
+    return [p | {"predicted": sum(rates[k] * p[f"{k}_cost"] for k in rates)} for p in points]
 
 
 def spearman(a: list[float], b: list[float]) -> float:
@@ -329,9 +332,7 @@ def loss_bound(results: Results) -> str:
             " It speaks of data like those of the calibration: on whole paragraphs, most of them shorter, MiniLM loses "
             f"{', '.join(other)}."
         )
-    columns = (
-        "Model | bound | Q-K removed | V-O removed | measured | near certainly under | true | cuts measured | seconds"
-    )
+    columns = "Model | bound | Q-K removed | V-O removed | measured | 95 % upper bound | true | cuts measured | seconds"
     return f"{about}\n\n{table(columns, rows)}"
 
 

@@ -76,4 +76,4 @@ def _values(option: Any) -> str:
 
 def _default(parameter: Any) -> str:
     told = parameter.show_default if isinstance(parameter.show_default, str) else parameter.default
-    return "" if told in (None, False) or parameter.required else f" Default: {told}."
+    return "" if told is None or told is False or parameter.required else f" Default: {told}."

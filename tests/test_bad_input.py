@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -572,6 +573,46 @@ def test_disk_that_is_full(where: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert torch.equal(outputs(model, batch), before)
     monkeypatch.undo()
     clover.save(model, tmp_path / "model")
+
+
+def test_a_tokenizer_that_finds_the_disk_full(tmp_path: Path) -> None:
+    """Its library raises nothing but an Exception."""
+    model, _ = build("gpt2")
+
+    class Full:
+        def save_pretrained(self, _: Path) -> None:
+            raise Exception("No space left on device (os error 28)")
+
+    with pytest.raises(CloverError, match=r"model can't be written: No space left on device"):
+        clover.save(model, tmp_path / "model", beside=(Full(),))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_another_run_makes_meanwhile(tmp_path: Path) -> None:
+    model, _ = build("gpt2")
+
+    class Rival:
+        def save_pretrained(self, _: Path) -> None:
+            (tmp_path / "model").mkdir()
+            (tmp_path / "model/precious").touch()
+
+    with pytest.raises(CloverError, match=r"model was made by another run meanwhile; choose another folder"):
+        clover.save(model, tmp_path / "model", beside=(Rival(),))
+    assert [p.name for p in tmp_path.rglob("*")] == ["model", "precious"]
+
+
+def test_a_name_that_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(CloverError, match="longer than 240 bytes; choose a shorter one"):
+        check_writable(tmp_path / ("é" * 121))
+
+
+def test_a_folder_has_the_rights_that_the_user_wants(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        clover.save(build("gpt2")[0], tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o700
 
 
 def test_disk_quota_in_earnest(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,20 @@ def test_a_model_that_reads_what_nobody_knows() -> None:
 
     with pytest.raises(CloverError, match="Reader reads smells; pass inputs for it"):
         random_inputs(Reader(), 1, 4)
+
+
+def die(*_: Any) -> None:
+    os._exit(1)
+
+
+@pytest.mark.usefixtures("calm")
+def test_a_process_that_is_killed_takes_no_other_figure_with_it(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clover.bench.peak_bytes", die)
+    result = run("bench", "runtime", *pair, "--context", 8, "--new-tokens", 2, "--repeats", 1)
+    assert result.code == 0 and "peak" in result.out
+    assert "the process that measured the memory of" in result.said
 
 
 def test_models_of_different_kinds_are_not_compared(pair: tuple[Path, Path], tmp_path: Path) -> None:

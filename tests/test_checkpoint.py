@@ -276,6 +276,16 @@ def test_plan_that_contradicts_the_tensors(name: str, change: Any, tmp_path: Pat
         clover.load(tmp_path / "model")
 
 
+def test_a_tensor_that_a_dense_model_lacks_is_told(tmp_path: Path) -> None:
+    model, _ = build("llama-gqa", torch.float32)
+    weights = model.state_dict()
+    for lost in ("model.norm.weight", "lm_head.weight"):
+        del weights[lost]
+    model.save_pretrained(tmp_path / "model", state_dict=weights)
+    with pytest.warns(UserWarning, match=r"model lacks lm_head.weight, model.norm.weight, which hold random numbers"):
+        clover.load(tmp_path / "model")
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "bert"])
 def test_tensor_that_is_missing(name: str, tmp_path: Path) -> None:
     model, _ = pruned(name)

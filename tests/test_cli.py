@@ -65,6 +65,19 @@ def test_inspect(narrow: Path, tmp_path: Path) -> None:
     assert (tmp_path / "spectra.svg").stat().st_size > 1000
 
 
+def test_inspect_where_a_norm_fixes_what_is_behind_it(tmp_path: Path) -> None:
+    build("qwen3", torch.float32)[0].save_pretrained(tmp_path / "model")
+    found, _ = succeed("inspect", tmp_path / "model", "--plot", tmp_path / "spectra.png")
+    assert all(block["qk"] == [] and block["vo"] for block in found["blocks"])
+    assert "fixed by a norm" in run("inspect", tmp_path / "model").out
+
+
+def test_inspect_says_why_it_suggests_nothing(narrow: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("w1 w2 w3")
+    found, said = succeed("inspect", narrow, "--calibration", tmp_path / "short.txt")
+    assert not found["suggestions"] and "gives one batch alone" in said
+
+
 def test_inspect_prints_a_table(narrow: Path) -> None:
     shown = run("inspect", narrow).out
     assert "model.layers.1.self_attn" in shown

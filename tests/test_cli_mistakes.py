@@ -39,6 +39,8 @@ def test_threshold_outside_its_range(value: object) -> None:
     [
         ([], "Missing command"),
         (["prune"], "MODEL"),
+        (["bench"], "Missing command"),
+        (["prune", "model", "out", "--vo", "0.1", "--seed", "-1"], "--seed"),
         (["prune", "model"], "OUT"),
         (["prune", "model", "out", "--qk", "much"], "--qk"),
         (["prune", "model", "out", "--part", "middle"], "'middle' is not one of"),
@@ -73,6 +75,7 @@ def test_output_folder_that_cannot_be_written(narrow: Path, words: Path) -> None
         (["--lr", "nan"], "lr is nan"),
         (["--data", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--method", "lora", "--rank", 0], "rank is 0"),
+        (["--rank", 8], "rank is 8, but clover has none"),
     ],
 )
 def test_tune_refuses(wide: Path, words: Path, tmp_path: Path, arguments: list[object], said: str) -> None:
@@ -144,6 +147,35 @@ def test_too_little_memory_is_told_with_what_can_be_done(
 
     monkeypatch.setattr(cli, "choose", full)
     assert "CUDA out of memory. Try a smaller batch, --stream" in refuse("prune", narrow, tmp_path / "out", "--vo", 0.5)
+
+
+def test_too_little_memory_of_a_cpu(narrow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "choose", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
+    said = refuse("prune", narrow, tmp_path / "out", "--vo", 0.5)
+    assert "can't allocate memory" in said and said.endswith("; try a smaller batch, or --stream (of prune)")
+
+
+def test_several_processes_without_streaming(narrow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "share the work of --stream alone" in refuse("prune", narrow, tmp_path / "out", "--vo", 0.5)
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    assert "is an adapter; merge it into its model with clover merge" in refuse("inspect", tmp_path / "adapter")
+
+
+def test_a_terminated_command_leaves_nothing_behind(narrow: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from clover import cli, folders; "
+        "folders.sync = lambda _: os.kill(os.getpid(), signal.SIGTERM); cli.main()"
+    )
+    command = [sys.executable, "-c", code, "prune", narrow, tmp_path / "out", "--vo", "0.5"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr.endswith("interrupted; nothing was written under the final name\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_package_that_a_model_needs_is_named(narrow: Path, tmp_path: Path) -> None:

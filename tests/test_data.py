@@ -140,7 +140,7 @@ def test_unreadable_text_is_named(tmp_path: Path, name: str, content: bytes) -> 
 
 
 @pytest.mark.parametrize(
-    "name, kind", [("a.txt", "text"), ("a.txt.gz", "text"), ("a.tsv", "manifest"), ("a.b.jsonl.gz", "questions")]
+    "name, kind", [("a.txt", "text"), ("a.TXT.gz", "text"), ("a.tsv", "manifest"), ("a.b.jsonl.gz", "questions")]
 )
 def test_kind_of_a_file(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / name).touch()
@@ -148,9 +148,9 @@ def test_kind_of_a_file(tmp_path: Path, name: str, kind: str) -> None:
     assert files.file_kind(str(tmp_path)) == "images"
 
 
-@pytest.mark.parametrize("name", ["a.csv", "gone.txt", "a"])
+@pytest.mark.parametrize("name", ["a.csv", "gone.txt", "a", "gone" * 99])
 def test_unknown_kind_is_refused(tmp_path: Path, name: str) -> None:
-    if name != "gone.txt":
+    if "gone" not in name:
         (tmp_path / name).touch()
     with pytest.raises(CloverError, match=name):
         files.file_kind(tmp_path / name)
@@ -169,6 +169,7 @@ def test_manifest(manifest: Path) -> None:
     ("file\ttext\nx.wav\thello\n", None, "x.wav"),
     ("file\ttext\na.wav\n", None, "a.wav"),
     ("file\ttext\n", None, "no rows"),
+    (f"file\ttext\n{'a sentence ' * 30}\ta.wav\n", None, "a sentence"),
     ("", None, "column 'file'"),
     ("file\ttext\tsplit\na.wav\thello\ttest\n", "train", "'train'.*'test'"),
 ])  # fmt: skip
@@ -200,6 +201,12 @@ def test_missing_or_corrupt_audio_is_named(tmp_path: Path, content: bytes | None
         (tmp_path / "bad.wav").write_bytes(content)
     with pytest.raises(CloverError, match=r"bad\.wav"):
         files.read_audio(tmp_path / "bad.wav", 16000)
+
+
+def test_audio_without_a_header_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.raw").write_bytes(bytes(99))
+    with pytest.raises(CloverError, match=r"bad\.raw"):
+        files.read_audio(tmp_path / "bad.raw", 16000)
 
 
 @pytest.mark.parametrize("samples", [np.zeros(0), np.array([0.0, np.nan])])
@@ -236,6 +243,7 @@ def test_questions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("record, said", [
     ({"instruction": ARC}, "line 2"),
     ([1], "line 2"),
+    ({"instruction": "half a pair \ud83d", "answer": "answer1"}, "line 2"),
     ({"instruction": "Why?", "answer": "answer1"}, "line 2.*Answer format"),
     ({"instruction": ARC, "answer": "answer3"}, "line 2.*'answer3'"),
 ])  # fmt: skip
@@ -328,6 +336,14 @@ def test_models_of_raw_sound(manifest: Path) -> None:
     batches = data.calibration_batches(manifest, model, processor=extractor, split="test")
     assert all(batch.keys() == {"input_values"} and batch["input_values"].shape[0] == 1 for batch in batches)
     model(**batches[0])
+
+
+def test_a_clip_too_short_for_the_model_is_named(manifest: Path) -> None:
+    soundfile.write(manifest.with_name("b.flac"), np.zeros(5), 8000)
+    model, _ = families.build("wav2vec2", torch.float32)
+    extractor = t.Wav2Vec2FeatureExtractor(sampling_rate=8000)
+    with pytest.raises(CloverError, match=r"the clip of 'two' in .*m\.tsv is too short for the model"):
+        data.calibration_batches(manifest, model, processor=extractor)
 
 
 def test_what_only_hears_needs_no_tokenizer(manifest: Path, tmp_path: Path) -> None:
@@ -430,9 +446,13 @@ def test_images_for_two_towers_come_with_a_prompt(pictures: Path, tmp_path: Path
     assert model(**batch).logits_per_image.shape == (3, 1)
 
 
-def test_corrupt_image_is_named(pictures: Path) -> None:
-    (pictures / "b.jpg").write_bytes(b"no picture")
-    with pytest.raises(CloverError, match=r"b\.jpg"):
+@pytest.mark.parametrize("too_large", [False, True])
+def test_corrupt_image_is_named(pictures: Path, too_large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if too_large:
+        monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 8)
+    else:
+        (pictures / "b.jpg").write_bytes(b"no picture")
+    with pytest.raises(CloverError, match=r"image .* cannot be decoded" if too_large else r"b\.jpg"):
         data.calibration_batches(pictures, clip().vision_model, processor=t.CLIPImageProcessorPil())
 
 
@@ -453,6 +473,12 @@ def test_empty_calibration_text(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.txt").write_text(content)
     with pytest.raises(CloverError, match=r"a\.txt is no calibration data"):
         data.calibration_batches(tmp_path / "a.txt", llama(), processor=tokenizer())
+
+
+def test_a_tokenizer_of_a_larger_model(tmp_path: Path) -> None:
+    small = t.LlamaForCausalLM(t.LlamaConfig(vocab_size=20, max_position_embeddings=64, **TINY))
+    with pytest.raises(CloverError, match=r"the tokenizer gives token \d+, but the model knows 20; take"):
+        data.calibration_batches(text_file(tmp_path, 99), small, processor=tokenizer())
 
 
 @pytest.mark.parametrize("options", [{"limit": 0}, {"sequences": 0}, {"length": 1}, {"batch": -1}, {"joined": -1}])

@@ -186,6 +186,24 @@ def test_perplexity_beyond_all_numbers(llama: Any) -> None:
     assert ev.perplexity(model, torch.arange(20), window=8).value == math.inf
 
 
+def test_outputs_that_are_no_numbers(llama: Any, tokenizer: Any) -> None:
+    model, batches = copy.deepcopy(llama), [{"input_ids": torch.arange(6)[None]}]
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    for measure in (
+        lambda: ev.perplexity(model, torch.arange(20), window=8),
+        lambda: ev.multiple_choice(model, tokenizer, [Question(ARC, "Why?", ("a", "b"), ("So.", "No."), 0)]),
+        lambda: ev.embedding_cosine(llama.model, model.model, batches),
+    ):
+        with pytest.raises(CloverError, match="output is NaN; check its weights"):
+            measure()
+
+
+def test_tokens_that_the_model_does_not_know(llama: Any) -> None:
+    with pytest.raises(CloverError, match="gives token 60, but the model knows 60; take the model's own"):
+        ev.perplexity(llama, torch.arange(61), window=8)
+
+
 def test_perplexity_of_an_untrained_guess_and_limit(llama: Any) -> None:
     head = llama.get_output_embeddings()
     with torch.no_grad():

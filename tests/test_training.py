@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -284,6 +286,25 @@ def test_a_full_disk_is_told_and_the_run_goes_on(
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_a_run_does_not_go_on_upon_another_base(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "_finish", killed)
+        tune(str(base), tmp_path / "adapter", text, Recipe(**SMALL), save_every=2)
+    os.utime(base / "model.safetensors")
+    with pytest.raises(CloverError, match=r"\.adapter\.tuning is the draft of another request \(files "):
+        tune(str(base), tmp_path / "adapter", text, Recipe(**SMALL), save_every=2)
+    (tmp_path / ".adapter.tuning/request.json").write_text("")
+    with pytest.raises(CloverError, match=r"request.json is damaged; remove .*\.adapter\.tuning and begin anew"):
+        tune(str(base), tmp_path / "adapter", text, Recipe(**SMALL), save_every=2)
+
+
 def test_a_loss_that_is_no_number_stops_the_run(llama: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(CloverError, match=r"(loss|grad_norm) is (nan|inf) at step \d; lower the learning rate"):
         tune(str(llama), tmp_path / "adapter", text, Recipe(**{**SMALL, "lr": 1e38}))
@@ -299,6 +320,8 @@ def test_a_loss_that_is_no_number_stops_the_run(llama: Path, text: Path, tmp_pat
         ({"lr": float("nan")}, "lr is nan"),
         ({"lr": 0.0}, "lr is 0.0"),
         ({"rank": 0}, "rank is 0"),
+        ({"rank": 8}, "rank is 8, but clover has none"),
+        ({"length": 1}, "length is 1; it must be at least 2"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**32}, "seed is 4294967296"),
         ({"block_size": 0}, "block_size is 0"),

@@ -346,7 +346,7 @@ class CloverAttention(nn.Module):
         mask, (_, spans) = by_head(mask, self._tables.heads), self._tables.at(queries)
         # Products that end in rows of logits of no whole 16 bytes take GPUs several times as long; so do those that
         # begin with them.
-        turned = cpu or keys.shape[1] * keys.itemsize % 16 != 0
+        turned = keys.shape[1] > FEW if cpu else keys.shape[1] * keys.itemsize % 16 != 0
         if cpu and queries.dtype.itemsize < 4:
             # oneDNN compiles a half-precision product anew for each length of the cache: milliseconds a token.
             queries, keys, values = queries.float(), keys.float(), values.float()
@@ -358,7 +358,7 @@ class CloverAttention(nn.Module):
             if len(spans) > 1:
                 q, k, v = (x[..., part] for x, part in zip((q, k, v), span.columns, strict=True))
             rows = span.rows(q.flatten(1))
-            # rows @ k.mT takes CPUs twice as long, and GPUs a copy less in what follows.
+            # Over many keys rows @ k.mT takes CPUs twice as long; it takes GPUs a copy less in what follows.
             logits = torch.bmm(k, rows.mT).mT if turned else torch.bmm(rows, k.mT)
             if mask is not None:
                 m = mask[:, :, 0] if mask.shape[1] == 1 else mask[:, span.first * n : (span.first + span.heads) * n, 0]

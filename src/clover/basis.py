@@ -84,12 +84,13 @@ class Basis:
         return pair.sqrt(), (q_plain * k_plain).sqrt(), (v * o).sqrt()
 
     def spectrum(self) -> Spectrum:
-        """Singular values beside the norms of the original directions, for people."""
+        """Singular values beside the norms of the original directions, for people; none of Q-K behind a norm."""
         q, k = _energies(self.heads)
         v, o = energies(self.heads.v), energies(self.heads.o.mT).sum(1)
         return Spectrum(
             self.name, self.block.part,
-            qk=_rows(torch.cat([self.pair_cost.sqrt(), self.plain.values], -1)), vo=_rows(self.value.values),
+            qk=() if self.block.normed else _rows(torch.cat([self.pair_cost.sqrt(), self.plain.values], -1)),
+            vo=_rows(self.value.values),
             qk_norms=_rows((q.sum(1) * k).sqrt()), vo_norms=_rows((v * o).sqrt()),
         )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from transformers.utils import logging
 
 from clover.checkpoint import load
+from clover.checks import warn
 from clover.cost import compare_throughput, reads_text_alone, sizes, use, writes_text
 from clover.errors import CloverError
 from clover.precision import ready
@@ -43,8 +45,8 @@ def compare_runtime(
     Returns:
         ``device``, ``dtype``, ``batch`` and ``contexts``: for each context (an empty one for sound or images)
         pairs of the figures of both models. ``kv_bytes`` are those of the cache once everything is written,
-        ``peak_bytes`` the most that a process held that only ran this model; ``decode_bound`` has for the pruned model
-        how many times faster it could write if time went to reading weights and cache alone.
+        ``peak_bytes`` the most that a process held that only ran this model (None if it was killed); ``decode_bound``
+        has for the pruned model how many times faster it could write if time went to reading weights and cache alone.
 
     Raises:
         CloverError: no model there, a count below 1, or more tokens than the model has positions for.
@@ -82,9 +84,13 @@ def _work(context: int | None, new_tokens: int, batch: int) -> dict[str, Any]:
     return {"context": 1 if context is None else context, "new_tokens": new_tokens, "batch": batch}
 
 
-def _peak(name: str, dtype: str, options: dict[str, Any]) -> int:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(peak_bytes, name, dtype, options).result()
+def _peak(name: str, dtype: str, options: dict[str, Any]) -> int | None:
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(peak_bytes, name, dtype, options).result()
+    except BrokenProcessPool:
+        warn(f"the process that measured the memory of {name} was killed, perhaps for want of it")
+        return None
 
 
 def peak_bytes(name: str, dtype: str, options: dict[str, Any]) -> int:

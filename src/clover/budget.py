@@ -172,7 +172,7 @@ def _block_plan(costs: Costs, sizes: list[_Size]) -> BlockPlan:
     )  # fmt: skip
 
 
-# --- parties: sets of heads that get equal ranks; what is in none goes whole ---
+# --- parties: sets of heads that get equal ranks; what is in none is removed entirely ---
 
 
 def _parties(

@@ -45,6 +45,8 @@ def load(path: str | os.PathLike[str], *, output_loading_info: bool = False, **k
         output_loading_info: return what transformers says of the loading, too.
         kwargs: for ``from_pretrained`` (``dtype``, ``device_map``, ``revision``, ``trust_remote_code``, ...).
 
+    Warns of tensors that the checkpoint lacks.
+
     Raises:
         CloverError: no model there, or a checkpoint that contradicts itself.
     """
@@ -57,6 +59,9 @@ def load(path: str | os.PathLike[str], *, output_loading_info: bool = False, **k
         raise
     except DAMAGE as error:
         raise CloverError(f"{path} can't be loaded: {reason(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        warn(f"{path} lacks {named}, which hold random numbers now; restore the file, or train what is new")
     model.eval()
     return (model, info) if output_loading_info else model
 
@@ -96,6 +101,8 @@ def _kind(path: str | os.PathLike[str], **config_args: Any) -> tuple[Any, Any]:
     except DAMAGE as error:
         if isinstance(error, CloverError):
             raise
+        if os.path.exists(os.path.join(path, "adapter_config.json")):
+            raise CloverError(f"{path} is an adapter; merge it into its model with clover merge first") from error
         raise CloverError(f"{path} is no model that can be loaded: {reason(error)}") from error
     base = _named_class(path, config)
     return config, model_class(base, type(config)) if hasattr(config, "clover") else base  # type: ignore[arg-type]

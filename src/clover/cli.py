@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterable
@@ -107,6 +108,8 @@ def inspect(
     else:
         show_blocks(described)
         show_hints(hints)
+    if batches is not None and not kept_out:
+        note(f"warning: {calibration} gives one batch alone, so none is left to measure what a cut loses; give more")
 
 
 @app.command()
@@ -125,7 +128,9 @@ def prune(
     groups: Annotated[int, typer.Option(min=1, metavar="N", help="Most head sizes that a block may have.")] = 4,
     split: Split = None,
     limit: Limit = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the sample of calibration queries.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Of the sample of calibration queries.")
+    ] = 0,
     report: Annotated[Path | None, typer.Option(metavar="OUT.html", help="Write spectra and ranks to a page.")] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="From file to file, a block at a time, for models larger than memory.")
@@ -154,6 +159,8 @@ def prune(
     def data(reader: Any) -> Iterable[Any] | None:
         return batches_of(reader, calibration, metric, split, limit, spare=max_loss is not None)
 
+    if not stream and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise CloverError("several processes share the work of --stream alone; give it, or start one process")
     settings: dict[str, Any] = {"part": part, "granularity": granularity, "limits": Limits(groups=groups), "seed": seed}
     if stream:
         _check_streams(max_loss, report)
@@ -200,7 +207,8 @@ def evaluate(
     quiet()
     score = measure(model, data, task, split, limit)
     if as_json:
-        print(json.dumps(score.to_dict()))
+        value = score.value if math.isfinite(score.value) else None  # JSON has no infinity
+        print(json.dumps(score.to_dict() | {"value": value}))
         return
     print(f"{score.task} {score.value:.4f}")
     for key, value in score.protocol.items():
@@ -290,7 +298,7 @@ def export(
     note(f"saved {out}: " + ", ".join(f"{k}.onnx within {v:.1g} of PyTorch" for k, v in seen.items()))
 
 
-bench = typer.Typer(help="Time and memory of a pruned model beside the original.", no_args_is_help=True)
+bench = typer.Typer(help="Time and memory of a pruned model beside the original.")
 app.add_typer(bench, name="bench")
 
 

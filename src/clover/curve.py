@@ -1,4 +1,4 @@
-"""The curve of loss over what is removed, foretold and measured, as a drawing for the report."""
+"""The curve of loss over what is removed, predicted and measured, as a drawing for the report."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def loss_section(loss: Mapping[str, Any]) -> str:
     chosen, bound = loss["chosen"], loss["max_loss"]
     if chosen:
         found = (
-            f"The cut that was taken loses <strong>{_percent(chosen['measured'])}</strong>, almost surely less than "
-            f"{_percent(chosen['ceiling'])}; the bound is {_percent(bound)}."
+            f"The cut that was taken loses <strong>{_percent(chosen['measured'])}</strong>, with 95 % confidence less "
+            f"than {_percent(chosen['ceiling'])}; the bound is {_percent(bound)}."
         )
     else:
         found = f"Every cut that was tried loses more than the bound of {_percent(bound)}; nothing was removed."
     note = (
         "Loss is the relative increase of perplexity (without logits: the squared error of the output), measured on "
-        "data kept out of the calibration. The line is foretold, the dots are measured; the bars end at what the mean "
+        "data kept out of the calibration. The line is predicted, the dots are measured; the bars end at what the mean "
         "of such data is below 19 times in 20 (Student's t). Hollow dots cut one of Q&#8209;K and V&#8209;O alone. "
         "The filled square is the cut that was taken."
     )
@@ -45,7 +45,7 @@ def _percent(share: float) -> str:
 
 
 def _drawing(loss: Mapping[str, Any]) -> str:
-    bound, points, curve = loss["max_loss"], loss["measured"], loss["foretold"]
+    bound, points, curve = loss["max_loss"], loss["measured"], loss["predicted"]
     low, high = bound / SPAN, bound * SPAN
     widest = max([0.3, *(p["removed"] for p in points)]) * 1.08
 
@@ -60,7 +60,7 @@ def _drawing(loss: Mapping[str, Any]) -> str:
     parts = [*_axes(x, y, low, high, widest), _line(line), _bound(y(bound), bound)]
     parts += [_dot(p, x(p["removed"]), y(p["measured"]), y(p["ceiling"]), p == loss["chosen"]) for p in points]
     what = escape(
-        f"Loss over the share of directions removed: {len(points)} measured cuts, the foretold curve and the bound."
+        f"Loss over the share of directions removed: {len(points)} measured cuts, the predicted curve and the bound."
     )
     return f'<svg class="loss" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{what}">{"".join(parts)}</svg>'
 
@@ -81,7 +81,7 @@ def _axes(x: Any, y: Any, low: float, high: float, widest: float) -> list[str]:
 
 
 def _line(points: Sequence[tuple[float, float]]) -> str:
-    return f'<polyline class="foretold" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in points)}"/>'
+    return f'<polyline class="predicted" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in points)}"/>'
 
 
 def _bound(at: float, bound: float) -> str:

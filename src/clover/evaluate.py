@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +19,15 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 from clover.answers import padding, valid
 from clover.checkpoint import load
 from clover.cost import accepts, encoder, writes_text
-from clover.data import audio_features, is_multilingual, is_whisper, load_processor, max_positions, text_tokens
+from clover.data import (
+    audio_features,
+    check_words,
+    is_multilingual,
+    is_whisper,
+    load_processor,
+    max_positions,
+    text_tokens,
+)
 from clover.errors import CloverError
 from clover.files import Question, Utterance, extra, file_kind, read_manifest, read_questions, read_text
 from clover.layerwise import replaced
@@ -26,6 +35,7 @@ from clover.precision import ready
 from clover.progress import track
 
 TASKS = {"perplexity": "text", "wer": "manifest", "choice": "questions"}
+NO_NUMBER = "the model's output is NaN; check its weights, or use a dtype with a larger range, float32 or bfloat16"
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ def perplexity(
             with it, and it is never scored.
 
     Raises:
-        ValueError: fewer than two tokens, or a stride outside ``1..window``.
+        ValueError: fewer than two tokens, a stride outside ``1..window``, or logits that are NaN.
     """
     front = tokens.new_tensor([] if start is None else [start])
     room = window - len(front)
@@ -76,6 +86,7 @@ def perplexity(
     tokens, front = (t.to(next(model.parameters()).device) for t in (tokens[:limit], front))
     if len(tokens) < 2:
         raise ValueError(f"perplexity needs at least 2 tokens, got {len(tokens)}")
+    check_words(tokens, model)
     body, total, count, scored = _body(model), 0.0, 0, 0
     for at in track(range(0, len(tokens) - 1, stride), "perplexity"):
         piece = tokens[at : at + room]
@@ -84,6 +95,8 @@ def perplexity(
             break
         nll = _negative_log_likelihood(model, body, torch.cat([front, piece]))[-fresh:]
         total, count, scored = total + nll.sum().item(), count + fresh, at + len(piece)
+    if math.isnan(total):
+        raise CloverError(NO_NUMBER)
     protocol = {"window": window, "stride": stride, "tokens": len(tokens), "scored": count, "dtype": _dtype(model)}
     value = torch.tensor(total / count, dtype=torch.float64).exp().item()  # math.exp raises where this gives infinity
     return Score("perplexity", value, protocol | ({} if start is None else {"start": start}))
@@ -209,7 +222,7 @@ def multiple_choice(
         batch: questions at once, those of like length together.
 
     Raises:
-        CloverError: there are no questions, or one is too long for the model.
+        CloverError: there are no questions, one is too long for the model, or logits are NaN.
     """
     chosen = list(questions[:limit])
     if not chosen:
@@ -219,6 +232,8 @@ def multiple_choice(
     for start in track(range(0, len(chosen), batch), "answering"):
         asked = [(q, continuations(q, candidates)) for q in chosen[start : start + batch]]
         scores = _likelihoods(model, tokenizer, [pair for _, pairs in asked for pair in pairs])
+        if scores.isnan().any():
+            raise CloverError(NO_NUMBER)
         each = scores.split([len(pairs) for _, pairs in asked])
         right += sum(int(mine.argmax()) == q.answer for (q, _), mine in zip(asked, each, strict=True))
     protocol = {
@@ -252,6 +267,7 @@ def _likelihoods(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> to
         raise CloverError(f"a question takes {longest} tokens, but the model has {bound} positions; leave it out")
     # Padding on the right is out of sight of causal attention.
     ids = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in wholes], batch_first=True).to(model.device)
+    check_words(ids, model)
     mask = torch.arange(longest) < torch.tensor([len(whole) for whole in wholes])[:, None]
     hidden, head = _read(model, _body(model), ids, attention_mask=mask.long().to(ids.device))
     spans = [(i, start, len(whole)) for i, (start, whole) in enumerate(zip(starts, wholes, strict=True))]
@@ -278,7 +294,7 @@ def embedding_cosine(dense: nn.Module, pruned: nn.Module, batches: Iterable[dict
         batches: inputs of the encoder, such as :func:`clover.data.calibration_batches` gives.
 
     Raises:
-        CloverError: there are no batches, or the model has no last hidden state.
+        CloverError: there are no batches, or a model has no last hidden state, or one that is NaN.
     """
     cosines = [
         nn.functional.cosine_similarity(_embed(dense, b), _embed(pruned, b)) for b in track(batches, "embedding")
@@ -286,6 +302,8 @@ def embedding_cosine(dense: nn.Module, pruned: nn.Module, batches: Iterable[dict
     if not cosines:
         raise CloverError("there is nothing to embed; give at least one batch")
     items = torch.cat(cosines)
+    if items.isnan().any():
+        raise CloverError(NO_NUMBER)
     protocol = {"items": len(items), "lowest": items.min().item(), "pooling": "mean", "dtype": _dtype(pruned)}
     return Score("cosine", items.mean().item(), protocol)
 

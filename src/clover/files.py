@@ -7,6 +7,7 @@ import gzip
 import importlib
 import io
 import json
+import os
 import re
 import zlib
 from dataclasses import dataclass
@@ -52,11 +53,11 @@ def file_kind(path: str | Path) -> Kind:
     Raises:
         CloverError: nothing is there, or the ending is none of those.
     """
-    if (path := Path(path)).is_dir():
+    if os.path.isdir(path := Path(path)):
         return "images"
-    if not path.exists():
+    if not os.path.exists(path):
         raise CloverError(f"{path} does not exist; give a .txt, .tsv or .jsonl file or a folder of images")
-    ending = Path(path.name.removesuffix(".gz")).suffix
+    ending = Path(path.name.lower().removesuffix(".gz")).suffix
     if ending not in KINDS:
         raise CloverError(f"{path} is of no known kind; give {', '.join(KINDS)}, any with .gz, or a folder of images")
     return KINDS[ending]
@@ -70,7 +71,7 @@ def read_text(path: str | Path) -> str:
     """
     try:
         content = Path(path).read_bytes()
-        text = (gzip.decompress(content) if Path(path).suffix == ".gz" else content).decode("utf-8-sig")
+        text = (gzip.decompress(content) if Path(path).suffix.lower() == ".gz" else content).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise CloverError(f"{path} cannot be read as UTF-8 text ({error}); give another file") from error
     return text.replace("\r\n", "\n")
@@ -107,7 +108,7 @@ def _utterance(manifest: Path, row: dict[str, str | None]) -> Utterance:
     if not name or not text:
         raise CloverError(f"{manifest} has a row without file or text: {list(row.values())}; complete it")
     file = manifest.parent / name
-    if not file.is_file():
+    if not os.path.isfile(file):  # unlike Path's, never raises: a text in the wrong column is a name too long
         raise CloverError(f"audio file {file}, listed in {manifest}, does not exist; correct the row or add the file")
     return Utterance(file, text, row.get("split"))
 
@@ -121,11 +122,11 @@ def read_audio(path: str | Path, rate: int) -> np.ndarray:
         CloverError: the file is missing, corrupt, empty or not finite, or the ``eval`` extra is not installed.
     """
     soundfile = extra("soundfile")
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise CloverError(f"audio file {path} does not exist; correct the path")
     try:
         samples, original = soundfile.read(str(path), dtype="float32", always_2d=True)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, TypeError) as error:
         raise CloverError(f"audio file {path} cannot be decoded ({error}); replace it") from error
     if not len(samples) or not np.isfinite(samples).all():
         raise CloverError(f"audio file {path} is empty or holds NaN or infinite samples; replace it")
@@ -160,8 +161,9 @@ def _record(line: str, where: str) -> dict[str, Any]:
         if found.get("input"):  # what the instruction is about
             record["instruction"] += "\n" + found["input"]
         if isinstance(record["instruction"], str) and isinstance(record["output"], str):
+            (record["instruction"] + record["output"]).encode()  # half a surrogate pair is no text
             return record
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         pass
     wanted = "'instruction' and 'answer' (or 'output')"
     raise CloverError(f"{where} must be a JSON object with strings {wanted}; got {line[:80]!r}")

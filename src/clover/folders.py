@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ from clover.errors import CloverError
 
 SYNCED = "r+b" if os.name == "nt" else "rb"
 """How a file is opened to be forced to disk: Windows wants to be able to write it."""
+MADE = (errno.ENOTEMPTY, errno.EEXIST)
+LONGEST = 240
+"""Bytes in a name, with room for what a hidden folder beside it adds."""
 
 
 @contextmanager
@@ -27,12 +31,16 @@ def fresh_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = check_writable(path)
     folder = None
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        folder = target.parent / f".{target.name}.{secrets.token_hex(4)}"
+        folder.mkdir()
         yield folder
         sync(folder)
-        folder.chmod(0o755)
         folder.rename(target)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:  # that of tokenizers
+            raise
+        if getattr(error, "errno", None) in MADE and target.exists():
+            raise CloverError(f"{target} was made by another run meanwhile; choose another folder") from error
         why = getattr(error, "strerror", None) or error
         raise CloverError(f"{target} can't be written: {why}; free space or choose another place") from error
     finally:
@@ -49,6 +57,8 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     target = Path(path).absolute()
     if os.path.lexists(target):  # a link that leads nowhere, too
         raise CloverError(f"{target} exists; remove it or choose another folder")
+    if len(os.fsencode(target.name)) > LONGEST:
+        raise CloverError(f"the name {target.name[:40]}... is longer than {LONGEST} bytes; choose a shorter one")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""How much may go for a given loss: foretold by the costs, then measured on data that was kept out of the calibration.
+"""How much may go for a given loss: predicted by the costs, then measured on data that was kept out of the calibration.
 
 The loss is what a cut changes in the model's own predictions: the Kullback-Leibler divergence of the cut model from the
 whole one, in nats a token; ``exp`` of it is the factor by which the perplexity of a text like the data's grows. Of a
@@ -30,7 +30,7 @@ from clover.surgery import operate
 KEPT_OUT = 3
 """One calibration batch of so many is kept out, to be measured on."""
 GAUGE = 0.25
-"""Share of Q-K, and of V-O, whose loss is measured to learn what a foretold nat of either is worth."""
+"""Share of Q-K, and of V-O, whose loss is measured to learn what a predicted nat of either is worth."""
 FAR = 4
 """A loss so many times larger or smaller than what is looked for says little; then another cut is measured."""
 TYPICAL = 0.02
@@ -67,7 +67,7 @@ def keep_apart(batches: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     if len(whole) < 2:
         raise CloverError(
             f"a loss is measured on data kept out of the calibration, but of {len(whole)} batches none can be spared; "
-            "give more, or smaller ones"
+            "give more, or make them of fewer sequences each"
         )
     used = [b for i, b in enumerate(whole) if i % KEPT_OUT != 1]
     return used, whole[1::KEPT_OUT]
@@ -128,19 +128,19 @@ class Measured:
 
     @property
     def ceiling(self) -> float:
-        """What the loss is under with near certainty; this is held against the bound."""
+        """The upper end of a one-sided 95 % confidence interval; this is held against the bound."""
         return self.nats + CERTAINTY[min(max(self.sequences, 2), len(CERTAINTY) + 1) - 2] * self.error
 
 
 @dataclass(frozen=True)
 class Point:
-    """A cut that was tried: the shares that its plan removes, what was foretold and what was measured, in nats."""
+    """A cut that was tried: the shares that its plan removes, what was predicted and what was measured, in nats."""
 
     removed: float
     """Share of all directions, of Q-K and V-O together."""
     qk: float
     vo: float
-    foretold: float
+    predicted: float
     """By the prices known when it was tried."""
     measured: float
     ceiling: float
@@ -166,11 +166,11 @@ class Outcome:
         curve = [{"removed": t, **dict(zip(("qk", "vo"), s, strict=True)), "loss": _relative(self.forecast.loss(*s))}
                  for t in CURVE for s in [self.forecast.shares(t)]]  # fmt: skip
         return {"max_loss": math.expm1(self.bound), "chosen": self.chosen and _told(self.chosen),
-                "measured": told, "foretold": curve}  # fmt: skip
+                "measured": told, "predicted": curve}  # fmt: skip
 
 
 CURVE = tuple(i / 20 for i in range(1, 17))
-"""Shares of all directions that the foretold curve is told at."""
+"""Shares of all directions that the predicted curve is told at."""
 
 
 def _relative(nats: float) -> float:
@@ -179,7 +179,7 @@ def _relative(nats: float) -> float:
 
 def _told(point: Point) -> dict[str, float]:
     shares = {"removed": point.removed, "qk": point.qk, "vo": point.vo}
-    return shares | {k: _relative(getattr(point, k)) for k in ("foretold", "measured", "ceiling")}
+    return shares | {k: _relative(getattr(point, k)) for k in ("predicted", "measured", "ceiling")}
 
 
 def within(
@@ -193,7 +193,7 @@ def within(
 ) -> Outcome:
     """The largest cut found whose measured loss stays within a bound; the model stays as it is.
 
-    Directions go cheapest first, of Q-K and V-O together. What a foretold nat of each is worth is measured by cuts of
+    Directions go cheapest first, of Q-K and V-O together. What a predicted nat of each is worth is measured by cuts of
     each alone; then the common budget is narrowed down by cuts that are measured in their turn. The cut that is
     returned is one of these.
 
@@ -219,7 +219,7 @@ def within(
         if not low < total < high:
             total = (low + high) / 2
         point = trials.look(forecast, *forecast.shares(total))
-        factor = point.ceiling / point.foretold if point.ceiling > 0 < point.foretold else factor
+        factor = point.ceiling / point.predicted if point.ceiling > 0 < point.predicted else factor
         low, high = (total, high) if point.ceiling <= bound else (low, total)
         if NEAR * bound <= point.ceiling <= bound or high - low < trials.grain:
             break
@@ -230,7 +230,7 @@ def within(
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Shares to remove for a loss, foretold."""
+    """Shares to remove for a loss, predicted."""
 
     max_loss: float
     qk: float
@@ -287,9 +287,9 @@ class _Trials:
         plan = self.plan(qk, vo)
         if plan not in self.tried:
             found = measure(self.model, self.bases, plan, self.kept_out)
-            foretold = forecast.loss(qk, vo)
+            predicted = forecast.loss(qk, vo)
             removed = self.columns(plan) * self.grain
-            self.tried[plan] = Point(removed, plan.qk_removed, plan.vo_removed, foretold, found.nats, found.ceiling)
+            self.tried[plan] = Point(removed, plan.qk_removed, plan.vo_removed, predicted, found.nats, found.ceiling)
         return self.tried[plan]
 
     def gauge(self, target: float) -> Forecast:
@@ -301,9 +301,9 @@ class _Trials:
             share = GAUGE
             for _ in range(2):
                 shares = (share, 0.0) if kind == "qk" else (0.0, share)
-                point, foretold = self.look(forecast, *shares), forecast.loss(*shares)
-                if getattr(point, kind) > 0 and point.measured > 0 < foretold:
-                    forecast = forecast.scaled(**{kind: point.measured / foretold})
+                point, predicted = self.look(forecast, *shares), forecast.loss(*shares)
+                if getattr(point, kind) > 0 and point.measured > 0 < predicted:
+                    forecast = forecast.scaled(**{kind: point.measured / predicted})
                 if target / FAR <= point.measured <= target * FAR:
                     break
                 share = forecast.alone(kind, target)

@@ -105,7 +105,7 @@ def tell(sizes: dict[str, Any], sentence: str, as_json: bool) -> None:
 def tell_loss(found: dict[str, Any]) -> None:
     """How a bound on the loss was kept."""
     if chosen := found["chosen"]:
-        ends = f"{chosen['measured']:.2%}, with near certainty under {chosen['ceiling']:.2%}"
+        ends = f"{chosen['measured']:.2%}, 95 % upper bound {chosen['ceiling']:.2%}"
         note(f"loss on data kept out of the calibration: {ends}; {len(found['measured'])} cuts were measured")
     else:
         note(f"warning: every cut that was tried loses more than {found['max_loss']:.2%}; nothing was removed")

@@ -57,15 +57,17 @@ class Recipe:
         """
         if self.method not in METHODS:
             raise CloverError(f"method {self.method!r} is unknown; choose among {', '.join(METHODS)}")
-        for name in ("steps", "batch", "length", "block_size"):
-            if getattr(self, name) < 1:
-                raise CloverError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in {"steps": 1, "batch": 1, "length": 2, "block_size": 1}.items():
+            if getattr(self, name) < least:
+                raise CloverError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if not 0 < self.rate < math.inf:
             raise CloverError(f"lr is {self.lr}; it must be a positive finite number")
         if not 0 <= self.seed < 2**32:
             raise CloverError(f"seed is {self.seed}; it must be at least 0 and less than 2**32")
         if self.rank is not None and self.rank < 1:
             raise CloverError(f"rank is {self.rank}; it must be at least 1")
+        if self.rank is not None and self.method == "clover":
+            raise CloverError(f"rank is {self.rank}, but clover has none: its cores are as wide as heads; leave it out")
 
 
 def adapter_config(model: nn.Module, recipe: Recipe) -> PeftConfig:

@@ -60,7 +60,7 @@ class Sample:
         """
         if len(batches) < we.size:
             raise CloverError(
-                f"there are {len(batches)} calibration batches for {we.size} processes; give more, or smaller ones"
+                f"there are {len(batches)} calibration batches for {we.size} processes; give more, or start fewer"
                 if batches
                 else "the calibration data is empty; give at least one batch"
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -27,13 +29,17 @@ class Commands(TyperGroup):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command; never returns."""
+        with suppress(ValueError):  # only a main thread may
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is half done is cleared away
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
         except CloverError as error:
             _fail(str(error))
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, MemoryError) as error:
             _fail(f"{reason(error)} Try a smaller batch, --stream (of prune), or the CPU: CUDA_VISIBLE_DEVICES=")
         except Exception as error:
+            if "can't allocate memory" in str(error):  # torch's, on CPUs, has no class of its own
+                _fail(f"{reason(error)}; try a smaller batch, or --stream (of prune)")
             if not hasattr(error, "format_message"):  # only what the parser raises has it
                 raise
             command = getattr(getattr(error, "ctx", None), "command_path", "clover")
@@ -78,7 +84,10 @@ def show_blocks(blocks: Iterable[dict[str, Any]]) -> None:
     for name in ("block", "part", "heads", "KV heads", "Q-K", "V-O"):
         table.add_column(name, justify="left" if name in ("block", "part") else "right")
     for block in blocks:
-        counts = [f"{_large(block[side]):.1f} of {len(block[side][0])}" for side in ("qk", "vo")]
+        counts = [
+            f"{_large(rows):.1f} of {len(rows[0])}" if (rows := block[side]) else "fixed by a norm"
+            for side in ("qk", "vo")
+        ]
         table.add_row(block["name"], block["part"], str(block["query_heads"]), str(block["kv_heads"]), *counts)
     Console().print(table)
 
@@ -99,8 +108,8 @@ def show_runtime(result: dict[str, Any]) -> None:
         for key, (dense, pruned) in run.items():
             scale, unit = (2**20, "MiB") if key.endswith("bytes") else (1, "")
             title = key.replace("_per_second", "/s").replace("_bytes", f", {unit}").replace("_", " ")
-            figures = (f"{value / scale:,.2f}" for value in (dense, pruned))
-            table.add_row(context, title, *figures, f"{pruned / dense:.3f}" if dense else "")
+            figures = ("" if value is None else f"{value / scale:,.2f}" for value in (dense, pruned))
+            table.add_row(context, title, *figures, f"{pruned / dense:.3f}" if dense and pruned else "")
     Console().print(table)
 
 

@@ -268,7 +268,8 @@ def tune(
     held_out = None if eval_data is None else examples(eval_data, tokenizer, recipe.length)
     config = adapter_config(base, recipe)
     content = hashlib.sha256(Path(data).read_bytes()).hexdigest()
-    request = {"model": model, "data": str(data), "sha256": content, **recipe.to_dict()}
+    files = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(Path(model).glob("*.safetensors"))}
+    request = {"model": model, "files": files, "data": str(data), "sha256": content, **recipe.to_dict()}
     with crew() as we, draft(out, request, we, kinds=(CHECKPOINTS,), ending="tuning") as made:
         set_seed(recipe.seed)
         losses = {} if held_out is None else {"eval_loss_before": mean_loss(base, held_out)}
