@@ -93,7 +93,7 @@ def die(*_: Any) -> None:
     os._exit(1)
 
 
-@pytest.mark.usefixtures("calm")
+@pytest.mark.filterwarnings("always::UserWarning")
 def test_a_process_that_is_killed_takes_no_other_figure_with_it(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
