@@ -281,6 +281,29 @@ def test_it_can_be_trained_after_inference(name: str) -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_tokens_that_are_added_between_layers_do_not_turn() -> None:
+    """Some models put queries in front half-way, and hand on the rotations of the image alone."""
+    model, batch = build("dinov3")
+    found: list[Any] = []
+
+    def keep(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        found.append(kwargs["position_embeddings"])
+
+    name = clover.families.blocks(model)[0].name
+    stock = copy.deepcopy(model).get_submodule(name)
+    hook = stock.register_forward_pre_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        copied = model.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True)
+        model(**batch)
+        copied.remove()
+        hook.remove()
+        clover.orthogonalize(model)
+        for tokens in (19, 23):
+            x = torch.randn(2, tokens, 48, dtype=torch.float64)
+            both = (block(x, position_embeddings=found[0])[0] for block in (model.get_submodule(name), stock))
+            torch.testing.assert_close(*both)
+
+
 def test_compiled_without_a_break_it_writes_into_a_static_cache() -> None:
     """In a process without the checks of shapes, which the compiler can't follow."""
     code = """

@@ -23,9 +23,8 @@ from torch import nn
 import clover
 from clover import pruning
 from clover.budget import Share
-from clover.checks import warn
 from clover.data import load_processor
-from clover.errors import CloverError, UnsupportedModelError
+from clover.errors import CloverError, UnsupportedModelError, warn
 from clover.families import FAMILIES, REFUSED, blocks
 from clover.folders import check_writable
 from clover.plan import Group, Plan
@@ -266,9 +265,48 @@ def test_code_of_a_repository_runs_only_when_that_is_asked_for(tmp_path: Path, m
 
 def test_unknown_family() -> None:
     model = t.SwinModel(t.SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[1], num_heads=[2]))
-    with pytest.raises(UnsupportedModelError, match=r"SwinAttention.*supported are .*LlamaAttention.*CONTRIBUTING\.md"):
+    with pytest.raises(UnsupportedModelError, match=r"attention of class SwinAttention, .*CONTRIBUTING\.md"):
         clover.prune(model, vo=0.3)
     assert not hasattr(model.config, "clover")
+
+
+def test_a_part_beside_attention_that_nobody_knows(tmp_path: Path) -> None:
+    """What is known can be cut, saved and loaded, if it is asked for by its part; the rest stays as it is."""
+    sees = t.SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[1], num_heads=[2])
+    writes = t.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=60, bos_token_id=1, eos_token_id=2)
+    config = t.VisionEncoderDecoderConfig.from_encoder_decoder_configs(sees, writes)
+    model = t.VisionEncoderDecoderModel(config).eval()
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "decoder_input_ids": torch.randint(3, 60, (2, 7))}
+    with pytest.raises(UnsupportedModelError, match=r"SwinAttention, .*; or give a part \(cross or decoder\), and it"):
+        clover.prune(model, qk=0.3, vo=0.3, calibration=[batch])
+    with pytest.raises(CloverError, match="no attention block in part 'encoder'; it has cross, decoder"):
+        clover.prune(model, qk=0.3, vo=0.3, calibration=[batch], part="encoder")
+    with pytest.warns(UserWarning, match="some attention stays as it is: VisionEncoderDecoderModel has attention of"):
+        clover.prune(model, qk=0.3, vo=0.3, calibration=[batch], part="decoder")
+    clover.save(model, tmp_path / "model")
+    assert torch.equal(outputs(clover.load(tmp_path / "model"), batch), outputs(model, batch))
+
+
+def test_a_model_without_a_forward_of_its_own() -> None:
+    class Silent(t.LlamaPreTrainedModel):
+        def __init__(self) -> None:
+            inner = build("llama-gqa")[0]
+            super().__init__(inner.config)
+            self.model = inner.model
+
+    with pytest.raises(CloverError, match="Silent has no forward of its own; give the part of it that reads"):
+        clover.prune(Silent(), vo=0.3, calibration=[build("llama-gqa")[1]])
+
+
+def test_weights_that_are_packed_in_a_tensor_of_their_own() -> None:
+    class Packed(torch.Tensor):
+        pass
+
+    model, _ = build("llama-gqa")
+    projection = model.model.layers[0].self_attn.q_proj
+    projection.weight = nn.Parameter(projection.weight.data.as_subclass(Packed))
+    with pytest.raises(CloverError, match=r"a projection is .*; prune before quantising"):
+        clover.prune(model, vo=0.3)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -415,7 +453,7 @@ def test_wrappers_of_models(tmp_path: Path) -> None:
     code = """
 import sys, peft, torch, clover
 from clover.budget import Share
-from clover.checks import warn
+from clover.errors import warn
 from clover.pruning import apply, find_bases, plan_ranks
 from families import build
 model, _ = build("llama-gqa")

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import clover
 import families
-from clover import data, files
+from clover import data, files, traits
 from clover.errors import CloverError
 from clover.options import batches_of
 
@@ -284,7 +284,7 @@ def test_windows_of_an_encoder_carry_the_special_tokens(tmp_path: Path, kind: st
         text_file(tmp_path, words), model, processor=tokenizer(brackets=True), sequences=4
     )
     rows = torch.cat([b["input_ids"] for b in batches])
-    positions = data.max_positions(model)
+    positions = traits.max_positions(model)
     assert positions == (34 if kind == "Bert" else 33)  # RoBERTa's table starts behind its padding row
     assert rows.shape == (4 if words > 40 else 1, positions)
     assert set(rows[:, 0].tolist()) == {2} and set(rows[:, -1].tolist()) == {3} and 3 not in rows[:, :-1]
@@ -325,9 +325,9 @@ def test_a_processor_in_the_place_of_a_tokenizer(tmp_path: Path) -> None:
 
 def test_positions_of_a_language_model_inside_another() -> None:
     model, _ = families.build("llava", torch.float32)
-    assert data.max_positions(model) == model.config.text_config.max_position_embeddings
+    assert traits.max_positions(model) == model.config.text_config.max_position_embeddings
     model.config.text_config.max_position_embeddings = -1  # which means that there is no bound
-    assert data.max_positions(model) is None
+    assert traits.max_positions(model) is None
 
 
 def test_models_of_raw_sound(manifest: Path) -> None:
@@ -538,6 +538,19 @@ def test_a_listener_and_a_writer_from_a_folder_without_a_whole_processor(manifes
     batches = data.calibration_batches(manifest, model)
     assert [b["decoder_input_ids"].shape for b in batches] == [(1, 12)]
     pruned_in_all_parts(model, batches)
+
+
+def test_a_decoder_that_reads_codes_of_sound_is_given_no_text(tmp_path: Path) -> None:
+    hears = t.EncodecConfig(num_filters=4, hidden_size=8, codebook_size=16, codebook_dim=8, upsampling_ratios=[2, 2])
+    sizes = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16}
+    reads = families.build("t5", torch.float32)[0].config
+    config = t.MusicgenConfig(
+        text_encoder=reads.to_dict(), audio_encoder=hears.to_dict(), decoder=sizes | {"num_codebooks": 2}
+    )
+    with pytest.raises(CloverError, match="MusicgenForConditionalGeneration reads 16 tokens of its own; give batches"):
+        data.calibration_batches(
+            text_file(tmp_path, 99), t.MusicgenForConditionalGeneration(config), processor=tokenizer()
+        )
 
 
 def test_two_encoders_in_one_model_have_a_bound_each(tmp_path: Path) -> None:

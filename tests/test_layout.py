@@ -19,7 +19,7 @@ ORDER = [
     "attention", "surgery", "precision", "checks", "classes", "checkpoint", "lossbudget", "pruning", "export",
     "targets", "config", "cores", "tuner",
     "crew", "shards", "pieces", "draft", "packed", "layout", "sequential", "streaming",
-    "files", "data", "cost", "graphs", "onnx", "bench", "evaluate", "curve", "report",
+    "files", "traits", "data", "cost", "graphs", "onnx", "bench", "evaluate", "curve", "report",
     "demo", "recipe", "training", "show", "options", "cli",
 ]  # fmt: skip
 """A module may import only from modules to its left."""

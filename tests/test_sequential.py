@@ -48,6 +48,14 @@ def error(model: Any, reference: Any, batch: Any) -> float:
 # --- a layer at a time ---
 
 
+def test_a_model_that_changes_hidden_states_between_layers(tmp_path: Path) -> None:
+    model, batch = build("qwen3-vl")
+    order = stacks(model, clover.families.blocks(model))
+    walk(model, order, [{"input_ids": batch["input_ids"]}], lambda name, _: model.get_submodule(name))
+    with pytest.raises(CloverError, match=r"changes hidden states between the layers of model\.language_model\."):
+        walk(model, order, [batch], lambda name, _: model.get_submodule(name))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_walk_is_the_models_own_forward(name: str) -> None:
     """What comes out of each layer, and so what each layer was called with, is what the whole model makes of it."""

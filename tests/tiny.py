@@ -303,3 +303,101 @@ def patched() -> dict[str, torch.Tensor]:
     grid = torch.tensor([[1, 4, 4], [1, 4, 4]])
     kinds = (ids == 55).long()
     return {"input_ids": ids, "mm_token_type_ids": kinds, "pixel_values": torch.randn(32, 96), "image_grid_thw": grid}
+
+
+def esm(positions: str) -> t.EsmModel:
+    special = {"pad_token_id": 1, "mask_token_id": 4, "token_dropout": False}
+    return t.EsmModel(t.EsmConfig(**(LM | special), position_embedding_type=positions))
+
+
+def residues() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(5, 60, (2, 12))}
+
+
+def xglm() -> t.XGLMForCausalLM:
+    return t.XGLMForCausalLM(t.XGLMConfig(**ONE_SIDE, num_layers=2, attention_heads=4, ffn_dim=64))
+
+
+def trocr() -> t.TrOCRForCausalLM:
+    sizes = {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+    return t.TrOCRForCausalLM(t.TrOCRConfig(**ONE_SIDE, **sizes, cross_attention_hidden_size=32))
+
+
+ONE_SIDE = {"vocab_size": 60, "d_model": 48, "max_position_embeddings": 128, "pad_token_id": 0, **ENDS}
+
+
+def qwen2_audio() -> t.Qwen2AudioEncoder:
+    sizes = {"encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "d_model": 48}
+    return t.Qwen2AudioEncoder(t.Qwen2AudioEncoderConfig(**sizes, num_mel_bins=8, max_source_positions=20))
+
+
+def voxtral() -> t.VoxtralEncoder:
+    sizes = {k: v for k, v in VISION.items() if "size" not in k or k in ("hidden_size", "intermediate_size")}
+    return t.VoxtralEncoder(t.VoxtralEncoderConfig(**sizes, num_mel_bins=8, max_source_positions=20))
+
+
+def blip() -> t.BlipForConditionalGeneration:
+    """A tower in front of a writer that attends to it."""
+    text = LM | {"encoder_hidden_size": 48, "projection_dim": 16, "sep_token_id": 2}
+    vision = VISION | {"projection_dim": 16}
+    config = t.BlipConfig(text_config=text, vision_config=vision, projection_dim=16)
+    return t.BlipForConditionalGeneration(config)
+
+
+def blip2(kind: str) -> Any:
+    """A tower, queries that attend to it, and a writer behind them; token 55 stands for a query."""
+    text = {"model_type": "opt", "word_embed_proj_dim": 48, "ffn_dim": 64, **LM}
+    parts = {"vision_config": dict(VISION), "qformer_config": LM | {"encoder_hidden_size": 48}, "text_config": text}
+    config = getattr(t, f"{kind}Config")(**parts, num_query_tokens=4, image_token_index=55)
+    return getattr(t, f"{kind}ForConditionalGeneration")(config)
+
+
+def queried() -> dict[str, torch.Tensor]:
+    return {k: v for k, v in described().items() if k != "token_type_ids"}
+
+
+def instructed() -> dict[str, torch.Tensor]:
+    return queried() | {"qformer_input_ids": torch.randint(3, 60, (2, 5))}
+
+
+def chameleon() -> t.ChameleonForConditionalGeneration:
+    codes = {"embed_dim": 8, "num_embeddings": 8, "base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1}
+    config = t.ChameleonConfig(**LM, num_key_value_heads=2, vocabulary_map={"<image>": 55}, vq_config=codes)
+    return t.ChameleonForConditionalGeneration(config)
+
+
+def glm4v_text(kind: str, partial: float) -> Any:
+    positions = {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [1, 1, 2],
+        "partial_rotary_factor": partial,
+    }
+    sizes = LM | {"num_key_value_heads": 2, "head_dim": int(8 / partial), "rope_parameters": positions}
+    return getattr(t, f"{kind}TextModel")(getattr(t, f"{kind}TextConfig")(**sizes))
+
+
+def t5gemma() -> t.T5GemmaForConditionalGeneration:
+    side = t.T5GemmaModuleConfig(**LM, **GEMMA3, attn_logit_softcapping=2.0)
+    return t.T5GemmaForConditionalGeneration(t.T5GemmaConfig(encoder=side, decoder=side))
+
+
+def decision() -> t.DecisionTransformerModel:
+    sizes = {"state_dim": 5, "act_dim": 3, "hidden_size": 48, "max_ep_len": 32, "n_layer": 2, "n_head": 6}
+    return t.DecisionTransformerModel(t.DecisionTransformerConfig(**sizes, n_positions=128))
+
+
+def moves() -> dict[str, torch.Tensor]:
+    widths = {"states": 5, "actions": 3, "rewards": 1, "returns_to_go": 1}
+    steps = {name: torch.randn(2, 4, width) for name, width in widths.items()}
+    return steps | {"timesteps": torch.arange(4).expand(2, 4), "attention_mask": torch.ones(2, 4)}
+
+
+def owl(kind: str) -> Any:
+    text = LM | {"max_position_embeddings": 12}
+    config = getattr(t, f"{kind}Config")(text_config=text, vision_config=dict(VISION), projection_dim=16)
+    return getattr(t, f"{kind}Model")(config)
+
+
+def sound() -> dict[str, torch.Tensor]:
+    return {"input_features": torch.randn(2, 8, 40)}

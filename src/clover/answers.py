@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,9 @@ ROWS = 256
 def answer(output: Any) -> tuple[Tensor, bool]:
     """What a model says, and whether it is logits of words or classes; else its first output (not a loss).
 
+    Of several maps of features it is the last; where an answer begins and where it ends become one output, ``(batch,
+    tokens, 2)``.
+
     Raises:
         CloverError: the output has no names.
     """
@@ -29,18 +33,23 @@ def answer(output: Any) -> tuple[Tensor, bool]:
     logits = output.get("logits")
     if logits is not None and logits.dim() in (2, 3) and logits.shape[-1] > 1:
         return logits, True
-    said = (v for n, v in output.items() if n != "loss" and isinstance(v, Tensor) and v.is_floating_point() and v.dim())
+    if "start_logits" in output and "end_logits" in output:
+        return torch.stack([output["start_logits"], output["end_logits"]], -1), False
+    outputs = (v[-1] if isinstance(v, tuple | list) and v else v for n, v in output.items() if n != "loss")
+    said = (v for v in outputs if isinstance(v, Tensor) and v.is_floating_point() and v.dim())
     return next(said, torch.zeros(0)), False
 
 
 @torch.no_grad()
 def score(said: Tensor, words: bool, real: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient by what was said of the log-likelihood of a sample from it: tokens from logits, else Gaussian noise.
+    """Gradient by what was said of the log-likelihood of a sample from it: words or a class, else Gaussian noise.
 
     Args:
-        words: whether it is logits, ``(batch, tokens, words)``.
+        words: whether it is logits, ``(batch, tokens, words)`` or ``(batch, classes)``.
         real: what of it is not padding.
     """
+    if words and said.dim() == 2:
+        return score(said[:, None], words, real[:, None], generator)[:, 0]
     found = torch.zeros_like(said)
     if said.dim() != 3:
         return found.copy_(torch.randn(said.shape, generator=generator))
@@ -106,6 +115,21 @@ def _frames(mask: Tensor, model: nn.Module) -> Tensor | None:
         return None
     frames = int(hearing._get_feat_extract_output_lengths(mask.shape[1]))
     return hearing._get_feature_vector_attention_mask(frames, mask.long()).bool()
+
+
+def check_words(ids: torch.Tensor, model: Any) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Raises:
+        CloverError: it names the largest.
+    """
+    words, last = None, int(ids.max())
+    with suppress(NotImplementedError):  # of models that keep them in a place of their own
+        words = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if words is not None and last >= words:
+        raise CloverError(
+            f"the tokenizer gives token {last}, but the model knows {words}; take the model's own, not another's"
+        )
 
 
 def several(batches: Iterable[Any]) -> Iterable[Any]:

@@ -243,7 +243,8 @@ class CloverAttention(nn.Module):
             return turn_pairs(qk, *(take(t, self.frequencies) for t in angles))
         # Every layer is handed the same tensors, so what is made of them is kept on one.
         keeper: Any = position_embeddings if isinstance(position_embeddings, Tensor) else position_embeddings[0]
-        if not hasattr(keeper, "clover_table"):
+        kept = getattr(keeper, "clover_table", None)
+        if kept is None or kept.shape[-2] != qk.shape[1]:  # some models add tokens between layers
             angles = self._angles(position_embeddings, qk.shape[1], idle)
             # There are no complex numbers of half precision to rely on.
             keeper.clover_table = torch.complex(*(t.float() if t.dtype.itemsize < 4 else t for t in angles))
@@ -289,12 +290,11 @@ class CloverAttention(nn.Module):
 
     def _softmax_options(self, heads: slice) -> dict[str, Any]:
         """What the attention of these query heads of the flat layout needs besides; plain softmax must not know it."""
-        sinks = getattr(self, self.family.sinks) if self.family.sinks else None
-        options = {
-            "softcap": self.softcap,
-            "s_aux": None if sinks is None else sinks[self._tables.heads(sinks.device)[heads]],
-        }
-        return {name: value for name, value in options.items() if value is not None}
+        options: dict[str, Any] = {} if self.softcap is None else {"softcap": self.softcap}
+        if self.family.sinks:
+            sinks = getattr(self, self.family.sinks)
+            options["s_aux"] = sinks[self._tables.heads(sinks.device)[heads]]
+        return options
 
     def _attend_padded(
         self, attend: Callable, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None

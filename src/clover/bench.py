@@ -13,10 +13,10 @@ import torch
 from transformers.utils import logging
 
 from clover.checkpoint import load
-from clover.checks import warn
-from clover.cost import compare_throughput, reads_text_alone, sizes, use, writes_text
-from clover.errors import CloverError
+from clover.cost import compare_throughput, sizes, use
+from clover.errors import CloverError, warn
 from clover.precision import ready
+from clover.traits import reads_text_alone, writes_text
 
 SIDES = ("dense", "pruned")
 

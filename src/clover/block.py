@@ -389,7 +389,7 @@ def _weight(module: nn.Module, block: str) -> tuple[Tensor, Tensor | None]:
     if isinstance(module, Conv1D):
         return module.weight.T, module.bias
     plain = type(module) is nn.Linear or type(module).__module__.startswith("transformers.models.")
-    if not (plain and isinstance(module, nn.Linear)):
+    if not (plain and isinstance(module, nn.Linear) and type(module.weight.data) is Tensor):
         raise CloverError(
             f"{block}: a projection is a {type(module).__module__}.{type(module).__name__}, not torch's Linear; "
             "prune before quantising, and merge adapters first"

@@ -8,7 +8,6 @@ labels are needed, they are drawn from the model). The model is left as it was.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from clover.answers import answer, on, padding, score, several, valid
 from clover.block import Block, growth_at, head_bias
-from clover.errors import CloverError
+from clover.errors import CloverError, warn
 from clover.heads import Heads
 from clover.layerwise import forward
 from clover.progress import track
@@ -73,6 +72,8 @@ def calibrate(
         CloverError: no batches, a block that none of them reached, none that influences the model's output, or
             activations that are not finite.
     """
+    if type(model).forward is nn.Module.forward:
+        raise CloverError(f"{type(model).__name__} has no forward of its own; give the part of it that reads the data")
     device = next(model.parameters()).device
     watchers = [Watcher(block, queries, torch.Generator().manual_seed(seed + i)) for i, block in enumerate(blocks)]
     training, trainable = [m for m in model.modules() if m.training], [p for p in model.parameters() if p.requires_grad]
@@ -123,7 +124,7 @@ def _value_idle(watchers: Sequence[Watcher]) -> None:
     if not idle or not energies:
         return
     names = ", ".join(w.block.name for w in idle)
-    warnings.warn(f"the model's output does not depend on {names}; most of that will be cut", stacklevel=3)
+    warn(f"the model's output does not depend on {names}; most of that will be cut")
     for watcher in idle:
         output = watcher.sums["output"]
         eye = torch.eye(watcher.heads.o.shape[-2], dtype=output.dtype, device=output.device)

@@ -12,9 +12,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from clover.checks import check_model, check_own, is_public, warn
+from clover.checks import check_model, check_own, is_public
 from clover.classes import model_class
-from clover.errors import CloverError, reason
+from clover.errors import CloverError, reason, warn
 from clover.folders import fresh_folder
 from clover.heads import finite
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from functools import wraps
 from typing import Any
 
@@ -93,11 +91,3 @@ def rewritten(model: nn.Module) -> set[str]:
 def _planned(model: PreTrainedModel) -> set[str]:
     plan = getattr(model.config, "clover", None) or {}
     return {block["name"] for block in plan.get("blocks", ())}
-
-
-def warn(text: str) -> None:
-    """Warn of the line that called this package, from however deep in it."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "clover":
-        level, frame = level + 1, frame.f_back
-    warnings.warn(text, stacklevel=level)

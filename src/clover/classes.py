@@ -30,7 +30,7 @@ from transformers.models.auto import modeling_auto
 from clover.block import Block
 from clover.checks import check_all_that_is_saved
 from clover.errors import CloverError
-from clover.families import blocks, is_attention
+from clover.families import is_attention, survey
 from clover.plan import Plan
 from clover.surgery import check_fit, install, skeleton
 
@@ -299,7 +299,7 @@ def rebuild(model: nn.Module, plan: Plan) -> Plan:
     Raises:
         CloverError: the plan names a block that the model lacks, or sizes that its config contradicts.
     """
-    found: dict[str, Block] = {block.name: block for block in blocks(model)}
+    found: dict[str, Block] = {block.name: block for block in survey(model)[0]}
     prefix = getattr(model, "base_model_prefix", "") + "."
     own = []
     for part in plan.blocks:

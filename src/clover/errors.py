@@ -1,6 +1,9 @@
-"""The errors that a user can cause. Each message names the value, the cause and the remedy."""
+"""The errors that a user can cause, and warnings. Each message names the value, the cause and the remedy."""
 
 from __future__ import annotations
+
+import sys
+import warnings
 
 
 class CloverError(ValueError):
@@ -14,3 +17,11 @@ def reason(error: BaseException) -> str:
 
 class UnsupportedModelError(CloverError):
     """No attention block of the model belongs to a known family."""
+
+
+def warn(text: str) -> None:
+    """Warn of the line that called this package, from however deep in it."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "clover":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)

@@ -16,23 +16,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-from clover.answers import padding, valid
+from clover.answers import check_words, padding, valid
 from clover.checkpoint import load
-from clover.cost import accepts, encoder, writes_text
-from clover.data import (
-    audio_features,
-    check_words,
-    is_multilingual,
-    is_whisper,
-    load_processor,
-    max_positions,
-    text_tokens,
-)
+from clover.data import audio_features, load_processor, text_tokens
 from clover.errors import CloverError
 from clover.files import Question, Utterance, extra, file_kind, read_manifest, read_questions, read_text
 from clover.layerwise import replaced
 from clover.precision import ready
 from clover.progress import track
+from clover.traits import accepts, encoder, is_multilingual, is_whisper, max_positions, writes_text
 
 TASKS = {"perplexity": "text", "wer": "manifest", "choice": "questions"}
 NO_NUMBER = "the model's output is NaN; check its weights, or use a dtype with a larger range, float32 or bfloat16"

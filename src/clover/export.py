@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from clover.attention import CloverAttention
 from clover.block import Block, norm_entries
 from clover.errors import CloverError, UnsupportedModelError
-from clover.families import blocks
+from clover.families import survey
 from clover.plan import Group, Plan
 from clover.pruning import plan_of
 
@@ -39,7 +39,7 @@ def pad(model: PreTrainedModel) -> PreTrainedModel:
     """
     plan = plan_of(model)
     stock = _stock(model, plan)
-    here = {block.name: block for block in blocks(stock)}
+    here = {block.name: block for block in survey(stock)[0]}
     cut = [here[b.name] for b in plan.blocks]
     replaced = tuple(name for b in cut for name in b.replaced)
     rest = {k: v for k, v in model.state_dict().items() if not k.startswith(replaced)}

@@ -17,7 +17,7 @@ from torch import nn
 
 from clover.alike import alike
 from clover.block import Block, Family
-from clover.errors import CloverError, UnsupportedModelError
+from clover.errors import CloverError, UnsupportedModelError, warn
 
 
 def _is_global_or_slides(core: Any) -> bool:
@@ -30,6 +30,10 @@ def _slides_or_must(core: Any) -> bool:
 
 def _says_rope(core: Any) -> bool:
     return core.config.position_embedding_type == "rope"
+
+
+def _is_rotary(core: Any) -> bool:
+    return core.position_embedding_type == "rotary"
 
 
 def _configs_window(core: Any) -> int | None:
@@ -99,6 +103,13 @@ _ROWS: dict[str, Family] = {
     "Cohere2MoeAttention": replace(_COHERE, rotary=_slides_or_must),
     "Exaone4Attention": replace(_QWEN3, rotary=_is_global_or_slides, window=_window_where_sliding),
     "Ernie4_5Attention Ernie4_5_MoeAttention GlmAttention Glm4Attention HeliumAttention": _GLM,
+    "ChameleonAttention": _QWEN3,
+    "GlmOcrTextAttention Glm4vTextAttention": _COHERE,
+    "Glm4vMoeTextAttention GlmImageTextAttention": _LLAMA,
+    "PersimmonAttention": Family(
+        fused="query_key_value", interleaved=True, o="dense", heads="num_heads", rotary=True,
+        norms=("q_layernorm", "k_layernorm"),
+    ),
     "PhiAttention": replace(_LLAMA, o="dense", norms=("q_layernorm", "k_layernorm")),
     "Phi3Attention": replace(_SLIDING, fused="qkv_proj"),
     "GptOssAttention": replace(_LLAMA, sinks="sinks", table="once"),
@@ -118,7 +129,7 @@ _ROWS: dict[str, Family] = {
         scale=("inv_norm_factor",), rotary=attrgetter("config.rotary"), rename={"layer_past": "past_key_values"},
         unless={"config.alibi": "each implementation of its attention adds another bias by distance (alibi)"},
     ),
-    "GPT2Attention": Family(
+    "DecisionTransformerGPT2Attention GPT2Attention": Family(
         q="q_attn", fused="c_attn", o="c_proj", heads="num_heads", dropout="attn_dropout",
         output_dropout="resid_dropout", rename={"encoder_hidden_states": "key_value_states"},
     ),
@@ -133,9 +144,12 @@ _ROWS: dict[str, Family] = {
     ),
     # language, speech, encoders and decoders
     "BartAttention BioGptAttention BlenderbotAttention BlenderbotSmallAttention Data2VecAudioAttention HubertAttention "
-    "M2M100Attention MBartAttention MarianAttention NllbMoeAttention OPTAttention PLBartAttention PegasusAttention "
-    "SEWAttention Speech2TextAttention UniSpeechAttention UniSpeechSatAttention Wav2Vec2Attention "
-    "WhisperAttention": _BART,
+    "M2M100Attention MBartAttention MarianAttention MossTranscribeDiarizeAudioAttention NllbMoeAttention OPTAttention "
+    "PLBartAttention PegasusAttention Qwen2AudioAttention SEWAttention Speech2TextAttention TrOCRAttention "
+    "UniSpeechAttention UniSpeechSatAttention VoxtralAttention Wav2Vec2Attention WhisperAttention XGLMAttention": _BART,
+    "T5GemmaCrossAttention": replace(
+        _LLAMA, rotary=False, softcap="attn_logit_softcapping", rename={"encoder_hidden_states": "key_value_states"},
+    ),
     "MT5Attention SwitchTransformersAttention T5Attention": Family(
         q="q", k="k", v="v", o="o", heads="n_heads", head_dim="key_value_proj_dim", dropout="dropout",
         position_bias="relative_attention_bias", rename={"mask": "attention_mask"},
@@ -143,8 +157,14 @@ _ROWS: dict[str, Family] = {
     ),
     # encoders
     "BertAttention BertGenerationAttention CamembertAttention Data2VecTextAttention ElectraAttention ErnieAttention "
-    "RoCBertAttention RobertaAttention XLMRobertaAttention": _BERT,
+    "RoCBertAttention RobertaAttention RobertaPreLayerNormAttention XLMRobertaAttention XLMRobertaXLAttention "
+    "XmodAttention": _BERT,
     "LayoutLMAttention": replace(_BERT, dropout="attention_dropout", causal=False),
+    "BlipTextAttention MegatronBertAttention RemBertAttention TapasAttention "
+    "VisualBertAttention": replace(_BERT, scale=(), causal=False),
+    "EsmAttention EvollaSaProtAttention": replace(_BERT, scale=(), rotary=_is_rotary),
+    "Blip2QFormerAttention InstructBlipQFormerAttention "
+    "InstructBlipVideoQFormerAttention": replace(_BERT, core="attention", dropout="attention_dropout"),
     "MPNetSelfAttention": Family(
         q="q", k="k", v="v", o="o", head_dim="attention_head_size", heads="num_attention_heads", scale=(),
         dropout="dropout", causal=False,
@@ -160,8 +180,21 @@ _ROWS: dict[str, Family] = {
     "ASTAttention DeiTAttention Dinov2Attention Dinov2WithRegistersAttention IJepaAttention ViTAttention "
     "ViTMAEAttention ViTMSNAttention": Family(),
     "DINOv3ViTAttention": Family(rotary=True, dropout="dropout"),
-    "CLIPAttention Idefics3VisionAttention MetaClip2Attention SiglipAttention Siglip2Attention "
-    "SmolVLMVisionAttention": _CLIP,
+    "FlavaAttention ViltAttention": replace(_BERT, core="attention", scale=(), causal=False),
+    "DPTViTAttention VideoMAEAttention VitPoseBackboneAttention "
+    "YolosAttention": replace(_BERT, core="attention", dropout="dropout_prob"),
+    "CLIPAttention Idefics3VisionAttention MetaClip2Attention OwlViTAttention Owlv2Attention SiglipAttention "
+    "Siglip2Attention SmolVLMVisionAttention": _CLIP,
+    "BlipAttention": Family(
+        fused="qkv", o="projection", heads="num_heads", scale=("scale",), dropout="dropout", causal=False,
+    ),
+    "Blip2Attention InstructBlipAttention InstructBlipVideoAttention": Family(
+        fused="qkv", o="projection", heads="num_heads", scale=("scale",),
+    ),
+    "JanusVisionAttention": replace(
+        _CLIP, o="projection_layer", dropout="attention_dropout", output_dropout="projection_dropout",
+        unless={"config.use_qk_norm": "each head's queries and keys go through a norm of their own (use_qk_norm)"},
+    ),
     "PixtralAttention": replace(_BART, o="o_proj", rotary=True),
     "Llama4VisionAttention": Family(
         scale=(), rotary=True, neighbours=True, table="complex", causal=False,
@@ -174,9 +207,9 @@ _ROWS: dict[str, Family] = {
 }  # fmt: skip
 FAMILIES: dict[str, Family] = {name: family for names, family in _ROWS.items() for name in names.split()}
 
-CROSS = {"EncDecAttention", "cross_attention", "crossattention", "encoder_attn"}
+CROSS = {"EncDecAttention", "cross_attention", "cross_attn", "crossattention", "encoder_attn"}
 """What models call a block that attends to another sequence, whatever its class."""
-WRITER = "language_model"
+WRITERS = {"language_model", "text_decoder"}
 """What models call the part that writes; it has a cache, though its prompt may be read in both directions."""
 MLP = {
     "up": (
@@ -189,11 +222,16 @@ MLP = {
 are stacked in one tensor, and have none."""
 
 REFUSED: dict[str, str] = {
-    "DeepseekV2Attention": "keys and values of all heads come out of one latent, which is what its cache would hold",
-    "DeepseekV3Attention": "keys and values of all heads come out of one latent, which is what its cache would hold",
-    "Qwen3NextAttention": "its values go through a gate, column by column, on their way to the output projection",
-    "Qwen3_5Attention": "its values go through a gate, column by column, on their way to the output projection",
-    "Qwen3_5MoeAttention": "its values go through a gate, column by column, on their way to the output projection",
+    **dict.fromkeys(
+        ("DeepseekV2Attention", "DeepseekV3Attention", "DeepseekV32Attention", "Glm4MoeLiteAttention",
+         "GlmMoeDsaAttention", "KimiLinearAttention", "LongcatFlashMLA", "MiniCPM3Attention", "Mistral4Attention",
+         "YoutuAttention"),
+        "keys and values of all heads come out of one latent, which is what its cache would hold",
+    ),
+    **dict.fromkeys(
+        ("Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention"),
+        "its values go through a gate, column by column, on their way to the output projection",
+    ),
     "MllamaTextCrossAttention": "a norm of the keys stands between another sequence and a cache that holds them",
     "GPTJAttention": "it holds the table of its rotation itself",
     "CodeGenAttention": "it holds the table of its rotation itself, and its fused rows lie in four stretches",
@@ -201,12 +239,12 @@ REFUSED: dict[str, str] = {
     "Wav2Vec2BertSelfAttention": "its positions enter through the queries themselves, not as a rotation or a bias",
     "DebertaV2Attention": "its positions enter through the query and key projections (disentangled attention)",
     "WavLMAttention": "its position bias is gated by what the block reads",
-    "Attention": "it computes in a processor of its own (diffusers), not in transformers' attention interface",
-}
+    "Attention": "it is not in transformers' attention interface (that of FSMT, OpenAI GPT and timm has this name)",
+}  # fmt: skip
 """Classes that a row can't describe -> why."""
 
-APART = {"MultiheadAttention"}
-"""Called attention, but, as the pooling head of a vision model, staying dense."""
+APART = {"AriaCrossAttention", "MultiheadAttention", "PatchTSMixerGatedAttention"}
+"""Called attention, but staying dense: the pooling head of a vision model, a projector, a gate."""
 PACKED = "cu_seqlens"
 """What the ``forward`` of a vision tower takes that reads images of many sizes as one row. Such a tower stays dense."""
 
@@ -217,34 +255,53 @@ def blocks(model: nn.Module, part: str = "all") -> list[Block]:
     Args:
         part: ``encoder`` (self-attention that reads), ``decoder`` (self-attention that writes), ``cross`` or ``all``.
 
+    Warns of blocks that stay as they are.
+
     Raises:
-        UnsupportedModelError: an attention class that no row describes.
+        UnsupportedModelError: all parts are wanted, and there is an attention class that no row describes.
         CloverError: the model has no block in that part, or is pruned already.
     """
-    found, covered = [], []
+    found, others = survey(model)
+    kind, parts = type(model).__name__, sorted({b.part for b in found})
+    if others and part in ("all", *(() if found else (part,))):
+        alone = f"; or give a part ({' or '.join(parts)}), and it stays as it is" if found else ""
+        raise UnsupportedModelError(f"{others[0]}{alone}")
+    if not found:
+        raise _unsupported(f"{kind} has no attention block of a known class")
+    chosen = [b for b in found if part in ("all", b.part)]
+    if not chosen:
+        raise CloverError(f"{kind} has no attention block in part {part!r}; it has {', '.join(parts)}, or all")
+    if others:
+        warn(f"some attention stays as it is: {others[0]}")
+    return chosen
+
+
+def survey(model: nn.Module) -> tuple[list[Block], list[UnsupportedModelError]]:
+    """The attention blocks that a row describes, in the order of the modules, and what is wrong with each other one.
+
+    Raises:
+        CloverError: the model is pruned already.
+    """
+    found: list[Block] = []
+    others: list[UnsupportedModelError] = []
+    covered: list[str] = []
     for name, module in model.named_modules():
         kind = type(module)
         if hasattr(module, "clover"):
             raise CloverError(f"{name} was rewritten by clover before; start from the original model")
         if is_attention(module):
-            found.append(block := block_of(model, name, module))
-            for setting, why in block.family.unless.items():
-                if block.get(setting):
-                    raise _refused(name, kind, why)
+            block = block_of(model, name, module)
+            why = next((why for setting, why in block.family.unless.items() if block.get(setting)), None)
+            if why is None:
+                found.append(block)
+            else:
+                others.append(_refused(name, kind, why))
             covered.append(name + ".")
         elif kind.__name__ in REFUSED:
-            raise _refused(name, kind, REFUSED[kind.__name__])
+            others.append(_refused(name, kind, REFUSED[kind.__name__]))
         elif _needs_a_row(kind) and not name.startswith(tuple(covered)) and not _holds_a_block(module):
-            raise _unsupported(f"{type(model).__name__} has attention of class {kind.__name__}")
-    if not found:
-        raise _unsupported(f"{type(model).__name__} has no attention block of a known class")
-    chosen = [b for b in found if part in ("all", b.part)]
-    if not chosen:
-        parts = sorted({b.part for b in found})
-        raise CloverError(
-            f"{type(model).__name__} has no attention block in part {part!r}; it has {', '.join(parts)}, or all"
-        )
-    return chosen
+            others.append(_unsupported(f"{type(model).__name__} has attention of class {kind.__name__}"))
+    return found, others
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -288,7 +345,7 @@ def block_of(model: nn.Module, name: str, module: nn.Module) -> Block:
 
 def _writes(core: Any, family: Family, path: list[str]) -> bool:
     """Whether a self-attention belongs to what writes and keeps a cache; a causal one does, and not only that."""
-    return bool(getattr(core, "is_causal", family.causal) or getattr(core, "is_decoder", WRITER in path))
+    return bool(getattr(core, "is_causal", family.causal) or getattr(core, "is_decoder", not WRITERS.isdisjoint(path)))
 
 
 def _refused(name: str, kind: type, why: str) -> UnsupportedModelError:
@@ -299,6 +356,5 @@ def _refused(name: str, kind: type, why: str) -> UnsupportedModelError:
 
 def _unsupported(what: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{what}, which clover doesn't support; supported are {', '.join(sorted(FAMILIES))}; "
-        "CONTRIBUTING.md says how to add a family"
+        f"{what}, which clover doesn't support; README.md says what it does, CONTRIBUTING.md how to add a family"
     )

@@ -18,8 +18,9 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from clover.answers import INPUTS
-from clover.cost import accepts, random_inputs, writes_text
+from clover.cost import random_inputs
 from clover.errors import UnsupportedModelError
+from clover.traits import accepts, writes_text
 
 Shape = tuple[int | str, ...]
 """Sizes of a tensor; a string names one that is free."""

@@ -204,6 +204,11 @@ def _record(
     def note(last: bool, *args: Any, **kwargs: Any) -> Any:
         given = dict(kwargs)
         hidden = args[0] if args else given.pop("hidden_states")
+        if first and hidden is not first[-1] and not torch.equal(hidden, first[-1]):
+            raise CloverError(
+                f"{type(model).__name__} changes hidden states between the layers of {stack.name} (as where features "
+                "of images are added there); calibrate it in memory"
+            )
         first.append(hidden)
         calls.append(Call(args[1:], given))
         if last or form is None:

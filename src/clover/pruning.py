@@ -13,9 +13,9 @@ from clover.attention import CloverAttention
 from clover.basis import Basis, find_basis
 from clover.budget import Costs, Energy, Granularity, Limits, Rule, Share, Threshold, make_plan
 from clover.calibrate import calibrate
-from clover.checks import check_model, check_own, warn
+from clover.checks import check_model, check_own
 from clover.classes import adopt
-from clover.errors import CloverError
+from clover.errors import CloverError, warn
 from clover.families import blocks
 from clover.lossbudget import Outcome, check_bound, keep_apart, within
 from clover.plan import Plan, Spectrum

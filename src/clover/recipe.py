@@ -10,9 +10,9 @@ from peft import LoraConfig, PeftConfig
 from torch import nn
 
 from clover.config import CloverConfig
-from clover.cost import writes_text
 from clover.errors import CloverError
 from clover.targets import find_slots, in_features, out_features
+from clover.traits import writes_text
 
 METHODS = {"clover": 3e-4, "lora": 1e-3, "dora": 1e-3, "pissa": 1e-4}
 """Each with the learning rate that was best for SmolLM2-135M on the commonsense sets, see docs/results.md."""

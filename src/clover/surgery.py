@@ -13,7 +13,7 @@ from clover.attention import CloverAttention
 from clover.basis import Basis
 from clover.block import Block
 from clover.errors import CloverError
-from clover.families import blocks
+from clover.families import survey
 from clover.heads import Heads, finite
 from clover.plan import BlockPlan, Plan
 
@@ -32,7 +32,9 @@ def operate(model: nn.Module, bases: Sequence[Basis], plan: Plan) -> None:
     plan.check(remedy)
     if [b.name for b in bases] != [p.name for p in plan.blocks]:
         raise CloverError("the plan was made for other blocks than those to cut; make it from the same model and part")
-    here = {block.name: block for block in blocks(model)}  # of this very model, which may be a copy of the one measured
+    here = {
+        block.name: block for block in survey(model)[0]
+    }  # of this very model, which may be a copy of the one measured
     if missing := [b.name for b in bases if b.name not in here]:
         raise CloverError(
             f"{type(model).__name__} has no block {missing[0]}; cut the model that the bases were found in"

@@ -27,17 +27,16 @@ from transformers.trainer_utils import set_seed
 
 from clover.answers import IGNORED
 from clover.checkpoint import load, save
-from clover.checks import warn
-from clover.cost import accepts, writes_text
 from clover.crew import crew
-from clover.data import found_beside, load_processor, max_positions, text_tokens
+from clover.data import found_beside, load_processor, text_tokens
 from clover.draft import Draft, draft
-from clover.errors import CloverError, reason
+from clover.errors import CloverError, reason, warn
 from clover.files import file_kind, read_records, read_text
 from clover.folders import check_writable
 from clover.precision import ready
 from clover.progress import console
 from clover.recipe import Recipe, adapter_config
+from clover.traits import accepts, max_positions, writes_text
 
 CHECKPOINTS = "checkpoints"
 """Where in a run's draft the Trainer keeps them."""

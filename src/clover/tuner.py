@@ -7,7 +7,6 @@ the cores (see ``cores``). The adapter file holds the cores and their bases, so 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -24,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from clover.config import NAME, CloverConfig, extend_enum
 from clover.cores import Core, fingerprint, still, turn
-from clover.errors import CloverError, UnsupportedModelError
+from clover.errors import CloverError, UnsupportedModelError, warn
 from clover.families import FAMILIES
 from clover.heads import finite
 from clover.targets import Slot, find_slots, in_features, out_features, rows_in_blocks
@@ -88,10 +87,10 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         for slot, core in zip(slots, self._cores(adapter_name), strict=True):
             bases = None if core.left is None else slot.decompose(weight, _read)
             if empty := core.start(bases, identity):
-                warnings.warn(
+                warn(
                     f"{empty} of {core.rows.numel()} directions of a {slot.part!r} weight have no singular value; "
-                    "they stay as they are", stacklevel=2,
-                )  # fmt: skip
+                    "they stay as they are"
+                )
 
     def _cores(self, adapter_name: str) -> list[Core]:
         return list(cast(nn.ModuleList, self.clover_cores[adapter_name]))  # type: ignore[arg-type]
@@ -171,7 +170,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again (to the rounding of its dtype)."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warn("no adapter is merged; nothing to do")
             return
         self._set_merged([])
 
