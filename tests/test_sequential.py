@@ -20,6 +20,7 @@ from clover.errors import CloverError
 from clover.layerwise import stacks, walk
 from clover.pieces import Pieces
 from clover.sequential import Sample, inside, observe
+from clover.shards import Entry
 from clover.streaming import prune_folder
 from families import CASES, COPIES, build, outputs
 from test_streaming import python, same, tensors
@@ -75,7 +76,7 @@ def test_a_walk_is_the_models_own_forward(name: str) -> None:
 
     def layer(layer_name: str, inputs: Any) -> Any:
         with torch.no_grad():
-            found[layer_name] = layerwise.run(model.get_submodule(layer_name), *inputs[0])[0]
+            found[layer_name] = layerwise.run(model.get_submodule(layer_name), *next(iter(inputs)))[0]
         return model.get_submodule(layer_name)
 
     walk(model, order, [batch, {key: value[:1] for key, value in batch.items()}], layer)
@@ -107,7 +108,7 @@ def test_attention_in_no_list_of_layers() -> None:
 # --- what comes out ---
 
 
-@pytest.mark.parametrize("name", [*CASES, "llava", "qwen3-vl", "marian"])
+@pytest.mark.parametrize("name", [*CASES, "llava", "marian"])
 def test_better_than_by_weights(name: str, tmp_path: Path) -> None:
     model, batches, source = prepared(name, tmp_path / "dense", torch.float32)
     said = prune_folder(source, tmp_path / "calibrated", vo=0.4, calibration=batches)
@@ -236,9 +237,8 @@ def test_never_more_than_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     refs: list[Any] = []
     monkeypatch.setattr(Pieces, "fill", watched)
     read: list[str] = []
-    monkeypatch.setattr(
-        "clover.shards.Checkpoint.read", lambda self, name: read.append(name) or self.entries[name].read(name)
-    )
+    whole = Entry.read
+    monkeypatch.setattr(Entry, "read", lambda self, name: read.append(name) or whole(self, name))
     prune_folder(source, tmp_path / "out", **CUT, calibration=batches)
     assert len(alive) == 4
     assert max(alive) <= 2

@@ -26,7 +26,7 @@ from clover.crew import Crew
 from clover.draft import Draft, draft, hidden
 from clover.errors import CloverError
 from clover.options import load_ready
-from clover.shards import Checkpoint, Shard
+from clover.shards import Entry, Shard
 from clover.streaming import prune_folder
 from families import CASES, MERGED, build
 
@@ -194,9 +194,9 @@ def test_never_the_whole_model(llama: Path, tmp_path: Path, monkeypatch: pytest.
         raise AssertionError("the whole model was loaded")
 
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
-    read = Checkpoint.read
+    read = Entry.read
     seen: list[str] = []
-    monkeypatch.setattr(Checkpoint, "read", lambda self, name: seen.append(name) or read(self, name))
+    monkeypatch.setattr(Entry, "read", lambda self, name: seen.append(name) or read(self, name))
     prune_folder(llama, tmp_path / "streamed", vo=0.5)
     assert seen
     assert all("self_attn" in name for name in seen)

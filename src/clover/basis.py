@@ -47,6 +47,11 @@ class Basis:
     def name(self) -> str:
         return self.block.name
 
+    @property
+    def output_bias(self) -> bool:
+        """Whether the output of a cut has a bias, be it for that of the values or for the mean of what was cut."""
+        return self.heads.o_bias is not None or self.heads.v_bias is not None or self.moments is not None
+
     def costs(self) -> Costs:
         """What cutting each direction costs, for the planner."""
         heads = self.heads
@@ -60,7 +65,7 @@ class Basis:
         return Costs(
             name=self.name, part=self.block.part, queries=self.block.queries,
             **{name: tensor.cpu() for name, tensor in on_cpu.items()},
-            output_bias=heads.o_bias is not None or heads.v_bias is not None or self.moments is not None,
+            output_bias=self.output_bias,
             parameters=heads.parameters(), fixed_qk=self.block.normed,
             keeps_heads=self.block.normed and self.block.family.norm_spans_heads,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from transformers.utils import logging
 
 from clover.checkpoint import load
-from clover.cost import compare_throughput, sizes, use
+from clover.cost import compare_throughput, sizes
 from clover.errors import CloverError, warn
 from clover.precision import ready
 from clover.traits import reads_text_alone, writes_text
@@ -94,12 +94,12 @@ def _peak(name: str, dtype: str, options: dict[str, Any]) -> int | None:
 
 
 def peak_bytes(name: str, dtype: str, options: dict[str, Any]) -> int:
-    """Load a model, run it once, and tell the most bytes that were held, on the GPU or else by this process."""
+    """Load a model, run it, and tell the most bytes that were held, on the GPU or else by this process."""
     logging.disable_progress_bar()  # of the process that it runs in
     model: Any = load(name, dtype=getattr(torch, dtype))
     if torch.cuda.is_available():
         model = model.cuda()
-    use(model, **options)
+    compare_throughput({name: model}, repeats=1, **options)
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")

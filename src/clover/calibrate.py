@@ -8,7 +8,8 @@ labels are needed, they are drawn from the model). The model is left as it was.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,8 @@ from clover.layerwise import forward
 from clover.progress import track
 from clover.rotary import features
 
+QUERIES = 32
+"""Queries sampled from each sequence, for the statistics of Q-K."""
 IDLE = 1e-9
 """What an error costs in a block that the output does not depend on, relative to the mean of the others."""
 FEATURES = 2**25
@@ -58,7 +61,7 @@ class Moments:
 
 
 def calibrate(
-    model: nn.Module, blocks: Sequence[Block], batches: Iterable[Any], *, queries: int = 32, seed: int = 0
+    model: nn.Module, blocks: Sequence[Block], batches: Iterable[Any], *, queries: int = QUERIES, seed: int = 0
 ) -> list[Moments]:
     """Run ``batches`` through the model and gather the moments of ``blocks``.
 
@@ -78,28 +81,23 @@ def calibrate(
     watchers = [Watcher(block, queries, torch.Generator().manual_seed(seed + i)) for i, block in enumerate(blocks)]
     training, trainable = [m for m in model.modules() if m.training], [p for p in model.parameters() if p.requires_grad]
     draws = torch.Generator().manual_seed(seed)  # of the CPU: a GPU would draw others
-    hooks = [hook for watcher in watchers for hook in watcher.attach()]
     model.eval().requires_grad_(False)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # sums of shortened products are no Grams any more
     try:
         seen = answers = 0
-        for batch in track(several(batches), "calibrate"):
-            batch = on(batch, device)
-            masks = padding(batch, model)
-            for watcher in watchers:
-                watcher.masks = masks.of(watcher.block.part)
-            with torch.enable_grad():
-                said, words = answer(forward(model, batch))
-            real = valid(said, masks.decoder)
-            if said.requires_grad:  # else the batch reached no block, which is said below
-                said.backward(score(said, words, real, draws))
-            seen, answers = seen + 1, answers + int(real.sum())
-            del said  # or it would be there beside the next
+        with watching(watchers):
+            for batch in track(several(batches), "calibrate"):
+                batch = on(batch, device)
+                masks = padding(batch, model)
+                for watcher in watchers:
+                    watcher.masks = masks.of(watcher.block.part)
+                with torch.enable_grad():
+                    said, words = answer(forward(model, batch))
+                real = valid(said, masks.decoder)
+                if said.requires_grad:  # else the batch reached no block, which is said below
+                    said.backward(score(said, words, real, draws))
+                seen, answers = seen + 1, answers + int(real.sum())
+                del said  # or it would be there beside the next
     finally:
-        torch.set_float32_matmul_precision(precision)
-        for hook in hooks:
-            hook.remove()
         for module in training:
             module.training = True
         for parameter in trainable:
@@ -112,6 +110,21 @@ def calibrate(
     _value_idle(watchers)
     watchers.reverse()
     return [watchers.pop().moments(answers) for _ in blocks]  # each let go of: the sums are as large as the moments
+
+
+@contextmanager
+def watching(watchers: Sequence[Watcher]) -> Iterator[None]:
+    """While it lasts, watchers see their blocks, and products are not shortened: sums of such are no Grams any more."""
+    hooks, precision = [], torch.get_float32_matmul_precision()
+    try:
+        for watcher in watchers:
+            hooks += watcher.attach()
+        torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        for hook in hooks:
+            hook.remove()
 
 
 def _value_idle(watchers: Sequence[Watcher]) -> None:
@@ -132,7 +145,7 @@ def _value_idle(watchers: Sequence[Watcher]) -> None:
 
 
 class Watcher:
-    """Sums of one block. Products are made in float32, sums kept in float64 where the device has it."""
+    """Sums of one block. Products are made in float32, sums kept in float64."""
 
     def __init__(self, block: Block, queries: int, generator: torch.Generator) -> None:
         self.block, self.queries, self.generator = block, queries, generator
@@ -156,7 +169,7 @@ class Watcher:
         return hooks
 
     def _add(self, name: str, value: Tensor) -> None:
-        value = value if value.device.type == "mps" else value.double()
+        value = value.double()
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def _gradient(self, _: nn.Module, __: tuple, output: Tensor) -> None:
@@ -286,13 +299,7 @@ class Watcher:
                 raise CloverError(
                     f"{name}: the calibration moment of {key} is not finite; check the data, or use float32"
                 )
-        return Moments(
-            **{k: v.double() for k, v in found.items()},
-            output=output.double(),
-            mean=mean.double(),
-            gradient=gradient.double(),
-            tokens=self.tokens,
-        )
+        return Moments(**found, output=output, mean=mean, gradient=gradient, tokens=self.tokens)
 
 
 def _apply(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 import transformers
@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from clover.checks import check_model, check_own, is_public
+from clover.checks import check_model, check_own, is_public, planned
 from clover.classes import model_class
 from clover.errors import CloverError, reason, warn
 from clover.folders import fresh_folder
@@ -23,18 +23,6 @@ DAMAGE = (
     StrictDataclassError,
 )  # fmt: skip
 """What transformers raises at a folder that is damaged, depending on where; or that needs a package."""
-
-
-@overload
-def load(
-    path: str | os.PathLike[str], *, output_loading_info: Literal[True], **kwargs: Any
-) -> tuple[PreTrainedModel, dict[str, Any]]: ...
-
-
-@overload
-def load(
-    path: str | os.PathLike[str], *, output_loading_info: Literal[False] = False, **kwargs: Any
-) -> PreTrainedModel: ...
 
 
 def load(path: str | os.PathLike[str], *, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -162,15 +150,15 @@ def save(
             f"transformers has no {model._get_name()} by name, so that clover.load can't find it; load the "
             "folder by an Auto class that knows it, or prune a model that is a class of transformers"
         )
-    for block in (getattr(model.config, "clover", None) or {}).get("blocks", ()):
-        for name, parameter in model.get_submodule(block["name"]).named_parameters():
+    for block in planned(model):
+        for name, parameter in model.get_submodule(block).named_parameters():
             plain = type(parameter.data) is torch.Tensor and not parameter.is_meta  # quantised ones are whole numbers
             if plain and not finite(parameter):
-                raise CloverError(f"{block['name']}.{name} overflows {parameter.dtype}; save in float32 or bfloat16")
+                raise CloverError(f"{block}.{name} overflows {parameter.dtype}; save in float32 or bfloat16")
     with fresh_folder(path) as folder:
-        for thing in (model, *beside):
-            extra = {"max_shard_size": max_shard_size} if thing is model else {}
-            thing.save_pretrained(folder, **extra)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        for thing in beside:
+            thing.save_pretrained(folder)
     return Path(path).absolute()
 
 

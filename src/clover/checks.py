@@ -43,12 +43,12 @@ def check_own(model: PreTrainedModel) -> None:
     Raises:
         CloverError: a part of the model was rewritten by itself, or the model is a part of one that was.
     """
-    here, planned = rewritten(model), _planned(model)
-    if here == planned:
+    here, there = rewritten(model), planned(model)
+    if here == there:
         return
     kind = type(model).__name__
     for name, module in model.named_modules():
-        if name and isinstance(module, PreTrainedModel) and _planned(module) and _planned(module) == rewritten(module):
+        if name and isinstance(module, PreTrainedModel) and planned(module) and planned(module) == rewritten(module):
             alone = f", or save its {name} by itself" if is_public(module) else ""
             raise CloverError(
                 f"of this {kind} only {name} was pruned, and a part has no place in the plan of the whole; prune the "
@@ -57,7 +57,7 @@ def check_own(model: PreTrainedModel) -> None:
     if here:
         raise CloverError(f"this {kind} is a part of a pruned model, which has the plan; save that model whole")
     raise CloverError(
-        f"the config of this {kind} has a plan for {min(planned)}, which was not rewritten; make the model from the "
+        f"the config of this {kind} has a plan for {min(there)}, which was not rewritten; make the model from the "
         "config of an unpruned one, or load the pruned one"
     )
 
@@ -88,6 +88,7 @@ def rewritten(model: nn.Module) -> set[str]:
     return {".".join(part for part in path.split(".") if not part.startswith("_")) for path in paths}
 
 
-def _planned(model: PreTrainedModel) -> set[str]:
+def planned(model: PreTrainedModel) -> set[str]:
+    """The names of the blocks in the plan of a model's config."""
     plan = getattr(model.config, "clover", None) or {}
     return {block["name"] for block in plan.get("blocks", ())}

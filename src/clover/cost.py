@@ -28,22 +28,16 @@ def sizes(model: nn.Module) -> dict[str, int | None]:
     """Count what a model stores.
 
     Returns:
-        ``parameters`` and ``bytes`` of all unique tensors (tied ones once), ``attention_parameters`` and
-        ``attention_bytes`` of those in modules whose class is called ...Attention, and ``kv_bytes_per_token``: measured
-        on a real cache, the self-attention keys and values of one token of one sequence; None without a cache.
+        ``parameters`` and ``bytes`` of all unique tensors (tied ones once), and ``kv_bytes_per_token``: measured on a
+        real cache, the self-attention keys and values of one token of one sequence; None without a cache.
 
     Raises:
         CloverError: the model can't be run on tokens alone.
     """
-    attention = {
-        id(p): p for m in model.modules() if type(m).__name__.endswith("Attention") for p in m.parameters()
-    }.values()
     everything = list(model.parameters())
     return {
         "parameters": sum(p.numel() for p in everything),
         "bytes": sum(p.nbytes for p in everything),
-        "attention_parameters": sum(p.numel() for p in attention),
-        "attention_bytes": sum(p.nbytes for p in attention),
         "kv_bytes_per_token": _cache_bytes(model),
     }
 
@@ -121,12 +115,6 @@ def compare_throughput(
         name: {k: median(own[k] / of_first[k] for own, of_first in turns[name]) for k in result[name]} for name in turns
     }
     return {**result, "ratio": ratio}
-
-
-@torch.inference_mode()
-def use(model: nn.Module, *, context: int, new_tokens: int, batch: int) -> None:
-    """Run a model once as ``compare_throughput`` does, untimed."""
-    _rates(model, random_inputs(model, batch, context), new_tokens)
 
 
 def _rates(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int) -> dict[str, float]:

@@ -289,8 +289,7 @@ def survey(model: nn.Module) -> tuple[list[Block], list[UnsupportedModelError]]:
         kind = type(module)
         if hasattr(module, "clover"):
             raise CloverError(f"{name} was rewritten by clover before; start from the original model")
-        if is_attention(module):
-            block = block_of(model, name, module)
+        if (block := block_of(model, name, module)) is not None:
             why = next((why for setting, why in block.family.unless.items() if block.get(setting)), None)
             if why is None:
                 found.append(block)
@@ -331,10 +330,11 @@ def _holds_a_block(module: nn.Module) -> bool:
     return any(is_attention(child) for child in module.children())
 
 
-def block_of(model: nn.Module, name: str, module: nn.Module) -> Block:
-    """The block of an attention module, see ``is_attention``; ``name`` is its path in ``model``."""
+def block_of(model: nn.Module, name: str, module: nn.Module) -> Block | None:
+    """The block of an attention module that a row describes; ``name`` is its path in ``model``."""
     family = _row_of(module)
-    assert family is not None
+    if family is None:
+        return None
     core = module.get_submodule(family.core)
     path = name.split(".")
     part = "cross" if path[-1] in CROSS else "decoder" if _writes(core, family, path) else "encoder"

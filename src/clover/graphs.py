@@ -42,10 +42,6 @@ class Graph:
     free: tuple[Mapping[str, int], ...]
     """Sizes to try: the first is traced, with all the others the graph is checked."""
 
-    def axes(self) -> list[dict[int, str]]:
-        """The free axes of each input, by name."""
-        return [{i: s for i, s in enumerate(shape) if isinstance(s, str)} for shape in self.inputs.values()]
-
     @torch.no_grad()
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute the outputs with PyTorch."""

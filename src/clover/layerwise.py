@@ -7,7 +7,7 @@ carried from layer to layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +43,7 @@ class Call:
     kwargs: dict[str, Any]
 
 
-Layer = Callable[[str, Sequence[tuple[Tensor, Call]]], nn.Module]
+Layer = Callable[[str, Iterable[tuple[Tensor, Call]]], nn.Module]
 """Is given a layer's path and its inputs, batch by batch; returns the module that carries them on."""
 
 
@@ -128,7 +128,7 @@ def walk(
             hidden.append(first)
             calls.append(found)
         for i, name in enumerate(track(stack.layers, "layers")):
-            module = layer(name, _Inputs(hidden, [found[i] for found in calls]))
+            module = layer(name, zip(hidden, [found[i] for found in calls], strict=True))
             for at in range(len(batches)):
                 hidden[at], rest = run(module, hidden[at], calls[at][i])
                 if i == 0:  # only now it is known what the model hands from layer to layer
@@ -149,17 +149,6 @@ def entered(model: nn.Module, order: Sequence[Stack], batch: Any) -> list[str]:
     with replaced(stubs), suppress(Exception), torch.no_grad():  # what layers return may matter, as does the head
         forward(model, batch)
     return list(dict.fromkeys(found))
-
-
-class _Inputs(Sequence[tuple[Tensor, Call]]):
-    def __init__(self, hidden: Carried, calls: list[Call]) -> None:
-        self.hidden, self.calls = hidden, calls
-
-    def __getitem__(self, at: Any) -> Any:
-        return self.hidden[at], self.calls[at]
-
-    def __len__(self) -> int:
-        return len(self.calls)
 
 
 @dataclass(frozen=True)

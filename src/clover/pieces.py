@@ -85,9 +85,9 @@ class Pieces:
         """The attention blocks of a part, without weights. See ``families.blocks``."""
         return blocks(self.model, part)
 
-    def fill(self, name: str, module: nn.Module | None = None) -> nn.Module:
+    def fill(self, name: str) -> nn.Module:
         """A copy of a module of the model, with its weights, ready to be computed with (as ``precision.ready``)."""
-        filled = copy.deepcopy(self.model.get_submodule(name) if module is None else module)
+        filled = copy.deepcopy(self.model.get_submodule(name))
         for path, part in filled.named_modules():
             self._load(f"{name}.{path}".rstrip("."), part)
         return filled
@@ -109,7 +109,7 @@ class Pieces:
 
     def real(self, block: Block) -> Block:
         """A block with its weights."""
-        return replace(block, module=self.fill(block.name, block.module))
+        return replace(block, module=self.fill(block.name))
 
     def _load(self, name: str, module: nn.Module) -> None:
         """Give the tensors of a module, but not of its children, their values."""
@@ -155,7 +155,7 @@ class Pieces:
         """A tensor of the model, if the checkpoint holds it."""
 
         def read(name: str) -> Tensor:
-            return self.source.read(name).to(dtype)
+            return self.source.entries[name].read(name).to(dtype)
 
         if key in self.merged:
             return self.merged[key].value(key, read, self.model)

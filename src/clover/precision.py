@@ -10,22 +10,6 @@ import torch
 from torch import Tensor, nn
 
 
-class Dtypes:
-    """The dtypes of a model's tensors. A few of a narrow model may be wide, since they would lose by less."""
-
-    def __init__(self, model: nn.Module, narrow: Collection[str] = ()) -> None:
-        """``narrow``: modules whose tensors are wide in memory alone."""
-        self.main = next(model.parameters()).dtype
-        wide = ((name, t.dtype) for name, t in _floats(model) if t.dtype != self.main)
-        self.others = {name: dtype for name, dtype in wide if set(narrow).isdisjoint(name.split("."))}
-
-    def restore(self, model: nn.Module) -> nn.Module:
-        """Give every tensor the dtype back that it had, in place; those that were wide never get narrow between."""
-        for name, tensor in _floats(model):
-            tensor.data = tensor.data.to(self.others.get(name, self.main))
-        return model
-
-
 def _floats(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     named = chain(model.named_parameters(), model.named_buffers())
     return ((name, tensor) for name, tensor in named if tensor.is_floating_point())
@@ -34,14 +18,26 @@ def _floats(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def ready(model: Any, narrow: Collection[str] = ()) -> tuple[Any, Callable[[Any], Any]]:
     """The model where and in the dtype that it can be computed with, and what gives its tensors their dtypes back.
 
-    One that was quantised when it was loaded stays as it is. ``narrow`` as in ``Dtypes``.
+    One that was quantised when it was loaded stays as it is. A few tensors of a narrow model may be wide, since they
+    would lose by less, and never get narrow between.
+
+    Args:
+        narrow: modules whose tensors are wide in memory alone.
     """
-    dtypes = Dtypes(model, narrow)
+    main = next(model.parameters()).dtype
+    wide = ((name, t.dtype) for name, t in _floats(model) if t.dtype != main)
+    others = {name: dtype for name, dtype in wide if set(narrow).isdisjoint(name.split("."))}
+
+    def restore(model: Any) -> Any:
+        for name, tensor in _floats(model):
+            tensor.data = tensor.data.to(others.get(name, main))
+        return model
+
     if getattr(model, "is_quantized", False):
-        return model, dtypes.restore
-    device, wide = workplace(dtypes.main)
+        return model, restore
+    device, dtype = workplace(main)
     # A GPU computes in the dtypes that there are: to make one of them all would narrow those that must stay wide.
-    return (model.to(device) if device.type == "cuda" else model.to(device, wide)), dtypes.restore
+    return (model.to(device) if device.type == "cuda" else model.to(device, dtype)), restore
 
 
 def workplace(dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:

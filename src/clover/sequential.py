@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from clover.answers import Masks, on, padding, valid
 from clover.basis import find_basis
 from clover.block import Block
-from clover.calibrate import Moments, Watcher
+from clover.calibrate import QUERIES, Moments, Watcher, watching
 from clover.crew import Crew
 from clover.draft import Draft
 from clover.errors import CloverError
@@ -37,8 +37,6 @@ from clover.pieces import Pieces, cut
 from clover.plan import Plan
 from clover.precision import workplace
 
-QUERIES = 32
-"""Queries sampled from each sequence, as in ``calibrate``."""
 STRIDE = 1_000_003
 """Between the seeds of batches: what is drawn for a batch must not depend on which process has it."""
 
@@ -77,7 +75,7 @@ def inside(layer: str, blocks: Sequence[Block], module: nn.Module) -> list[Block
 
 
 def observe(
-    module: nn.Module, blocks: Sequence[Block], inputs: Sequence[tuple[Tensor, Call]], sample: Sample, we: Crew
+    module: nn.Module, blocks: Sequence[Block], inputs: Iterable[tuple[Tensor, Call]], sample: Sample, we: Crew
 ) -> list[Moments]:
     """Moments of a layer's blocks over the batches of all processes.
 
@@ -91,8 +89,7 @@ def observe(
     """
     watchers = [Watcher(block, QUERIES, torch.Generator()) for block in blocks]
     module.eval().requires_grad_(False)
-    hooks = [hook for watcher in watchers for hook in watcher.attach()]
-    try:
+    with watching(watchers):
         for at, (hidden, call) in enumerate(inputs):
             seed = sample.seed + crc32(blocks[0].name.encode()) + STRIDE * (sample.numbers[at] + 1)
             for i, watcher in enumerate(watchers):
@@ -102,9 +99,6 @@ def observe(
             with torch.enable_grad():
                 score = _likelihood(run(module, hidden, call)[0], sample.masks[at].of(blocks[0].part), noise)
             score.backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
     for watcher in watchers:
         _add_up(watcher, we)
     return [watcher.moments() for watcher in watchers]
@@ -164,7 +158,7 @@ class Calibrated:
     def survey(self, made: Draft, we: Crew) -> None:
         """Keep what the directions of all blocks cost in the draft."""
 
-        def layer(name: str, inputs: Sequence[tuple[Tensor, Call]]) -> nn.Module:
+        def layer(name: str, inputs: Iterable[tuple[Tensor, Call]]) -> nn.Module:
             module, _, observed = self._layer(name, inputs, BASES, made, we)
             for block, moments in observed:
                 if we.leads:
@@ -177,7 +171,7 @@ class Calibrated:
         """Write the cut of every block, each calibrated behind those before it."""
         plans = {block.name: block for block in plan.blocks}
 
-        def layer(name: str, inputs: Sequence[tuple[Tensor, Call]]) -> nn.Module:
+        def layer(name: str, inputs: Iterable[tuple[Tensor, Call]]) -> nn.Module:
             module, blocks, observed = self._layer(name, inputs, DONE, made, we)
             for block, moments in observed:
                 if we.leads:
@@ -193,7 +187,7 @@ class Calibrated:
         self._walk(layer, DONE, made, we)
 
     def _layer(
-        self, name: str, inputs: Sequence[tuple[Tensor, Call]], kind: str, made: Draft, we: Crew
+        self, name: str, inputs: Iterable[tuple[Tensor, Call]], kind: str, made: Draft, we: Crew
     ) -> tuple[nn.Module, list[Block], list[tuple[Block, Moments]]]:
         """A layer with its weights, its blocks, and these with their moments unless the draft has all of them."""
         module = self.pieces.fill(name)

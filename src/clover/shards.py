@@ -112,16 +112,9 @@ class Checkpoint:
         return cls(folder, entries, places is not None)
 
     @property
-    def files(self) -> dict[str, list[str]]:
-        """Names of the tensors in each file, in the order of their bytes."""
-        found: dict[str, list[str]] = {}
-        for name, entry in sorted(self.entries.items(), key=lambda item: item[1].start):
-            found.setdefault(entry.file.name, []).append(name)
-        return dict(sorted(found.items()))
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, see ``Entry.read``."""
-        return self.entries[name].read(name)
+    def files(self) -> list[str]:
+        """Names of the files, sorted."""
+        return sorted({entry.file.name for entry in self.entries.values()})
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells whether these are still the same files."""

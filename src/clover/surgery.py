@@ -41,7 +41,7 @@ def operate(model: nn.Module, bases: Sequence[Basis], plan: Plan) -> None:
         )
     for basis, block_plan in zip(bases, plan.blocks, strict=True):
         check_fit(basis.block, basis.heads, block_plan, remedy)
-        if block_plan.output_bias != _biased(basis):
+        if block_plan.output_bias != basis.output_bias:
             raise CloverError(f"the plan of {basis.name} has output_bias {block_plan.output_bias}; {remedy}")
     ready = [
         (here[b.name], filled(here[b.name], b, block_plan)) for b, block_plan in zip(bases, plan.blocks, strict=True)
@@ -77,11 +77,6 @@ def check_fit(block: Block, heads: Heads, plan: BlockPlan, remedy: str) -> None:
                 f"the plan keeps {group.pairs} pairs and {group.plain} other Q-K directions of {plan.name}, which has "
                 f"{pairs} and {plain}{', none of which can go' if block.normed else ''}; {remedy}"
             )
-
-
-def _biased(basis: Basis) -> bool:
-    """Whether the output of a cut has a bias, be it for that of the values or for the mean of what was cut."""
-    return basis.heads.o_bias is not None or basis.heads.v_bias is not None or basis.moments is not None
 
 
 @torch.no_grad()

@@ -124,10 +124,8 @@ def _attention(model: nn.Module, name: str, module: Any) -> Iterator[tuple[str, 
     if hasattr(module, "clover"):
         yield from _pruned_attention(model, name, module)
         return
-    if not is_attention(module):
-        return
     block = block_of(model, name, module)
-    if hasattr(block.core, "clover"):
+    if block is None or hasattr(block.core, "clover"):
         return  # the core, found on its own, speaks for the block
     paths = {m: f"{name}.{path}" for path, m in module.named_modules()}
     q, k, v = (_Place(paths[m := block.projection(which)], m, block.rows(which)) for which in "qkv")

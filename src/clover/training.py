@@ -10,8 +10,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,22 +126,16 @@ def lean(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {**batch, "logits_to_keep": keep, "shift_labels": following[:, -keep:].contiguous()}
 
 
-@contextmanager
-def contiguous_head(model: Any) -> Iterator[None]:
-    """While it lasts, the output embeddings see contiguous states, ``(batch, tokens, width)``; only the time changes.
+def contiguous_head(model: Any) -> AbstractContextManager[Any]:
+    """Until it is left, the output embeddings see contiguous states, ``(batch, tokens, width)``; only the time changes.
 
     ``logits_to_keep`` slices the states, and torch multiplies a sliced batch by a frozen weight as a batch of
     products, each with a copy of the weight.
     """
     head = model.get_output_embeddings()
     if head is None:
-        yield
-        return
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
+        return nullcontext()
+    return head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
 
 
 # --- training ---
