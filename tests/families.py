@@ -271,6 +271,8 @@ COPIES: dict[str, Case] = {
     "chameleon": (chameleon, text),
     "glm4v-text": (lambda: glm4v_text("Glm4v", 1.0), text),
     "glm4v-moe-text": (lambda: glm4v_text("Glm4vMoe", 0.5), text),
+    "glm-ocr-text": (lambda: glm4v_text("GlmOcr", 1.0), text),
+    "glm-image-text": (lambda: glm4v_text("GlmImage", 0.5), text),
     "decision-transformer": (decision, moves),
     "t5gemma": (t5gemma, pair),
 }

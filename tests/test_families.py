@@ -14,6 +14,7 @@ from clover.attention import CloverAttention
 from clover.calibrate import Moments, calibrate
 from clover.families import blocks
 from families import CASES, COPIES, GENERATIVE, HYBRID, NARROW, SEQ2SEQ, build, outputs, pruned
+from tiny import text, xglm
 
 WIDTH = 48  # of every tiny model
 TEXT = [*GENERATIVE, "bert", "roberta", "distilbert", "modernbert"]
@@ -66,6 +67,12 @@ def test_full_rank_keeps_every_block(name: str) -> None:
         for n, (args, kwargs, dense) in seen.items():
             kwargs = {k: None if k in ("past_key_values", "layer_past") else v for k, v in kwargs.items()}
             assert (_first(model.get_submodule(n)(*args, **kwargs)) - dense).abs().max() < LIMIT, n
+
+
+def test_a_model_that_knows_no_float64() -> None:
+    model, batch = xglm().eval(), text()
+    dense = outputs(model, batch)
+    assert (outputs(clover.orthogonalize(model), batch) - dense).abs().max() < 1e-5 * dense.abs().max()
 
 
 def _keep(seen: dict[str, Any], name: str) -> Any:
