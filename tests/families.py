@@ -222,6 +222,7 @@ COPIES: dict[str, Case] = {
     "pegasus": (lambda: seq2seq("Pegasus"), pair),
     "m2m100": (lambda: seq2seq("M2M100"), pair),
     "mt5": (lambda: t5("MT5"), pair),
+    "umt5": (lambda: t5("UMT5"), pair),
     "xlm-roberta": (lambda: encoder("XLMRoberta"), text),
     "electra": (lambda: encoder("Electra", embedding_size=48), text),
     "hubert": (lambda: wav2vec("Hubert"), wave),

@@ -182,7 +182,7 @@ class CloverAttention(nn.Module):
         if self.training:
             y = nn.functional.dropout(y, self.output_dropout)
         y = y if residual is None else y + residual
-        return (y, *([bias] if self.family.position_bias else []), self._in_order(weights))
+        return (y, *([bias] if self.family.position_bias and self.family.hands_on else []), self._in_order(weights))
 
     def _seen(self, call: dict[str, Any]) -> Any:
         """Tokens that the cache holds, for families whose logits depend on it."""

@@ -69,7 +69,9 @@ class Family:
     sinks: str | None = None
     """A logit for each head that takes attention and gives no value."""
     position_bias: str | None = None
-    """Table of a bias by distance that the first block holds, computes and returns, and that the others are handed."""
+    """Table of a bias by distance, of a block that computes it."""
+    hands_on: bool = True
+    """Only the first block has that table, and returns the bias, which the others are handed."""
     causal: bool = True
     """Whether a token sees none that come after it, where the module doesn't say so (``is_causal``)."""
     kept: tuple[str, ...] = ()

@@ -69,6 +69,11 @@ _BERT = Family(
     q="query", k="key", v="value", o="output.dense", core="self", heads="num_attention_heads",
     head_dim="attention_head_size", dropout="dropout", rename={"encoder_hidden_states": "key_value_states"},
 )  # fmt: skip
+_T5 = Family(
+    q="q", k="k", v="v", o="o", heads="n_heads", head_dim="key_value_proj_dim", dropout="dropout",
+    position_bias="relative_attention_bias", rename={"mask": "attention_mask"},
+    kept=("is_decoder", "relative_attention_num_buckets", "relative_attention_max_distance"),
+)  # fmt: skip
 _CLIP_QKV = {"config.clip_qkv": "values are clipped (clip_qkv), and what is clipped can't be rotated"}
 
 _ROWS: dict[str, Family] = {
@@ -150,11 +155,8 @@ _ROWS: dict[str, Family] = {
     "T5GemmaCrossAttention": replace(
         _LLAMA, rotary=False, softcap="attn_logit_softcapping", rename={"encoder_hidden_states": "key_value_states"},
     ),
-    "MT5Attention SwitchTransformersAttention T5Attention": Family(
-        q="q", k="k", v="v", o="o", heads="n_heads", head_dim="key_value_proj_dim", dropout="dropout",
-        position_bias="relative_attention_bias", rename={"mask": "attention_mask"},
-        kept=("is_decoder", "relative_attention_num_buckets", "relative_attention_max_distance"),
-    ),
+    "MT5Attention SwitchTransformersAttention T5Attention": _T5,
+    "UMT5Attention": replace(_T5, hands_on=False, rename={"encoder_hidden_states": "key_value_states"}),
     # encoders
     "BertAttention BertGenerationAttention CamembertAttention Data2VecTextAttention ElectraAttention ErnieAttention "
     "RoCBertAttention RobertaAttention RobertaPreLayerNormAttention XLMRobertaAttention XLMRobertaXLAttention "
