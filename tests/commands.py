@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from clover import cli
 from families import build
-from test_data import tokenizer
+from samples import tokenizer
 
 TEXT = " ".join(f"w{i * i % 47}" for i in range(400))
 

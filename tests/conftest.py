@@ -12,6 +12,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # threads that wait 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -86,6 +87,32 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from commands import wide_model
 
     return wide_model(tmp_path_factory.mktemp("models") / "wide")
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    """Three clips of odd rates and formats, one of them stereo; the second is for calibration."""
+    import soundfile
+
+    rows = [("a.wav", 8000, 1), ("b.flac", 11025, 1), ("c.ogg", 44100, 2)]
+    for name, rate, channels in rows:
+        time = np.arange(rate) / rate
+        soundfile.write(tmp_path / name, np.stack([0.5 * np.sin(2 * np.pi * 440 * time)] * channels, 1), rate)
+    table = 'split\tfile\ttext\ntest\ta.wav\tone "quoted\ncalibration\tb.flac\ttwo\ntest\tc.ogg\tthree\n'
+    (tmp_path / "m.tsv").write_text(table)
+    return tmp_path / "m.tsv"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    from PIL import Image
+
+    folder = tmp_path / "pictures"
+    (folder / "deeper").mkdir(parents=True)
+    for i, name in enumerate(["a.png", "b.jpg", "deeper/c.webp"]):
+        Image.new("L" if i else "RGBA", (20 + i, 30)).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    return folder
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 import clover
 from clover.errors import CloverError
 from families import CASES, build, outputs, pruned
-from test_data import tokenizer
+from samples import tokenizer
 
 NEW_PROCESS = ["llama-gqa", "qwen3", "phi3-partial", "gpt-neox", "gpt2", "bloom", "bert", "clip", "whisper"]
 

@@ -14,7 +14,7 @@ import clover
 from clover import cli, demo
 from commands import TEXT, refuse, run, succeed
 from families import build
-from test_data import tokenizer
+from samples import tokenizer
 
 SUMMARY = {
     "qk_removed", "vo_removed", "attention_parameters_before", "attention_parameters_after", "parameters_before",

@@ -16,7 +16,7 @@ import transformers
 from clover import cli, demo
 from commands import refuse, run, succeed
 from families import build
-from test_data import tokenizer, whisper_processor
+from samples import tokenizer, whisper_processor
 
 pytestmark = pytest.mark.usefixtures("calm")
 

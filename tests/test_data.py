@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,249 +13,25 @@ import pytest
 import soundfile
 import torch
 import transformers as t
-from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import clover
 import families
 from clover import data, files, traits
 from clover.errors import CloverError
 from clover.options import batches_of
-
-WORDS = [f"w{i}" for i in range(50)]
-SPECIAL = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
-ARC = (
-    "Please choose the correct answer to the question: Why?\n\n"
-    "Answer1: So. Answer2: Not so: no. Answer format: answer1/answer2"
+from samples import (
+    SPECIAL,
+    TINY,
+    WORDS,
+    bert,
+    clip,
+    llama,
+    questions_file,
+    text_file,
+    tokenizer,
+    whisper_config,
+    whisper_processor,
 )
-
-
-def tokenizer(brackets: bool = False) -> t.PreTrainedTokenizerFast:
-    """One token a word; ``brackets`` puts [CLS] and [SEP] around a text, as BERT does."""
-    inner = Tokenizer(
-        models.WordLevel({w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}, "[UNK]")
-    )
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if brackets:
-        inner.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-        )
-    return t.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
-
-
-def whisper_processor() -> t.WhisperProcessor:
-    """Byte tokens and two seconds of sound."""
-    vocab = {c: i for i, c in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), SPECIAL[0]])}
-    speech = t.WhisperTokenizer(vocab=vocab, merges=[])
-    speech.add_tokens(SPECIAL[1:], special_tokens=True)
-    return t.WhisperProcessor(
-        feature_extractor=t.WhisperFeatureExtractor(feature_size=8, chunk_length=2), tokenizer=speech
-    )
-
-
-TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-
-
-def llama() -> t.LlamaForCausalLM:
-    return t.LlamaForCausalLM(t.LlamaConfig(vocab_size=60, max_position_embeddings=64, **TINY)).eval()
-
-
-def bert(kind: str) -> Any:
-    config = getattr(t, f"{kind}Config")(vocab_size=60, max_position_embeddings=34, pad_token_id=0, **TINY)
-    return getattr(t, f"{kind}Model")(config).eval()
-
-
-def whisper_config() -> t.WhisperConfig:
-    sides = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
-    tiny = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in sides.items()}
-    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 256)
-    sizes = {
-        "vocab_size": 270,
-        "num_mel_bins": 8,
-        "d_model": 16,
-        "max_source_positions": 100,
-        "max_target_positions": 24,
-    }
-    return t.WhisperConfig(**tiny, **tokens, **sizes, decoder_start_token_id=257)
-
-
-def clip() -> t.CLIPModel:
-    text = TINY | {"vocab_size": 60, "max_position_embeddings": 20}
-    vision = TINY | {"image_size": 16, "patch_size": 8}
-    return t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=vision)).eval()
-
-
-@pytest.fixture
-def manifest(tmp_path: Path) -> Path:
-    """Three clips of odd rates and formats, one of them stereo; the second is for calibration."""
-    rows = [("a.wav", 8000, 1), ("b.flac", 11025, 1), ("c.ogg", 44100, 2)]
-    for name, rate, channels in rows:
-        time = np.arange(rate) / rate
-        soundfile.write(tmp_path / name, np.stack([0.5 * np.sin(2 * np.pi * 440 * time)] * channels, 1), rate)
-    table = 'split\tfile\ttext\ntest\ta.wav\tone "quoted\ncalibration\tb.flac\ttwo\ntest\tc.ogg\tthree\n'
-    (tmp_path / "m.tsv").write_text(table)
-    return tmp_path / "m.tsv"
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
-    (folder / "deeper").mkdir(parents=True)
-    for i, name in enumerate(["a.png", "b.jpg", "deeper/c.webp"]):
-        Image.new("L" if i else "RGBA", (20 + i, 30)).save(folder / name)
-    (folder / "notes.txt").write_text("no image")
-    return folder
-
-
-def text_file(folder: Path, words: int) -> Path:
-    path = folder / "t.txt"
-    path.write_text(" ".join(WORDS[i % len(WORDS)] for i in range(words)))
-    return path
-
-
-def questions_file(path: Path, *records: object) -> Path:
-    content = "\n".join(json.dumps(r) for r in records) + "\n\n"
-    with gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w") as file:
-        file.write(content)
-    return path
-
-
-def test_text_is_read_plain_and_packed(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes("\ufeffschön\r\n".encode())
-    with gzip.open(tmp_path / "a.txt.gz", "wt", encoding="utf-8") as file:
-        file.write("schön\n")
-    assert files.read_text(tmp_path / "a.txt") == files.read_text(tmp_path / "a.txt.gz") == "schön\n"
-
-
-@pytest.mark.parametrize(
-    "name, content",
-    [("a.txt", b"\xff\xfe\xff"), ("a.txt.gz", b"no gzip"), ("b.txt.gz", gzip.compress(b"x" * 99, mtime=0)[:-9])],
-)
-def test_unreadable_text_is_named(tmp_path: Path, name: str, content: bytes) -> None:  # mtime: workers collect alike
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(CloverError, match=name):
-        files.read_text(tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    "name, kind", [("a.txt", "text"), ("a.TXT.gz", "text"), ("a.tsv", "manifest"), ("a.b.jsonl.gz", "questions")]
-)
-def test_kind_of_a_file(tmp_path: Path, name: str, kind: str) -> None:
-    (tmp_path / name).touch()
-    assert files.file_kind(tmp_path / name) == kind
-    assert files.file_kind(str(tmp_path)) == "images"
-
-
-@pytest.mark.parametrize("name", ["a.csv", "gone.txt", "a", "gone" * 99])
-def test_unknown_kind_is_refused(tmp_path: Path, name: str) -> None:
-    if "gone" not in name:
-        (tmp_path / name).touch()
-    with pytest.raises(CloverError, match=name):
-        files.file_kind(tmp_path / name)
-
-
-def test_manifest(manifest: Path) -> None:
-    everything = files.read_manifest(manifest)
-    assert [u.file.name for u in everything] == ["a.wav", "b.flac", "c.ogg"]
-    assert everything[0] == files.Utterance(manifest.parent / "a.wav", 'one "quoted', "test")
-    assert files.read_manifest(manifest, "test") == [everything[0], everything[2]]
-
-
-@pytest.mark.parametrize("table, split, said", [
-    ("file\twords\nx.wav\thello\n", None, "column 'text'"),
-    ("file\ttext\nx.wav\thello\n", "test", "column 'split'"),
-    ("file\ttext\nx.wav\thello\n", None, "x.wav"),
-    ("file\ttext\na.wav\n", None, "a.wav"),
-    ("file\ttext\n", None, "no rows"),
-    (f"file\ttext\n{'a sentence ' * 30}\ta.wav\n", None, "a sentence"),
-    ("", None, "column 'file'"),
-    ("file\ttext\tsplit\na.wav\thello\ttest\n", "train", "'train'.*'test'"),
-])  # fmt: skip
-def test_bad_manifest_is_named(manifest: Path, table: str, split: str | None, said: str) -> None:
-    bad = manifest.with_name("bad.tsv")
-    bad.write_text(table)
-    with pytest.raises(CloverError, match=rf"(?s)bad\.tsv.*{said}|{said}.*bad\.tsv"):
-        files.read_manifest(bad, split)
-
-
-def test_a_manifest_with_a_broken_line_is_named(manifest: Path) -> None:
-    bad = manifest.with_name("bad.tsv")
-    bad.write_bytes(b"file\ttext\na.wav\thello\rworld\n")
-    with pytest.raises(CloverError, match=r"bad\.tsv is no table with tabs .*; correct that line"):
-        files.read_manifest(bad)
-
-
-@pytest.mark.parametrize("name", ["a.wav", "b.flac", "c.ogg"])
-def test_audio_of_any_rate_becomes_mono_at_the_rate_asked_for(manifest: Path, name: str) -> None:
-    samples = files.read_audio(manifest.with_name(name), 16000)
-    assert samples.dtype == np.float32 and samples.shape == (16000,)
-    assert abs(np.fft.rfft(samples)).argmax() == 440  # one second: bins are Hz
-    assert samples.std() == pytest.approx(0.5 / 2**0.5, rel=0.05)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"RIFF and nothing else", b"fLaC" + bytes(99)])
-def test_missing_or_corrupt_audio_is_named(tmp_path: Path, content: bytes | None) -> None:
-    if content is not None:
-        (tmp_path / "bad.wav").write_bytes(content)
-    with pytest.raises(CloverError, match=r"bad\.wav"):
-        files.read_audio(tmp_path / "bad.wav", 16000)
-
-
-def test_audio_without_a_header_is_named(tmp_path: Path) -> None:
-    (tmp_path / "bad.raw").write_bytes(bytes(99))
-    with pytest.raises(CloverError, match=r"bad\.raw"):
-        files.read_audio(tmp_path / "bad.raw", 16000)
-
-
-@pytest.mark.parametrize("samples", [np.zeros(0), np.array([0.0, np.nan])])
-def test_empty_or_infinite_audio_is_named(tmp_path: Path, samples: np.ndarray) -> None:
-    soundfile.write(tmp_path / "bad.wav", samples, 16000, subtype="FLOAT")
-    with pytest.raises(CloverError, match=r"bad\.wav"):
-        files.read_audio(tmp_path / "bad.wav", 16000)
-
-
-@pytest.mark.parametrize("module", ["soundfile", "soxr", "PIL.Image"])
-def test_missing_extra_is_named(manifest: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
-    model, images = clip().vision_model, t.CLIPImageProcessorPil()
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(CloverError, match=rf'{module}.*pip install "clover-attention\[eval\]"'):
-        if module == "PIL.Image":
-            data.calibration_batches(pictures, model, processor=images)
-        else:
-            files.read_audio(manifest.with_name("b.flac"), 16000)
-
-
-def test_questions(tmp_path: Path) -> None:
-    boolean = "Please answer the following question with true or false, question: is it?\n\nAnswer format: true/false"
-    blank = (
-        "Please choose the correct answer to fill in the blank to complete the given sentence: Ann saw Bob so _ hid."
-        "\n\nOption1: Ann Option2: Bob Answer format: option1/option2"
-    )
-    records = [{"instruction": i, "answer": a} for i, a in [(ARC, "answer2"), (boolean, "false"), (blank, "option1")]]
-    first, second, third = files.read_questions(questions_file(tmp_path / "q.jsonl.gz", *records))
-    assert first == files.Question(ARC, "Why?", ("answer1", "answer2"), ("So.", "Not so: no."), 1)
-    assert (second.stem, second.texts, second.answer) == ("is it?", ("true", "false"), 1)
-    assert (third.stem, third.texts, third.answer) == ("Ann saw Bob so _ hid.", ("Ann", "Bob"), 0)
-
-
-@pytest.mark.parametrize("record, said", [
-    ({"instruction": ARC}, "line 2"),
-    ([1], "line 2"),
-    ({"instruction": "half a pair \ud83d", "answer": "answer1"}, "line 2"),
-    ({"instruction": "Why?", "answer": "answer1"}, "line 2.*Answer format"),
-    ({"instruction": ARC, "answer": "answer3"}, "line 2.*'answer3'"),
-])  # fmt: skip
-def test_bad_question_is_named(tmp_path: Path, record: object, said: str) -> None:
-    path = questions_file(tmp_path / "q.jsonl", {"instruction": ARC, "answer": "answer1"}, record)
-    with pytest.raises(CloverError, match=said):
-        files.read_questions(path)
-
-
-@pytest.mark.parametrize("content, said", [("\n\n", "no questions"), ("{broken\n", "line 1")])
-def test_file_without_questions(tmp_path: Path, content: str, said: str) -> None:
-    (tmp_path / "q.jsonl").write_text(content)
-    with pytest.raises(CloverError, match=said):
-        files.read_questions(tmp_path / "q.jsonl")
 
 
 def test_text_windows_are_full_spread_and_run(tmp_path: Path) -> None:

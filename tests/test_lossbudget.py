@@ -33,8 +33,8 @@ from clover.lossbudget import (
 from clover.pruning import find_bases, plan_of
 from commands import TEXT, refuse, run, succeed
 from families import build, outputs
+from samples import tokenizer
 from test_budget import costs
-from test_data import tokenizer
 
 NAMES = ["llama-gqa", "qwen3", "gpt2", "bert", "vit", "whisper"]
 

@@ -20,7 +20,7 @@ from clover.budget import Limits
 from clover.graphs import Graph, graphs
 from commands import run
 from families import build
-from test_data import tokenizer
+from samples import tokenizer
 
 runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is missing; pip install 'clover-attention[onnx]'")
 pytest.importorskip("onnxscript", reason="onnxscript is missing; pip install 'clover-attention[onnx]'")

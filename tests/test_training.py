@@ -31,7 +31,7 @@ from clover.training import (
     tune,
 )
 from families import GENERATIVE, build
-from test_data import tokenizer
+from samples import tokenizer
 
 SMALL = {"steps": 6, "batch": 2, "length": 16, "lr": 3e-2, "warmup": 1}
 
