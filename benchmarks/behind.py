@@ -67,7 +67,7 @@ def behind(model: Any, bases: Sequence[Basis], plan: Plan, batches: list, way: s
     model = twin(model)
     found, plans = blocks(model), {p.name: p for p in plan.blocks}
     known = {basis.name: basis.moments for basis in bases}
-    sample, mine = Sample.of(batches, Crew(), SEED)
+    sample, mine = Sample.of(batches, model, Crew(), SEED)
 
     def layer(name: str, inputs: Any) -> nn.Module:
         module = model.get_submodule(name)

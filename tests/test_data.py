@@ -216,8 +216,8 @@ def test_images_for_two_towers_come_with_a_prompt(pictures: Path, tmp_path: Path
         thing.save_pretrained(tmp_path / "clip")
     model = t.CLIPModel.from_pretrained(tmp_path / "clip")
     (batch,) = data.calibration_batches(pictures, model)
-    assert batch["pixel_values"].shape == (3, 3, 16, 16) and batch["input_ids"].shape == (1, 2)
-    assert model(**batch).logits_per_image.shape == (3, 1)
+    assert batch["pixel_values"].shape == (3, 3, 16, 16) and batch["input_ids"].shape == (3, 2)
+    assert model(**batch).logits_per_image.shape == (3, 3)
 
 
 @pytest.mark.parametrize("too_large", [False, True])
@@ -312,6 +312,19 @@ def test_a_listener_and_a_writer_from_a_folder_without_a_whole_processor(manifes
     batches = data.calibration_batches(manifest, model)
     assert [b["decoder_input_ids"].shape for b in batches] == [(1, 12)]
     pruned_in_all_parts(model, batches)
+
+
+def test_an_encoder_that_tells_lengths_in_pairs(manifest: Path) -> None:
+    model, _ = families.build("qwen2-audio", torch.float32)
+    (batch,) = data.calibration_batches(manifest, model, processor=whisper_processor())
+    assert batch.keys() == {"input_features"}
+
+
+def test_a_model_that_writes_about_images_alone_needs_batches_with_them(tmp_path: Path) -> None:
+    model, _ = families.build("blip", torch.float32)
+    batches = data.calibration_batches(text_file(tmp_path, 99), model, processor=tokenizer())
+    with pytest.raises(CloverError, match="BlipForConditionalGeneration needs pixel_values, too; give batches of"):
+        clover.prune(model, vo=0.3, calibration=batches)
 
 
 def test_a_decoder_that_reads_codes_of_sound_is_given_no_text(tmp_path: Path) -> None:

@@ -114,9 +114,11 @@ def test_a_folder_that_another_run_makes_meanwhile(tmp_path: Path) -> None:
             (tmp_path / "model").mkdir()
             (tmp_path / "model/precious").touch()
 
-    with pytest.raises(CloverError, match=r"model was made by another run meanwhile; choose another folder"):
+    with pytest.raises(CloverError, match=r"model was made by another run meanwhile; this one's is in .*\.model\."):
         clover.save(model, tmp_path / "model", beside=(Rival(),))
-    assert [p.name for p in tmp_path.rglob("*")] == ["model", "precious"]
+    assert [p.name for p in (tmp_path / "model").iterdir()] == ["precious"]
+    (ours,) = tmp_path.glob(".model.*")
+    assert (ours / "model.safetensors").exists()
 
 
 def test_a_name_that_is_too_long(tmp_path: Path) -> None:

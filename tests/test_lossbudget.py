@@ -118,7 +118,17 @@ def test_one_number_is_no_distribution() -> None:
 
 def test_an_output_without_names_is_refused() -> None:
     with pytest.raises(CloverError, match=r"returned a tuple; set config\.return_dict to True"):
-        answer((torch.zeros(1, 2, 3),))
+        answer((torch.zeros(1, 2, 3),), {})
+
+
+def test_what_a_model_answers() -> None:
+    words, numbers = torch.zeros(2, 5, 7), torch.zeros(2, 5)
+    ids = {"input_ids": torch.zeros(2, 5, dtype=torch.long)}
+    assert answer({"logits": words}, ids) == (words, True)
+    assert answer({"logits": numbers}, {}) == (numbers, True)
+    assert answer({"logits": numbers}, ids)[0].shape == (2, 5, 1)  # one a token, as of a discriminator
+    assert answer({"loss": words, "start_logits": numbers, "end_logits": numbers}, ids)[0].shape == (2, 5, 2)
+    assert answer({"feature_maps": (numbers, words)}, {})[0] is words
 
 
 def test_relative_error() -> None:

@@ -357,7 +357,9 @@ def queried() -> dict[str, torch.Tensor]:
 
 
 def instructed() -> dict[str, torch.Tensor]:
-    return queried() | {"qformer_input_ids": torch.randint(3, 60, (2, 5))}
+    """The second instruction is shorter."""
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    return queried() | {"qformer_input_ids": torch.randint(3, 60, (2, 5)), "qformer_attention_mask": mask}
 
 
 def chameleon() -> t.ChameleonForConditionalGeneration:

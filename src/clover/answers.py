@@ -19,11 +19,11 @@ ROWS = 256
 """Tokens whose distributions are held at once."""
 
 
-def answer(output: Any) -> tuple[Tensor, bool]:
+def answer(output: Any, batch: Any) -> tuple[Tensor, bool]:
     """What a model says, and whether it is logits of words or classes; else its first output (not a loss).
 
     Of several maps of features it is the last; where an answer begins and where it ends become one output, ``(batch,
-    tokens, 2)``.
+    tokens, 2)``. One logit a token, ``(batch, tokens)``, is a number and no class: ``(batch, tokens, 1)``.
 
     Raises:
         CloverError: the output has no names.
@@ -31,6 +31,9 @@ def answer(output: Any) -> tuple[Tensor, bool]:
     if not isinstance(output, Mapping):
         raise CloverError(f"the model returned a {type(output).__name__}; set config.return_dict to True")
     logits = output.get("logits")
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if logits is not None and ids is not None and logits.shape == ids.shape:
+        return logits.unsqueeze(-1), False
     if logits is not None and logits.dim() in (2, 3) and logits.shape[-1] > 1:
         return logits, True
     if "start_logits" in output and "end_logits" in output:

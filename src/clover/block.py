@@ -327,7 +327,8 @@ def arguments(
             "an attention block that clover reads as self-attention was given key_value_states, another sequence; "
             "add the name under which its layer holds it to CROSS in clover/families.py"
         )
-    if (mask := call.pop("encoder_attention_mask", None)) is not None and cross:
+    mask = call.pop("encoder_attention_mask", None)
+    if cross and "encoder_attention_mask" in positional:  # then the other mask is that of its own sequence
         call["attention_mask"] = mask
     return call
 

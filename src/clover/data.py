@@ -48,7 +48,7 @@ def calibration_batches(
       ``decoder_input_ids`` (b, t), which are the reference text behind the decoder's start (Whisper's English prompt).
       A model that hears a window of fixed length gets clips joined until it is full, or most of it would be silence.
     - Folder of images: ``pixel_values`` (b, channels, height, width) and, for an image-text model, ``input_ids``
-      (1, t) of a short neutral prompt, which is too little to prune its text side by. An image-text model that writes
+      (b, t) of a short neutral prompt, which is too little to prune its text side by. An image-text model that writes
       takes text instead, which reaches its language part; one that is given nothing but images gets what it writes
       about them as ``decoder_input_ids`` (b, t).
 
@@ -126,24 +126,22 @@ def found_beside(name: Any) -> tuple[Any, ...]:
     if whole and not isinstance(whole[0], PreTrainedTokenizerBase):
         return whole
     senses, why_not = _first(name, "AutoImageProcessor", "AutoFeatureExtractor")
-    lacking = {
-        "processor_config.json": why, "tokenizer_config.json": not whole and why,
-        "preprocessor_config.json": not senses and why_not,
-    }  # fmt: skip
+    lacking = {"processor_config.json": why[:1], "tokenizer_config.json": why[1:] if not whole else []}
+    lacking["preprocessor_config.json"] = why_not[:1] if not senses else []
     for file, lost in lacking.items():
         if lost and _lies_there(name, file):
-            warn(f"{file} is not saved with the model, copy it by hand: {lost}")
+            warn(f"{file} is not saved with the model, copy it by hand: {lost[0]}")
     return (*whole, *senses)
 
 
-def _first(name: Any, *kinds: str) -> tuple[tuple[Any, ...], CloverError | None]:
-    """The first of these kinds that can be loaded, if any, and why the one before, or else the last, can't."""
-    why = None
+def _first(name: Any, *kinds: str) -> tuple[tuple[Any, ...], list[CloverError]]:
+    """The first of these kinds that can be loaded, if any, and why each one before it can't."""
+    why: list[CloverError] = []
     for kind in kinds:
         try:
             return (load_processor(name, kind),), why
         except CloverError as error:
-            why = error
+            why.append(error)
     return (), why
 
 
@@ -281,7 +279,8 @@ def _audio_batches(
     for heard in _windows_of_sound(chosen, extractor, getattr(extractor, "n_samples", 0) if joined else 0):
         orders = [heard[at:] + heard[:at] for at in range(0, len(heard), -(-len(heard) // max(1, joined)))]
         sound = _features([np.concatenate([clip for _, clip in order]) for order in orders], extractor)
-        if frames is not None and frames(torch.tensor(sound.shape[-1])) < 1:
+        heard_in = 1 if frames is None else frames(torch.tensor(sound.shape[-1]))
+        if min(heard_in if isinstance(heard_in, tuple) else (heard_in,)) < 1:
             raise CloverError(f"the clip of {heard[0][0][:40]!r} in {path} is too short for the model; leave it out")
         batch = {extractor.model_input_names[0]: sound}
         if decodes:  # the same texts in any order are equally long, and padding would be counted as if it were speech
@@ -339,7 +338,8 @@ def _image_batches(
         pictures = [_read_image(file) for file in chosen[start : start + batch]]
         made = images(images=pictures, return_tensors="pt")
         seen = {name: made[name] for name in made if name in reads}  # some say what of the pixels is no picture
-        yield seen | prompt | (_written(model, seen) if "decoder_input_ids" in reads else {})
+        told = {name: ids.expand(len(pictures), -1) for name, ids in prompt.items()}
+        yield seen | told | (_written(model, seen) if "decoder_input_ids" in reads else {})
 
 
 def _written(model: Any, seen: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

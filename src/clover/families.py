@@ -272,7 +272,8 @@ def blocks(model: nn.Module, part: str = "all") -> list[Block]:
         raise _unsupported(f"{kind} has no attention block of a known class")
     chosen = [b for b in found if part in ("all", b.part)]
     if not chosen:
-        raise CloverError(f"{kind} has no attention block in part {part!r}; it has {', '.join(parts)}, or all")
+        unknown = f" that is known: {others[0]}" if others else ""
+        raise CloverError(f"{kind} has no attention block in part {part!r}{unknown}; it has {', '.join(parts)}")
     if others:
         warn(f"some attention stays as it is: {others[0]}")
     return chosen
@@ -293,6 +294,8 @@ def survey(model: nn.Module) -> tuple[list[Block], list[UnsupportedModelError]]:
             raise CloverError(f"{name} was rewritten by clover before; start from the original model")
         if (block := block_of(model, name, module)) is not None:
             why = next((why for setting, why in block.family.unless.items() if block.get(setting)), None)
+            if block.part == "cross" and block.rotary:
+                why = "its queries and keys turn by positions in two sequences"
             if why is None:
                 found.append(block)
             else:

@@ -40,7 +40,8 @@ def fresh_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:  # that of tokenizers
             raise
         if getattr(error, "errno", None) in MADE and target.exists():
-            raise CloverError(f"{target} was made by another run meanwhile; choose another folder") from error
+            made, folder = folder, None  # as much work as the other's
+            raise CloverError(f"{target} was made by another run meanwhile; this one's is in {made}") from error
         why = getattr(error, "strerror", None) or error
         raise CloverError(f"{target} can't be written: {why}; free space or choose another place") from error
     finally:

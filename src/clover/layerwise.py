@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Call:
     kwargs: dict[str, Any]
 
 
+GIVEN = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 Layer = Callable[[str, Iterable[tuple[Tensor, Call]]], nn.Module]
 """Is given a layer's path and its inputs, batch by batch; returns the module that carries them on."""
 
@@ -241,6 +242,11 @@ def forward(model: nn.Module, batch: Any) -> Any:
     parts = (config, *(getattr(config, name, None) for name in config.sub_configs))
     known = "use_cache" in signature(model.forward).parameters or any(getattr(p, "use_cache", False) for p in parts)
     off = {"use_cache": False} if known else {}
+    needed = [n for n, p in signature(model.forward).parameters.items() if p.default is p.empty and p.kind in GIVEN]
+    if isinstance(batch, Mapping) and (lacking := [name for name in needed if name not in batch]):
+        raise CloverError(
+            f"{type(model).__name__} needs {', '.join(lacking)}, too; give batches of your own that have it"
+        )
     return model(**off | dict(batch)) if isinstance(batch, Mapping) else model(batch, **off)
 
 

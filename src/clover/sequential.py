@@ -30,6 +30,7 @@ from clover.calibrate import QUERIES, Moments, Watcher, watching
 from clover.crew import Crew
 from clover.draft import Draft
 from clover.errors import CloverError
+from clover.families import survey
 from clover.layerwise import Call, Stack, entered, run, stacks, walk
 from clover.layout import BASES, DONE, Layout
 from clover.packed import pack_costs
@@ -148,7 +149,7 @@ class Calibrated:
         Raises:
             CloverError: no batches, fewer than processes, or blocks that are in no list of layers.
         """
-        order = stacks(pieces.model, pieces.blocks("all"))
+        order = stacks(pieces.model, survey(pieces.model)[0])
         model = pieces.shell([name for stack in order for name in stack.layers])
         device = workplace(pieces.model.dtype)[0]
         batches = [on(b, device) for b in (calibration(model) if callable(calibration) else calibration)]
