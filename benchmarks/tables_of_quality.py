@@ -120,9 +120,12 @@ def _frontier_table(model: str, methods: dict[str, dict[float, dict]]) -> str:
     shares = sorted({share for m, by in methods.items() if m != "dense" for share in by})
     digits = 4 if dense["task"] in ("cosine", "choice") else 2
 
+    def judged(r: dict) -> float:
+        return r.get("nats", r["value"])
+
     def caching(share: float) -> list[float]:
         found = (by[share] for m, by in methods.items() if m != "dense" and share in by)
-        return [r["value"] for r in found if r["cache_left"] < 1]
+        return [judged(r) for r in found if r["cache_left"] < 1]
 
     best = {share: (min if less_is_better else max)(caching(share), default=None) for share in shares}
 
@@ -131,7 +134,7 @@ def _frontier_table(model: str, methods: dict[str, dict[float, dict]]) -> str:
             return ""
         text = f"{r['value']:.{digits}f}" if r["value"] < 1e5 else f"{r['value']:.0e}"
         text += f" ({r['nats']:.3f})" if "nats" in r else ""
-        return f"**{text}**" if r["value"] == best[share] and r["cache_left"] < 1 else text
+        return f"**{text}**" if judged(r) == best[share] and r["cache_left"] < 1 else text
 
     rows = []
     for method, title in ARMS.items():
@@ -142,7 +145,7 @@ def _frontier_table(model: str, methods: dict[str, dict[float, dict]]) -> str:
     header = " | ".join(["Method", *(percent(share) for share in shares), "half leaves"])
     title = f"{PLOTTED[model]}; {AXES[dense['task']]}, dense {dense['value']:.{digits}f}"
     if "nats" in dense:
-        title += "\n\nIn brackets: divergence from the dense model in what it writes of the test clips, nats a token."
+        title += "\n\nIn brackets: divergence from the dense model in what it writes of the test clips, nats a token; by that the best are named."
     if dense["task"] == "choice":
         asked = dense["questions"] * len(dense["sets"])
         error = math.sqrt(dense["value"] * (1 - dense["value"]) / asked)
