@@ -58,31 +58,28 @@ def eliminate(gram: Float[Tensor, "kv n r r"]) -> tuple[Int[Tensor, "kv p"], Flo
     pairs = width // 2
     if not pairs:
         return torch.zeros(kv, 0, dtype=torch.long, device=gram.device), gram.new_zeros(kv, 0)
-    inverse = torch.linalg.inv(_ridged(gram))
-    gains = torch.cat([gram.new_ones(kv, n, pairs), gram.new_zeros(kv, n, pairs)], -1).double()
+    # Real and imaginary parts are axes of their own: (kv, n, 2, pairs, 2, pairs).
+    inverse = torch.linalg.inv(_ridged(gram)).unflatten(-1, (2, pairs)).unflatten(-3, (2, pairs))
+    gains = torch.stack([gram.new_ones(kv, n, pairs), gram.new_zeros(kv, n, pairs)], 2).double()
     order, cost = [], []
     gone = torch.zeros(kv, pairs, dtype=torch.bool, device=gram.device)
-    rows = torch.arange(kv, device=gram.device)
-    both = torch.stack([torch.arange(pairs), torch.arange(pairs) + pairs], -1).to(gram.device)  # columns of each pair
+    rows, eye = torch.arange(kv, device=gram.device), torch.eye(2, dtype=torch.float64, device=gram.device)
     for _ in range(pairs):
-        core = _inverse(inverse[:, :, both.unsqueeze(-1), both.unsqueeze(-2)])  # kv n p 2 2
-        price = torch.einsum("gnpi,gnpij,gnpj->gp", gains[..., both], core, gains[..., both])
+        core = _inverse(inverse.diagonal(dim1=3, dim2=5).permute(0, 1, 4, 2, 3))  # of each pair alone
+        price = torch.einsum("gnip,gnpij,gnjp->gp", gains, core, gains)
         worst = price.masked_fill(gone, torch.inf).argmin(-1)
         order.append(worst)
         cost.append(price[rows, worst].clamp_min(0))
         gone[rows, worst] = True
-        columns = both[worst]  # kv 2
-        wide = inverse.gather(-1, columns[:, None, None].expand(kv, n, width, 2))
-        small = wide.gather(-2, columns[:, None, :, None].expand(kv, n, 2, 2))
-        step = wide @ _inverse(small)
-        gains = gains - (step @ gains.gather(-1, columns[:, None].expand(kv, n, 2)).unsqueeze(-1)).squeeze(-1)
-        inverse = inverse - step @ wide.mT
+        wide = inverse[rows, :, :, :, :, worst]  # its columns: (kv, n, 2, pairs, 2)
+        step = wide @ _inverse(wide[rows, :, :, worst]).unsqueeze(2)
+        gains -= (step @ gains[rows, :, :, worst][:, :, None, :, None]).squeeze(-1)
+        inverse -= torch.einsum("gnapi,gnbqi->gnapbq", step, wide)
         # What is removed stays removed, whatever rounding says.
-        gains = gains.scatter(-1, columns[:, None].expand(kv, n, 2), 0.0)
-        inverse = inverse.scatter(-2, columns[:, None, :, None].expand(kv, n, 2, width), 0.0)
-        inverse = inverse.scatter(-1, columns[:, None, None, :].expand(kv, n, width, 2), 0.0)
-        diagonal = columns[:, None].expand(kv, n, 2)
-        inverse = inverse + torch.diag_embed(torch.zeros_like(gains).scatter(-1, diagonal, 1.0))
+        gains[rows, :, :, worst] = 0
+        inverse[rows, :, :, worst] = 0
+        inverse[rows, :, :, :, :, worst] = 0
+        inverse[rows, :, :, worst, :, worst] = eye
     removed = torch.stack(cost, -1).cummax(-1).values
     return torch.stack(order, -1).flip(-1), removed.flip(-1)
 
