@@ -66,7 +66,7 @@ def speech_parts(results: Results) -> str:
         "decoder": lambda r: "decoder",
         "cross": lambda r: "cross-attention",
         "all": lambda r: "all three, one budget",
-        "divided": lambda r: f"encoder, {percent(r['total'])} divided by what a cut of either loses",
+        "divided": lambda r: f"encoder, {percent(r['total'])} divided by what a cut of either loses, clips alone",
         "joined": lambda r: f"encoder, calibrated by {JOINED[r['joined']]}",
         "thresholds": lambda r: f"encoder, norm product <= {r['qk_threshold']:g} (Q-K), {r['vo_threshold']:g} (V-O)",
     }
@@ -145,7 +145,10 @@ def _frontier_table(model: str, methods: dict[str, dict[float, dict]]) -> str:
     header = " | ".join(["Method", *(percent(share) for share in shares), "half leaves"])
     title = f"{PLOTTED[model]}; {AXES[dense['task']]}, dense {dense['value']:.{digits}f}"
     if "nats" in dense:
-        title += "\n\nIn brackets: divergence from the dense model in what it writes of the test clips, nats a token; by that the best are named."
+        title += (
+            "\n\nIn brackets: divergence from the dense model in what it writes of the test clips, nats a token; by "
+            "that the best are named."
+        )
     if dense["task"] == "choice":
         asked = dense["questions"] * len(dense["sets"])
         error = math.sqrt(dense["value"] * (1 - dense["value"]) / asked)
