@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clover.budget import Limits, Share, Threshold, make_plan
@@ -26,6 +26,7 @@ def test_large_blocks_keep_whole_tiles(seed: int, share: float, shape: dict[str,
             assert kept(plan, which) > due - 2 * 16
 
 
+@settings(max_examples=20)
 @given(SEEDS, st.floats(0.1, 0.6))
 def test_many_heads_in_few_groups_keep_whole_tiles(seed: int, share: float) -> None:
     """A step is then that of many heads, and what fills a tile takes steps of several groups."""
@@ -38,6 +39,7 @@ def test_many_heads_in_few_groups_keep_whole_tiles(seed: int, share: float) -> N
         assert due - 0.08 * size(entries, which) < kept(plan, which) <= due
 
 
+@settings(max_examples=20)
 @given(SEEDS, st.sampled_from(LARGE))
 def test_whole_tiles_cost_next_to_nothing(seed: int, shape: dict[str, int]) -> None:
     entries = model(seed, value=64, **shape)
