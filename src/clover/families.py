@@ -241,7 +241,7 @@ REFUSED: dict[str, str] = {
     "Wav2Vec2BertSelfAttention": "its positions enter through the queries themselves, not as a rotation or a bias",
     "DebertaV2Attention": "its positions enter through the query and key projections (disentangled attention)",
     "WavLMAttention": "its position bias is gated by what the block reads",
-    "Attention": "it is not in transformers' attention interface (that of FSMT, OpenAI GPT and timm has this name)",
+    "Attention": "it is not in transformers' attention interface (it is that of diffusers, timm, FSMT or OpenAI GPT)",
 }  # fmt: skip
 """Classes that a row can't describe -> why."""
 
