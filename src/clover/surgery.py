@@ -32,9 +32,8 @@ def operate(model: nn.Module, bases: Sequence[Basis], plan: Plan) -> None:
     plan.check(remedy)
     if [b.name for b in bases] != [p.name for p in plan.blocks]:
         raise CloverError("the plan was made for other blocks than those to cut; make it from the same model and part")
-    here = {
-        block.name: block for block in survey(model)[0]
-    }  # of this very model, which may be a copy of the one measured
+    # Of this very model, which may be a copy of the one measured.
+    here = {block.name: block for block in survey(model)[0]}
     if missing := [b.name for b in bases if b.name not in here]:
         raise CloverError(
             f"{type(model).__name__} has no block {missing[0]}; cut the model that the bases were found in"
