@@ -17,6 +17,7 @@ from clover import __version__
 from clover.bench import compare_runtime
 from clover.budget import Granularity, Limits
 from clover.checkpoint import load, save
+from clover.crew import started_together
 from clover.demo import run as run_demo
 from clover.errors import CloverError
 from clover.evaluate import evaluate as measure
@@ -159,7 +160,7 @@ def prune(
     def data(reader: Any) -> Iterable[Any] | None:
         return batches_of(reader, calibration, metric, split, limit, spare=max_loss is not None)
 
-    if not stream and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if not stream and started_together():
         raise CloverError("several processes share the work of --stream alone; give it, or start one process")
     settings: dict[str, Any] = {"part": part, "granularity": granularity, "limits": Limits(groups=groups), "seed": seed}
     if stream:

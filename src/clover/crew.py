@@ -57,6 +57,11 @@ class Crew:
                     dist.all_reduce(tensor, group=self.group)
 
 
+def started_together() -> bool:
+    """Whether this is one of several processes that ``torchrun`` or accelerate started."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1  # schedulers set the latter alone
+
+
 @contextmanager
 def crew() -> Iterator[Crew]:
     """Join the processes that were started together, for as long as the block runs."""
@@ -65,7 +70,7 @@ def crew() -> Iterator[Crew]:
     if dist.is_available() and dist.is_initialized():
         own = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         yield Crew(dist.get_rank(), dist.get_world_size(), own)
-    elif "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # schedulers set the latter alone
+    elif started_together():
         with _together():
             dist.init_process_group("gloo")
         try:
