@@ -15,6 +15,7 @@ from tiny import (
     LAYERS,
     LM,
     MAMBA,
+    MLA,
     ROUTED,
     VISION,
     ast,
@@ -38,13 +39,16 @@ from tiny import (
     heard,
     image,
     instructed,
+    kimi_linear,
     llama,
     llama4,
     llama4_vision,
     llava,
     metaclip2,
     ministral3,
+    mistral4,
     moe,
+    moe_mla,
     moves,
     opt,
     owl,
@@ -132,6 +136,9 @@ CASES: dict[str, Case] = {
     "granite-hybrid": (lambda: granite_hybrid("rope"), text),
     "falcon-h1": (lambda: causal("FalconH1", key_multiplier=0.4, mamba_d_ssm=96, **MAMBA), text),
     "lfm2": (lambda: causal("Lfm2", layer_types=["conv", "full_attention"]), text),
+    "deepseek-v2": (lambda: moe_mla("DeepseekV2"), text),
+    "deepseek-v3": (lambda: moe_mla("DeepseekV3", attention_bias=True), text),
+    "deepseek-v3-halves": (lambda: moe_mla("DeepseekV3", q_lora_rank=None, rope_interleave=False), text),
 }
 """A case for each row of the table, and for each option that changes the attention: the whole contract."""
 
@@ -276,6 +283,12 @@ COPIES: dict[str, Case] = {
     "glm-image-text": (lambda: glm4v_text("GlmImage", 0.5), text),
     "decision-transformer": (decision, moves),
     "t5gemma": (t5gemma, pair),
+    "glm4-moe-lite": (lambda: moe_mla("Glm4MoeLite"), text),
+    "axk1": (lambda: moe_mla("AXK1"), text),
+    "youtu": (lambda: causal("Youtu", **MLA), text),
+    "minicpm3": (lambda: causal("MiniCPM3", **MLA), text),
+    "mistral4": (mistral4, text),
+    "kimi-linear": (kimi_linear, text),
 }
 """More classes that share one of those rows: the heart of the contract."""
 
@@ -286,6 +299,8 @@ SEQ2SEQ = ("whisper", "bart", "t5")
 GENERATIVE = [n for n in CASES if n not in (*ENCODERS, *SEQ2SEQ)]
 STILL = ("gpt2", "opt", "bloom", "gpt-bigcode", "gpt-bigcode-mha")
 """Language models that rotate nothing."""
+LATENT = ("deepseek-v2", "deepseek-v3", "deepseek-v3-halves")
+"""Those whose keys and values come out of a latent, and what turns stands beside it."""
 MIXED = ("smollm3", "cohere2", "llama4")
 """Those that rotate in some of their layers."""
 GROWING = ("ministral3", "llama4", "hunyuan")

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import clover
 from clover.attention import CloverAttention
+from clover.ragged import attend_one
 from families import (
     CASES,
     EAGER,
@@ -336,5 +337,5 @@ def test_a_flash_mask_says_how_many_tokens_a_static_cache_holds() -> None:
     attention = next(m for m in model.modules() if isinstance(m, CloverAttention))
     queries, keys, values = (torch.randn(2, n, width) for n, width in zip((1, 9, 9), attention.sizes, strict=True))
     mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
-    right = attention._attend_one(queries, keys[:, :5], values[:, :5], mask[:, None, None].bool(), 5)
-    torch.testing.assert_close(attention._attend_one(queries, keys, values, mask, 9), right)
+    right = attend_one(attention._tables, queries, keys[:, :5], values[:, :5], mask[:, None, None].bool(), 5)
+    torch.testing.assert_close(attend_one(attention._tables, queries, keys, values, mask, 9), right)

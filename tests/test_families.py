@@ -13,8 +13,9 @@ import clover
 from clover.attention import CloverAttention
 from clover.calibrate import Moments, calibrate
 from clover.families import blocks
-from families import CASES, COPIES, GENERATIVE, HYBRID, NARROW, SEQ2SEQ, build, outputs, pruned
-from tiny import text, xglm
+from clover.latent import projections
+from families import CASES, COPIES, GENERATIVE, HYBRID, LATENT, NARROW, SEQ2SEQ, build, outputs, pruned
+from tiny import MLA, text, xglm
 
 WIDTH = 48  # of every tiny model
 TEXT = [*GENERATIVE, "bert", "roberta", "distilbert", "modernbert"]
@@ -150,8 +151,13 @@ def test_pruned_shapes_match_the_plan(name: str) -> None:
             projection, rows = attention.rows(which)
             assert rows == slice(held.get(projection, 0), held.get(projection, 0) + size)
             held[projection] = rows.stop
+        beside = attention.beside * len(attention.head_order()[0])
+        widths = {"q_proj": MLA["q_lora_rank"] if hasattr(attention, "q_a_proj") and attention.q_a_proj else WIDTH}
+        if name in LATENT:
+            held["q_proj"] += beside
+            widths["kv_proj"] = MLA["kv_lora_rank"]
         for projection, size in held.items():
-            assert attention.get_submodule(projection).weight.shape == (size, WIDTH)
+            assert attention.get_submodule(projection).weight.shape == (size, widths.get(projection, WIDTH))
         names = [k for k in state if k.startswith(f"{block.name}.")]
         output = next(
             k
@@ -161,8 +167,11 @@ def test_pruned_shapes_match_the_plan(name: str) -> None:
         assert state[output.replace("weight", "bias")].shape == (WIDTH,)  # holds the mean of what was cut
         biases = {p: attention.get_submodule(p).bias for p in held}
         assert block.part != "cross" or biases["kv_proj"] is None
-        kept += WIDTH * (n * qk + qk + vo + n * vo) + WIDTH + sum(len(b) for b in biases.values() if b is not None)
-        cached += (qk + vo) * (block.part != "encoder")
+        kept += sum(size * widths.get(projection, WIDTH) for projection, size in held.items())
+        kept += WIDTH * n * vo + WIDTH + sum(len(b) for b in biases.values() if b is not None)
+        kept += sum(p.numel() for way in projections(attention, attention.family.latent) for p in way.parameters())
+        wide = MLA["kv_lora_rank"] + MLA["qk_rope_head_dim"] if name in LATENT else qk + vo
+        cached += wide * (block.part != "encoder")
     before = sum(p.numel() for p in dense.parameters())
     original = sum(_attention_parameters(dense, block.name) for block in plan.blocks)
     assert summary["attention_parameters_before"] == original

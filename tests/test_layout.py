@@ -14,8 +14,8 @@ from clover.families import FAMILIES
 
 SOURCE = Path(__file__).resolve().parents[1] / "src/clover"
 ORDER = [
-    "errors", "progress", "folders", "plan", "decompose", "heads", "rotary", "alike", "block", "families", "spend",
-    "budget", "layerwise", "answers", "calibrate", "refit", "ragged", "basis", "cache", "eager",
+    "errors", "progress", "folders", "plan", "decompose", "heads", "rotary", "alike", "family", "latent", "block",
+    "families", "spend", "budget", "layerwise", "answers", "calibrate", "refit", "ragged", "basis", "cache", "eager",
     "attention", "surgery", "precision", "checks", "classes", "checkpoint", "lossbudget", "pruning", "export",
     "targets", "config", "cores", "tuner",
     "crew", "shards", "pieces", "draft", "packed", "layout", "sequential", "streaming",

@@ -261,6 +261,34 @@ ROUTED = {
 }
 
 
+MLA = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 12,
+    "num_key_value_heads": 6,
+}
+"""Sizes of queries, and of keys with values, that come out of latents."""
+
+
+def moe_mla(kind: str, **kwargs: Any) -> Any:
+    return causal(kind, **(MLA | ROUTED | {"first_k_dense_replace": 1} | kwargs))
+
+
+def mistral4() -> Any:
+    """Queries grow after every fourth token."""
+    grown = {"llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 4}
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, **grown}
+    return moe_mla("Mistral4", rope_parameters=yarn)
+
+
+def kimi_linear() -> Any:
+    """A linear recurrence, then attention that rotates nothing."""
+    kinds = {"layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["dense", "dense"]}
+    return moe_mla("KimiLinear", linear_head_dim=8, linear_num_heads=4, linear_conv_kernel_dim=2, **kinds)
+
+
 def llava() -> t.LlavaForConditionalGeneration:
     """A CLIP tower in front of a Llama; token 55 stands for a piece of the image."""
     parts = {"vision_config": t.CLIPVisionConfig(**VISION), "text_config": t.LlamaConfig(**LM, num_key_value_heads=2)}

@@ -22,17 +22,13 @@ from clover.block import Block, arguments, growth_at, head_bias, norm_entries
 from clover.cache import grow, stepped
 from clover.eager import eager_attention, exporting, turn_pairs
 from clover.errors import CloverError
+from clover.latent import read, turned
 from clover.plan import BlockPlan
-from clover.ragged import Tables, as_heads, by_head, is_by_head, joined, kernel_size, padded, take, weighted_sum
+from clover.ragged import Tables, as_heads, attend_one, by_head, is_by_head, joined, kernel_size, padded, take
 
 SHORT = 2**16, 2**24
 """Up to this many logits a head, on a CPU and elsewhere, heads of unequal sizes are padded into one call: launches cost
 more than zeros, and a few heads leave most of a GPU idle."""
-LEAST = -3e38
-"""The logit of what must not be seen; not infinity, or a row that sees nothing would become NaN."""
-NOTHING, FEW = 1e-30, 512
-"""Attention weights below ``NOTHING`` are zero: they change no float32 sum, and denormal numbers are slow on CPUs. Not
-worth a look where there are only a ``FEW`` keys."""
 
 
 class CloverAttention(nn.Module):
@@ -66,10 +62,13 @@ class CloverAttention(nn.Module):
         self.output_dropout = block.dropout(family.output_dropout)
         self.sliding_window = family.window(core)
         self.rotary = block.rotary
+        self.beside, self.neighbours = block.beside, block.neighbours
+        self.apart = self.is_cross or family.latent is not None
 
         heads, n = block.heads(), plan.queries
         width, source, out = heads.q.shape[-1], heads.k.shape[-1], heads.o.shape[-2]
-        self.uneven = len(plan.groups) > 1 or plan.groups[0].qk != plan.groups[0].value
+        self.columns = [(group.qk + self.beside, group.value) for group in plan.groups]
+        self.uneven = len(plan.groups) > 1 or len(set(self.columns[0])) > 1
         self.sizes = [n * plan.qk_kept, plan.qk_kept, plan.vo_kept]
         # A key bias shifts all logits of a query alike and softmax ignores it, unless position or a norm comes between.
         # A value bias comes out as it is if the weights sum to 1, and is part of the output's bias.
@@ -86,8 +85,8 @@ class CloverAttention(nn.Module):
             # Not even drawn: for large weights that takes longer than to compute them.
             return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, dtype=dtype, device=device)
 
-        if self.is_cross:
-            self.q_proj = linear(width, self.sizes[0], "q" in self.biased)
+        if self.apart:
+            self.q_proj = linear(width, self.sizes[0] + n * plan.heads_kept * self.beside, "q" in self.biased)
             self.kv_proj = linear(source, sum(self.sizes[1:]), not self.biased.isdisjoint("kv"))
         else:
             self.qkv_proj = linear(width, sum(self.sizes), bool(self.biased))
@@ -95,9 +94,8 @@ class CloverAttention(nn.Module):
         self.norms = block.norms
         self._take_over(block)
         rotated = (n + 1) * plan.qk_kept // 2 if self.rotary else 0
-        sizes = [(g.qk, g.value) for g in plan.groups for _ in g.heads]
-        order = [h * n + i for g in plan.groups for h in g.heads for i in range(n)]
-        self._tables = Tables(sizes, n, self.scaling, order)
+        sizes = [size for g, size in zip(plan.groups, self.columns, strict=True) for _ in g.heads]
+        self._tables = Tables(sizes, n, self.scaling, self.head_order()[0].tolist())
         self.register_buffer("frequencies", torch.zeros(rotated, dtype=torch.int64, device=device))
 
     @torch.no_grad()
@@ -107,6 +105,8 @@ class CloverAttention(nn.Module):
         for name in (*self.norms, self.family.sinks, self.family.position_bias, *self.family.kept):
             if name is not None and hasattr(core, name):
                 setattr(self, name, copy.deepcopy(getattr(core, name)))
+        if self.beside:
+            self.queries_beside().copy_(block.queries_beside()[self.head_order()[0]])
         for name, heads in zip(self.norms, self.head_order(), strict=False):
             for parameter in getattr(self, name).parameters():
                 entries = norm_entries(parameter, heads, block)
@@ -121,10 +121,23 @@ class CloverAttention(nn.Module):
         """The name of the projection that holds ``q``, ``k`` or ``v``, and their rows in it."""
         start = {"q": 0, "k": self.sizes[0], "v": sum(self.sizes[:2])}[which]
         stop = start + self.sizes["qkv".index(which)]
-        if not self.is_cross:
+        if not self.apart:
             return "qkv_proj", slice(start, stop)
         first = 0 if which == "q" else self.sizes[0]
         return ("q_proj" if which == "q" else "kv_proj"), slice(start - first, stop - first)
+
+    def queries_beside(self) -> Tensor:
+        """As ``Block.queries_beside``, of the query heads that are left, in the order of the flat layout."""
+        projection: Any = self.q_proj
+        return projection.weight[self.sizes[0] :].unflatten(0, (-1, self.beside))
+
+    @property
+    def cached(self) -> tuple[int, int]:
+        """Numbers that a cache holds of a token, in the block that was and in this one."""
+        if self.family.latent is not None:  # the latent and the key beside it, in both
+            held: Any = self.kv_proj
+            return held.in_features + self.beside, held.in_features + self.beside
+        return self.clover.kv_heads * (self.clover.qk + self.clover.vo), self.clover.qk_kept + self.clover.vo_kept
 
     @torch.no_grad()
     def fill(self, pieces: Mapping[str, Tensor], output: nn.Linear | None = None) -> None:
@@ -170,9 +183,9 @@ class CloverAttention(nn.Module):
             self._tables.at(queries)
         if self._writes_one(x, keys, mask):
             tokens = keys.shape[1]
-            if not self.is_cross:
+            if not self.apart:
                 keys, values = stepped(call.get("past_key_values"), self.layer_idx, keys, values)
-            z = self._attend_one(queries, keys, values, mask, tokens)
+            z = attend_one(self._tables, queries, keys, values, mask, tokens)
         else:
             for name in ("hidden_states", "past_key_values", "key_value_states", "position_embeddings", "use_cache",
                          "sliding_window"):  # fmt: skip
@@ -196,6 +209,8 @@ class CloverAttention(nn.Module):
         cache = call.get("past_key_values")
         if self.is_cross:
             return self._project_cross(x, call["key_value_states"], cache)
+        if self.family.latent is not None:
+            return self._project_latent(x, call.get("position_embeddings"), cache)
         qk, values = self.qkv_proj(x).split_with_sizes([sum(self.sizes[:2]), self.sizes[2]], -1)
         if self.norms and not self.family.norms_last:
             qk = self._normed(qk)
@@ -225,6 +240,31 @@ class CloverAttention(nn.Module):
         if cache is not None:
             keys, values = (t[:, 0] for t in cache.update(keys[:, None], values[:, None], self.layer_idx))
         return queries, keys, values
+
+    def _project_latent(self, x: Tensor, position_embeddings: Any, cache: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The same where keys and values come out of a latent: that, and the key beside it, is what the cache holds."""
+        assert self.family.latent is not None
+        source, latent, key = read(self, self.family.latent, x)
+        queries, beside = self.q_proj(source).tensor_split([self.sizes[0]], -1)
+        beside = beside.unflatten(-1, (-1, self.beside))
+        if self.family.latent.turns:
+            cos, sin = self.family.angles(position_embeddings, x.shape[1], self.beside // 2)
+            beside = turned(beside, cos.unsqueeze(2), sin.unsqueeze(2), self.neighbours)
+            key = turned(key, cos, sin, self.neighbours)
+        if cache is not None:
+            grow(cache, self.layer_idx)
+            latent, key = (t[:, 0] for t in cache.update(latent[:, None], key[:, None], self.layer_idx))
+        keys, values = self.kv_proj(latent).split_with_sizes(self.sizes[1:], -1)
+        return self._beside(queries, beside), self._beside(keys, key.unsqueeze(2)), values
+
+    def _beside(self, flat: Tensor, more: Tensor) -> Tensor:
+        """Columns of all heads, and behind those of each its own of ``more``, ``(batch, tokens, heads or 1, r)``."""
+        n = flat.shape[-1] // self.sizes[1]
+        heads = [n * len(group.heads) for group in self.clover.groups]
+        parts = flat.split([h * group.qk for h, group in zip(heads, self.clover.groups, strict=True)], -1)
+        beside = more.expand(-1, -1, sum(heads), -1).split(heads, 2)
+        pairs = zip(parts, beside, strict=True)
+        return joined([torch.cat([p.unflatten(-1, (m.shape[2], -1)), m], -1).flatten(2) for p, m in pairs])
 
     def _normed(self, qk: Tensor) -> Tensor:
         """Norm each head, or all together."""
@@ -282,7 +322,7 @@ class CloverAttention(nn.Module):
         for group, q, k, v, m in self._groups(queries, keys, values, mask):
             first, last = last, last + q.shape[1]
             if not plainly:
-                q, k, v = (padded(t, kernel_size(group.qk, group.value, q.dtype)) for t in (q, k, v))
+                q, k, v = (padded(t, kernel_size(q.shape[-1], group.value, q.dtype)) for t in (q, k, v))
             out, weight = interface(self, q, k, v, m, **options, **self._softmax_options(slice(first, last)))
             outputs.append(out[..., : group.value].flatten(2))
             weights.append(weight)
@@ -311,8 +351,7 @@ class CloverAttention(nn.Module):
         """Each group with its queries, keys, values ``(batch, heads, tokens, columns)`` and its mask."""
         n, groups = self.clover.queries, self.clover.groups
         heads = [len(group.heads) for group in groups]
-        qk = [h * group.qk for h, group in zip(heads, groups, strict=True)]
-        vo = [h * group.value for h, group in zip(heads, groups, strict=True)]
+        qk, vo = ([h * size[i] for h, size in zip(heads, self.columns, strict=True)] for i in (0, 1))
         split = queries.split([n * size for size in qk], -1), keys.split(qk, -1), values.split(vo, -1)
         masks = [mask] * len(groups)
         if is_by_head(mask):
@@ -331,48 +370,6 @@ class CloverAttention(nn.Module):
             return True
         padding = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)  # flash attention is told no more
         return "flash" in name and padding and (window is None or keys.shape[1] <= window)
-
-    def _attend_one(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, tokens: Any) -> Tensor:
-        """One token against ``tokens`` of the flat cache, all heads at once: ``(batch, 1, columns)``.
-
-        Reading the cache is what takes the time, so it is read once and as it lies: each query stands in a row as
-        wide as all keys, zero outside its own head's columns, and of each row of results only its own head's columns
-        are taken.
-        """
-        n, results, dtype, cpu = self.clover.queries, [], queries.dtype, queries.device.type == "cpu"
-        if isinstance(mask, Tensor) and mask.dim() == 2:  # flash attention's: what of the tokens so far is padding
-            tokens = min(tokens, mask.shape[1])
-            keys, values, mask = keys[:, :tokens], values[:, :tokens], mask[:, None, None, -tokens:].bool()
-        mask, (_, spans) = by_head(mask, self._tables.heads), self._tables.at(queries)
-        # Products that end in rows of logits of no whole 16 bytes take GPUs several times as long; so do those that
-        # begin with them.
-        turned = keys.shape[1] > FEW if cpu else keys.shape[1] * keys.itemsize % 16 != 0
-        if cpu and queries.dtype.itemsize < 4:
-            # oneDNN compiles a half-precision product anew for each length of the cache: milliseconds a token.
-            queries, keys, values = queries.float(), keys.float(), values.float()
-        least, spare = max(LEAST, torch.finfo(queries.dtype).min), keys.shape[1] - tokens
-        if mask is not None and spare:
-            mask = nn.functional.pad(mask, (0, spare), value=False if mask.dtype == torch.bool else least)
-        for span in spans:
-            q, k, v = queries, keys, values
-            if len(spans) > 1:
-                q, k, v = (x[..., part] for x, part in zip((q, k, v), span.columns, strict=True))
-            rows = span.rows(q.flatten(1))
-            # Over many keys rows @ k.mT takes CPUs twice as long; it takes GPUs a copy less in what follows.
-            logits = torch.bmm(k, rows.mT).mT if turned else torch.bmm(rows, k.mT)
-            if mask is not None:
-                m = mask[:, :, 0] if mask.shape[1] == 1 else mask[:, span.first * n : (span.first + span.heads) * n, 0]
-                logits = torch.where(m, logits, least) if m.dtype == torch.bool else logits + m
-            elif spare:
-                logits[..., tokens:] = least
-            weights = logits.softmax(-1, dtype=torch.float32 if cpu else None)  # GPUs compute in float32 by themselves
-            if weights.shape[-1] > FEW and cpu:
-                weights = nn.functional.threshold(weights, NOTHING, 0.0, inplace=not weights.requires_grad)
-            if turned and not cpu:
-                weights = weights.mT.contiguous().mT
-            summed = weighted_sum(weights.to(v.dtype), v)
-            results.append(summed.flatten(1).index_select(1, span.from_rows))
-        return joined(results).unsqueeze(1).to(dtype)
 
     def _mask(self, mask: Any, bias: Tensor | None, queries: Any, keys: Any) -> Any:
         """The mask; a bias by head is added to it."""

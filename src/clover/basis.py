@@ -66,7 +66,7 @@ class Basis:
             name=self.name, part=self.block.part, queries=self.block.queries,
             **{name: tensor.cpu() for name, tensor in on_cpu.items()},
             output_bias=self.output_bias,
-            parameters=heads.parameters(), fixed_qk=self.block.normed,
+            parameters=heads.parameters() + self.block.parameters_beside, fixed_qk=self.block.normed,
             keeps_heads=self.block.normed and self.block.family.norm_spans_heads,
         )  # fmt: skip
 

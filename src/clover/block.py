@@ -7,114 +7,19 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from clover.errors import CloverError, UnsupportedModelError
+from clover.family import Family, follow, has
 from clover.heads import Heads
-
-
-def own_window(core: Any) -> int | None:
-    """The sliding window that a module says it has."""
-    return getattr(core, "sliding_window", None)
-
-
-@dataclass(frozen=True)
-class Family:
-    """Names inside one attention class. Dotted names are paths from the attention module (or from ``core``)."""
-
-    q: str = "q_proj"
-    k: str = "k_proj"
-    v: str = "v_proj"
-    o: str = "o_proj"
-    fused: str | None = None
-    """A projection that holds several of q, k and v; ``q``, ``k``, ``v`` then only name their order in it."""
-    interleaved: bool = False
-    """The fused rows run KV head by KV head (its queries, key and value) instead of all of q, all of k, all of v."""
-    core: str = ""
-    """The child that computes attention, where the matched class also holds the output projection beside it."""
-    heads: str = "config.num_attention_heads"
-    kv_heads: str | None = None
-    head_dim: str = "head_dim"
-    scale: tuple[str, ...] = ("scaling",)
-    """Factors of the logits; without one it is one over the square root of the head size."""
-    growth: Callable[[Any], tuple[float, float, float] | None] | None = None
-    """Gives ``b``, ``n`` and ``s`` of a core whose query at position ``p`` is multiplied by ``1 + b log(1 + floor((p +
-    s) / n))``."""
-    rotary: bool | Callable[[Any], Any] = False
-    """Rotated by position; or what says so of each block, given its core."""
-    neighbours: bool = False
-    """The columns of a rotary pair are neighbours, instead of half the rotated columns apart."""
-    table: Literal["halves", "neighbours", "once", "complex"] = "halves"
-    """Where the model's table of the rotation has the two entries of an angle, or that it has one only: cosine and sine
-    apart, or as a complex number."""
-    clockwise: bool = False
-    """The rotation is by minus the angle."""
-    window: Callable[[Any], int | None] = own_window
-    """Given its core: how far back a block sees, as it tells implementations that mask nothing by themselves."""
-    norms: tuple[str, ...] = ()
-    """Norms of query and key between projection and logit, where a block has them: Q-K then can't be rotated or cut
-    exactly. One without weights that serves both is named twice."""
-    norms_last: bool = False
-    """Those norms stand behind the rotation."""
-    norm_spans_heads: bool = False
-    """Those norms see all heads at once, so no head may go."""
-    softcap: str | None = None
-    """Logits are squeezed into plus and minus this by a hyperbolic tangent."""
-    sinks: str | None = None
-    """A logit for each head that takes attention and gives no value."""
-    position_bias: str | None = None
-    """Table of a bias by distance, of a block that computes it."""
-    hands_on: bool = True
-    """Only the first block has that table, and returns the bias, which the others are handed."""
-    causal: bool = True
-    """Whether a token sees none that come after it, where the module doesn't say so (``is_causal``)."""
-    kept: tuple[str, ...] = ()
-    """What else the class's own methods need, and the rewritten block takes over."""
-    dropout: str | None = "attention_dropout"
-    output_dropout: str | None = None
-    rename: Mapping[str, str] = field(default_factory=dict)
-    """This class's argument names -> the ones that we use."""
-    unless: Mapping[str, str] = field(default_factory=dict)
-    """Paths of settings with which the row is not true -> why."""
-
-    def fits(self, module: nn.Module) -> bool:
-        """Whether a module has the projections and the settings that this row names."""
-        if not _has(module, self.core) or not _has(module, self.o):
-            return False
-        inputs = [self.fused] if self.fused else [self.q, self.k, self.v]
-        settings = [self.heads, self.kv_heads, self.head_dim, *self.scale, self.dropout]
-        core = module.get_submodule(self.core)
-        return all(_has(core, path) for path in (*inputs, *settings, self.output_dropout) if path)
-
-    def angles(self, table: tuple[Tensor, Tensor] | Tensor, tokens: Any, pairs: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of each pair, ``(batch or 1, tokens, pairs)``, from what the model hands to its blocks.
-
-        A table shorter than the sequence is that of its last tokens: those before (class tokens) do not turn.
-
-        Raises:
-            CloverError: the table has another number of pairs than the config says.
-        """
-        if self.table == "complex":
-            table = (table.real, table.imag)  # type: ignore[union-attr]
-        width = table[0].shape[-1]
-        picks = {"halves": slice(width // 2), "neighbours": slice(0, width, 2)}
-        cos, sin = (t[..., picks.get(self.table, slice(width))] for t in table)
-        sin = -sin if self.clockwise else sin
-        if cos.shape[-1] != pairs:
-            raise CloverError(
-                f"the model rotates {cos.shape[-1]} pairs of a head, but its config says {pairs}; correct "
-                "partial_rotary_factor in config.json"
-            )
-        alone = cos.dim() == 3 and cos.shape[1] == 1  # a row for each token, or for each sequence's one token
-        cos, sin = (t.reshape(-1, tokens, pairs) if alone else t.view(-1, *t.shape[-2:]) for t in (cos, sin))
-        still = (0, 0, tokens - cos.shape[1], 0)
-        return nn.functional.pad(cos, still, value=1.0), nn.functional.pad(sin, still)
+from clover.latent import projections, read
 
 
 @dataclass(frozen=True)
@@ -148,7 +53,7 @@ class Block:
     def get(self, path: str) -> Any:
         """An attribute of the core by dotted path."""
         first, _, rest = path.partition(".")
-        return _follow(self.config, rest) if first == "config" else _follow(self.core, path)
+        return follow(self.config, rest) if first == "config" else follow(self.core, path)
 
     def dropout(self, path: str | None) -> float:
         """A probability, or that of a module; 0 without a path."""
@@ -232,9 +137,56 @@ class Block:
     def projection(self, which: str) -> nn.Module:
         """The module that holds ``q``, ``k``, ``v`` or ``o``."""
         owner = self.module if which == "o" else self.core
-        path = getattr(self.family, which)
-        fused = self.family.fused
-        return owner.get_submodule(fused if fused and not _has(owner, path) else path)
+        own = [path for path in getattr(self.family, which).split() if has(owner, path)]
+        there = (path for path in own if follow(owner, path) is not None)
+        return owner.get_submodule(next(there, self.family.fused or getattr(self.family, which)))
+
+    @property
+    def beside(self) -> int:
+        """Columns of a query that stand beside those of its head, see ``Latent``."""
+        return self.get(self.family.latent.beside) if self.family.latent else 0
+
+    @property
+    def neighbours(self) -> bool:
+        """Whether the pairs of those columns are neighbours."""
+        latent = self.family.latent
+        said = latent.neighbours if latent else False
+        return bool(said(self.core) if callable(said) else said)
+
+    @property
+    def pairs_beside(self) -> int:
+        """How many pairs of those columns turn by position."""
+        return self.beside // 2 if self.family.latent and self.family.latent.turns else 0
+
+    @property
+    def parameters_beside(self) -> int:
+        """Weights and biases of those columns of the queries, and of the projections to the latents."""
+        ways = projections(self.core, self.family.latent)
+        return sum(p.numel() for way in ways for p in way.parameters()) + (
+            self.queries_beside().numel() if self.beside else 0
+        )
+
+    def reads(self, call: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the queries read, what keys and values read, and the key beside them, not turned, if there is one.
+
+        Args:
+            call: see ``arguments``.
+        """
+        x, other = call["hidden_states"], call.get("key_value_states")
+        if self.family.latent:
+            return read(self.core, self.family.latent, x)
+        return x, x if other is None else other, None
+
+    def queries_beside(self) -> Float[Tensor, "heads r D"]:
+        """The rows of those columns in the projection of the queries; a view."""
+        weight, _ = _weight(self.projection("q"), self.name)
+        return weight.unflatten(0, (self.get(self.family.heads), -1))[:, self._sizes["q"] - self.beside :]
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        """Rows of a head in the projections of queries, keys and values."""
+        d, e = self.get(self.family.head_dim), self.get(self.family.value_dim or self.family.head_dim)
+        return {"q": d + self.beside, "k": d, "v": e}
 
     def heads(self) -> Heads:
         """Read the block as heads; views of the model's weights where the layout allows.
@@ -242,22 +194,21 @@ class Block:
         Raises:
             CloverError: a weight's shape contradicts the head counts of the config.
         """
-        n, d = self.queries, self.get(self.family.head_dim)
-        h = self.get(self.family.heads)
-        weights, biases = self._projections(h, h // n, d)
+        n, h, e = self.queries, self.get(self.family.heads), self._sizes["v"]
+        weights, biases = self._projections()
         if self.family.neighbours:
             for which in "qk":
                 order = self.columns.to(weights[which].device)
                 weights[which] = weights[which][:, order]
                 biases[which] = None if (bias := biases[which]) is None else bias[:, order]
         o, o_bias = _weight(self.projection("o"), self.name)
-        if o.shape[1] != h * d:
+        if o.shape[1] != h * e:
             raise CloverError(
-                f"{self.name}: the output projection reads {o.shape[1]} columns, but the config's {h} heads of {d} "
-                f"make {h * d}; "
+                f"{self.name}: the output projection reads {o.shape[1]} columns, but the config's {h} heads of {e} "
+                f"make {h * e}; "
                 "correct the head counts in config.json"
             )
-        per_head = o.unflatten(1, (h // n, n, d)).permute(1, 2, 0, 3)
+        per_head = o.unflatten(1, (h // n, n, e)).permute(1, 2, 0, 3)
         return Heads(
             q=weights["q"].unflatten(0, (-1, n)), k=weights["k"], v=weights["v"], o=per_head,
             q_bias=None if biases["q"] is None else biases["q"].unflatten(0, (-1, n)),
@@ -266,46 +217,56 @@ class Block:
 
     def rows(self, which: str) -> Tensor:
         """Where the rows of ``q``, ``k`` or ``v`` stand in the weight of their projection: ``(heads, d)``, int64."""
-        heads, d = self.get(self.family.heads), self.get(self.family.head_dim)
-        counts = {"q": heads, "k": heads // self.queries, "v": heads // self.queries}
-        holder = self.projection(which)
-        members = [m for m in counts if self.projection(m) is holder]
-        rows = torch.arange(sum(counts[m] for m in members) * d)
-        found = next(w for member, w, _ in self._split(members, counts, d, rows, None) if member == which)
+        members = self._members(self.projection(which))
+        total = sum(self._counts[m] * self._sizes[m] for m in members)
+        found = next(w for member, w, _ in self._split(members, torch.arange(total), None) if member == which)
         return found if which == "v" else found[:, self.columns]
 
-    def _projections(self, heads: int, kv: int, d: int) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    @property
+    def _counts(self) -> dict[str, int]:
+        """Heads of queries, keys and values."""
+        heads = self.get(self.family.heads)
+        return {"q": heads, "k": heads // self.queries, "v": heads // self.queries}
+
+    def _members(self, holder: nn.Module) -> list[str]:
+        """Which of queries, keys and values a projection holds."""
+        return [which for which in "qkv" if self.projection(which) is holder]
+
+    def _projections(self) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
         """Weights ``(heads, d, D)`` and biases ``(heads, d)`` of q, k and v."""
-        counts = {"q": heads, "k": kv, "v": kv}
         weights: dict[str, Tensor] = {}
         biases: dict[str, Tensor | None] = {}
-        holders: dict[nn.Module, list[str]] = {}
-        for which in counts:
-            holders.setdefault(self.projection(which), []).append(which)
-        for module, members in holders.items():
-            weight, bias = _weight(module, self.name)
-            rows = sum(counts[m] for m in members) * d
+        for holder in dict.fromkeys(self.projection(which) for which in "qkv"):
+            members, (weight, bias) = self._members(holder), _weight(holder, self.name)
+            rows = sum(self._counts[m] * self._sizes[m] for m in members)
             if weight.shape[0] != rows:
+                size = " and ".join(map(str, dict.fromkeys(self._sizes[m] for m in members)))
                 raise CloverError(
                     f"{self.name}: the projection of {', '.join(members)} has {weight.shape[0]} rows, but "
-                    f"{heads} query heads and "
-                    f"{kv} KV heads of {d} make {rows}; correct the head counts in config.json"
+                    f"{self._counts['q']} query heads and {self._counts['k']} KV heads of {size} make {rows}; correct "
+                    "the head counts in config.json"
                 )
-            for member, w, b in self._split(members, counts, d, weight, bias):
+            for member, w, b in self._split(members, weight, bias):
                 weights[member], biases[member] = w, b
         return weights, biases
 
     def _split(
-        self, members: list[str], counts: dict[str, int], d: int, weight: Tensor, bias: Tensor | None
+        self, members: list[str], weight: Tensor, bias: Tensor | None
     ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-        runs = counts["k"] if self.family.interleaved else 1
-        w = weight.unflatten(0, (runs, -1, d))
-        b = None if bias is None else bias.unflatten(0, (runs, -1, d))
+        """Rows of one projection by heads; of queries without the columns beside."""
+        runs = self._counts["k"] if self.family.interleaved else 1
+
+        def by_head(rows: Tensor, start: int, count: int, size: int) -> Tensor:
+            run = rows.unflatten(0, (runs, -1))[:, start : start + count * size]
+            return run.unflatten(1, (count, size)).flatten(0, 1)
+
         start = 0
         for member in members:
-            stop = start + counts[member] // runs
-            yield member, w[:, start:stop].flatten(0, 1), None if b is None else b[:, start:stop].flatten(0, 1)
-            start = stop
+            count, size = self._counts[member] // runs, self._sizes[member]
+            own = slice(size - self.beside if member == "q" else size)
+            w = by_head(weight, start, count, size)[:, own]
+            yield member, w, None if bias is None else by_head(bias, start, count, size)[:, own]
+            start += count * size
 
     def arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """One call of the core's ``forward`` in our argument names, whatever the class calls them."""
@@ -371,20 +332,6 @@ def norm_entries(parameter: Tensor, heads: Tensor, block: Block) -> tuple[Tensor
     rows = heads if parameter.numel() > len(columns) else torch.zeros(1, dtype=torch.int64)
     half = block.rotary // 2
     return rows.unsqueeze(1), torch.cat([columns[: 2 * half].view(2, half).T.flatten(), columns[2 * half :]])
-
-
-def _follow(value: Any, path: str) -> Any:
-    for part in filter(None, path.split(".")):
-        value = value[part] if isinstance(value, dict) else getattr(value, part)
-    return value
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    try:
-        _follow(module, path)
-    except (AttributeError, KeyError):
-        return False
-    return True
 
 
 def _weight(module: nn.Module, block: str) -> tuple[Tensor, Tensor | None]:

@@ -21,6 +21,7 @@ from clover.answers import answer, on, padding, score, several, valid
 from clover.block import Block, growth_at, head_bias
 from clover.errors import CloverError, warn
 from clover.heads import Heads
+from clover.latent import turned
 from clover.layerwise import forward
 from clover.progress import track
 from clover.rotary import features
@@ -196,20 +197,24 @@ class Watcher:
     def _attention(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
         call = self.block.arguments(args, kwargs)
         x = call["hidden_states"]
-        source = x if call.get("key_value_states") is None else call["key_value_states"]
+        reads, source, beside = self.block.reads(call)
         mask = call.get("attention_mask")
         by_head = head_bias(self.block.family, self.block.core, call, x.shape[1], source.shape[1], 0)
-        pairs = self.heads.pairs
+        pairs = self.heads.pairs + self.block.pairs_beside
         angles = self.block.family.angles(call["position_embeddings"], x.shape[1], pairs) if pairs else ()
         for b, real in enumerate(valid(x, self.masks)):
             rows = self._sample(real)
             if not len(rows):
                 continue
-            q = _apply(self.heads.q, self.heads.q_bias, x[b, rows])
+            q = _apply(self.heads.q, self.heads.q_bias, reads[b, rows])
             k = _apply(self.heads.k, self.heads.k_bias, source[b])
+            turns = [t[min(b, len(t) - 1)].float() for t in angles]
             if self.heads.rotary:
-                cos, sin = (t[min(b, len(t) - 1)].float() for t in angles)
+                cos, sin = turns
                 q, k = _rotate(q, cos[rows], sin[rows]), _rotate(k, cos, sin)
+            if beside is not None:
+                more = self._beside(reads[b, rows], beside[b].float(), rows, turns)
+                q, k = (torch.cat([t, m.expand(*t.shape[:-1], -1)], -1) for t, m in zip((q, k), more, strict=True))
             if self.block.growth:
                 grown = growth_at(self.block.growth, call, 0)
                 q = q * grown[min(b, len(grown) - 1), rows].unsqueeze(-1)
@@ -218,6 +223,15 @@ class Watcher:
             self._observe(q, k, bias.expand(self.heads.q.shape[0], self.heads.q.shape[1], -1, -1) if bias.shape[0] == 1
                           else bias.unflatten(0, self.heads.q.shape[:2]))  # fmt: skip
             self.rows += len(rows)
+
+    def _beside(self, x: Tensor, key: Tensor, rows: Tensor, turns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Columns of queries ``(kv, n, m, r)`` and of keys ``(t, r)`` that stand beside those of the heads, turned."""
+        query = _apply(self.block.queries_beside().unflatten(0, self.heads.q.shape[:2]), None, x)
+        if not turns:
+            return query, key
+        cos, sin = turns
+        neighbours = self.block.neighbours
+        return turned(query, cos[rows], sin[rows], neighbours), turned(key, cos, sin, neighbours)
 
     def _hidden(self, causal: bool | None, rows: Tensor, keys: int) -> Tensor:
         """Keys that are out of sight without a mask that says so, ``(rows, keys)``."""
@@ -233,16 +247,16 @@ class Watcher:
         return rows[pick.to(rows.device)]
 
     def _observe(self, q: Tensor, k: Tensor, bias: Tensor) -> None:
-        """Add one sequence: ``q`` (kv, n, m, d), ``k`` (kv, t, d), ``bias`` (kv, n, m, t)."""
-        rotary, cap, sinks = self.heads.rotary, self.block.softcap, self.block.sinks
+        """Add one sequence: ``q`` (kv, n, m, d + r), ``k`` (kv, t, d + r), ``bias`` (kv, n, m, t)."""
+        rotary, cap, sinks, d = self.heads.rotary, self.block.softcap, self.block.sinks, self.heads.q.shape[2]
         logits = q @ k.unsqueeze(1).mT * self.block.scale
         if cap is not None:
             logits = cap * (logits / cap).tanh()
         weights = _weights(logits + bias, bias, None if sinks is None else sinks.float().view(len(k), -1))
         if rotary:
             self._add("pair", _feature_covariance(q[..., :rotary], k[..., :rotary], weights))
-        if k.shape[-1] > rotary:
-            q, k = q[..., rotary:], k[..., rotary:]
+        if d > rotary:
+            q, k = q[..., rotary:d], k[..., rotary:d]
             self._add("query", torch.einsum("gnmd,gnme->gde", q, q))
             means = weights @ k.unsqueeze(1)
             spread = torch.einsum("gt,gta,gtb->gab", weights.sum((1, 2)), k, k)

@@ -20,6 +20,7 @@ from clover.errors import CloverError, UnsupportedModelError
 from clover.families import survey
 from clover.plan import Group, Plan
 from clover.pruning import plan_of
+from clover.surgery import rewritten
 
 
 @torch.no_grad()
@@ -61,21 +62,16 @@ def _stock(model: Any, plan: Plan) -> PreTrainedModel:
     del config.clover
     for block in plan.blocks:
         # The switch is in the config that the block was made from: of a vision-language model one inside the whole.
-        part = copies.get(id(_attention(model.get_submodule(block.name)).config), config)
+        part = copies.get(id(rewritten(model.get_submodule(block.name)).config), config)
         if block.output_bias and getattr(part, "attention_bias", None) is False:
             part.attention_bias = True
     weight = next(model.parameters())
     return kind._from_config(config, dtype=weight.dtype).to(weight.device)
 
 
-def _attention(holder: nn.Module) -> Any:
-    """The rewritten attention of a block."""
-    return next(m for m in holder.modules() if isinstance(m, CloverAttention))
-
-
 def _fill(block: Block, holder: nn.Module) -> None:
     """Set all weights of a stock block from those of a rewritten one."""
-    attention = _attention(holder)
+    attention = rewritten(holder)
     plan, n = attention.clover, attention.clover.queries
     output: Any = holder.get_submodule(block.family.o) if block.family.core else attention.o_proj
     _give_back(block, attention)
@@ -114,8 +110,10 @@ def _give_back(block: Block, attention: CloverAttention) -> None:
         if owner in order:
             entries = norm_entries(stock[name], order[owner], block)
             stock[name].view(-1, attention.clover.qk)[entries] = value.view(-1, attention.clover.qk)
-        elif owner in (block.family.sinks, block.family.position_bias):
+        elif owner in (block.family.sinks, block.family.position_bias, *block.family.kept):
             stock[name].copy_(value)
+    if attention.beside:
+        block.queries_beside()[attention.head_order()[0]] = attention.queries_beside()
 
 
 def _places(attention: CloverAttention, group: Group, start: int) -> Int[Tensor, "kv size"]:

@@ -1,6 +1,6 @@
 """The only home of Hugging Face names: a row for every attention class of transformers, shared by those that are alike.
 
-A row (see ``clover.block.Family``) says where a block keeps its projections, sizes and dropouts, and how its
+A row (see ``clover.family.Family``) says where a block keeps its projections, sizes and dropouts, and how its
 ``forward`` is called. The algorithm knows nothing of it. To add a family, add a class to a row, or a row of its own
 (CONTRIBUTING.md has the recipe).
 A class that computes as one in the table, under a new name and with a constructor of its own, needs none (``alike``).
@@ -16,8 +16,9 @@ from typing import Any
 from torch import nn
 
 from clover.alike import alike
-from clover.block import Block, Family
+from clover.block import Block
 from clover.errors import CloverError, UnsupportedModelError, warn
+from clover.family import Family, Latent
 
 
 def _is_global_or_slides(core: Any) -> bool:
@@ -74,6 +75,10 @@ _T5 = Family(
     position_bias="relative_attention_bias", rename={"mask": "attention_mask"},
     kept=("is_decoder", "relative_attention_num_buckets", "relative_attention_max_distance"),
 )  # fmt: skip
+_MLA = Family(
+    q="q_b_proj q_proj", fused="kv_b_proj", interleaved=True, head_dim="qk_nope_head_dim", value_dim="v_head_dim",
+    latent=Latent(), kept=("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm", "qk_rope_head_dim"),
+)  # fmt: skip
 _CLIP_QKV = {"config.clip_qkv": "values are clipped (clip_qkv), and what is clipped can't be rotated"}
 
 _ROWS: dict[str, Family] = {
@@ -119,6 +124,15 @@ _ROWS: dict[str, Family] = {
     "Phi3Attention": replace(_SLIDING, fused="qkv_proj"),
     "GptOssAttention": replace(_LLAMA, sinks="sinks", table="once"),
     "ModernBertDecoderAttention": replace(_LLAMA, kv_heads=None, o="Wo", output_dropout="out_drop"),
+    # language, keys and values out of a latent
+    "AXK1Attention DeepseekV3Attention Glm4MoeLiteAttention "
+    "YoutuAttention": replace(_MLA, latent=Latent(neighbours=attrgetter("config.rope_interleave"))),
+    "DeepseekV2Attention": replace(_MLA, table="complex"),
+    "KimiLinearAttention": replace(_MLA, latent=Latent(turns=False)),
+    "MiniCPM3Attention": replace(_MLA, latent=Latent(neighbours=False)),
+    "Mistral4Attention": replace(
+        _MLA, latent=Latent(neighbours=attrgetter("config.rope_interleave")), growth=_rope_growth,
+    ),
     # language, beside state-space layers
     "GraniteMoeHybridAttention": replace(_LLAMA, rotary=_says_rope),
     "JambaAttention": replace(_LLAMA, rotary=False),
@@ -225,11 +239,10 @@ are stacked in one tensor, and have none."""
 
 REFUSED: dict[str, str] = {
     **dict.fromkeys(
-        ("DeepseekV2Attention", "DeepseekV3Attention", "DeepseekV32Attention", "Glm4MoeLiteAttention",
-         "GlmMoeDsaAttention", "KimiLinearAttention", "LongcatFlashMLA", "MiniCPM3Attention", "Mistral4Attention",
-         "YoutuAttention"),
-        "keys and values of all heads come out of one latent, which is what its cache would hold",
+        ("DeepseekV32Attention", "GlmMoeDsaAttention"),
+        "another module chooses the keys that it sees, by what it reads itself",
     ),
+    "LongcatFlashMLA": "its latents are scaled on their way to queries, keys and values",
     **dict.fromkeys(
         ("Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention"),
         "its values go through a gate, column by column, on their way to the output projection",
@@ -245,8 +258,8 @@ REFUSED: dict[str, str] = {
 }  # fmt: skip
 """Classes that a row can't describe -> why."""
 
-APART = {"AriaCrossAttention", "MultiheadAttention", "PatchTSMixerGatedAttention"}
-"""Called attention, but staying dense: the pooling head of a vision model, a projector, a gate."""
+APART = {"AriaCrossAttention", "KimiLinearDeltaAttention", "MultiheadAttention", "PatchTSMixerGatedAttention"}
+"""Called attention, but staying dense: the pooling head of a vision model, a projector, a gate, a linear recurrence."""
 PACKED = "cu_seqlens"
 """What the ``forward`` of a vision tower takes that reads images of many sizes as one row. Such a tower stays dense."""
 

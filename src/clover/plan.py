@@ -58,6 +58,11 @@ class BlockPlan:
         """V-O directions kept, over the KV heads."""
         return sum(len(g.heads) * g.value for g in self.groups)
 
+    @property
+    def heads_kept(self) -> int:
+        """KV heads that are not gone whole."""
+        return sum(len(g.heads) for g in self.groups)
+
     def spans(self) -> Iterator[tuple[Group, int, int]]:
         """Each group with the Q-K and the V-O columns of the KV heads before it, in the flat layout."""
         qk = value = 0

@@ -9,7 +9,6 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedModel
 
-from clover.attention import CloverAttention
 from clover.basis import Basis, find_basis
 from clover.budget import Costs, Energy, Granularity, Limits, Rule, Share, Threshold, make_plan
 from clover.calibrate import calibrate
@@ -17,9 +16,10 @@ from clover.checks import check_model, check_own
 from clover.classes import adopt
 from clover.errors import CloverError, warn
 from clover.families import blocks
+from clover.latent import projections
 from clover.lossbudget import Outcome, check_bound, keep_apart, within
 from clover.plan import Plan, Spectrum
-from clover.surgery import operate
+from clover.surgery import operate, rewritten
 
 Part = Literal["encoder", "decoder", "cross", "all"]
 Metric = Literal["activations", "weights"]
@@ -296,7 +296,7 @@ def summary(model: PreTrainedModel) -> dict[str, float | int]:
     attention = sum(_attention_parameters(model, b.name) for b in plan.blocks)
     attention_before = sum(b.parameters for b in plan.blocks)
     size = next(model.parameters()).element_size()
-    cached = [b for b in plan.blocks if b.part != "encoder"]
+    cached = [rewritten(model.get_submodule(b.name)).cached for b in plan.blocks if b.part != "encoder"]
     return {
         "qk_removed": plan.qk_removed,
         "vo_removed": plan.vo_removed,
@@ -304,14 +304,15 @@ def summary(model: PreTrainedModel) -> dict[str, float | int]:
         "attention_parameters_after": attention,
         "parameters_before": after - attention + attention_before,
         "parameters_after": after,
-        "kv_bytes_per_token_before": size * sum(b.kv_heads * (b.qk + b.vo) for b in cached),
-        "kv_bytes_per_token_after": size * sum(b.qk_kept + b.vo_kept for b in cached),
+        "kv_bytes_per_token_before": size * sum(before for before, _ in cached),
+        "kv_bytes_per_token_after": size * sum(after for _, after in cached),
     }
 
 
 def _attention_parameters(model: nn.Module, name: str) -> int:
     module = model.get_submodule(name)
-    attention = next(m for m in module.modules() if isinstance(m, CloverAttention))
-    projections: list[nn.Module] = [attention.get_submodule(attention.rows(which)[0]) for which in "qkv"]
-    projections.append(module.get_submodule(attention.family.o) if attention.family.core else attention.o_proj)
-    return sum(p.numel() for projection in set(projections) for p in projection.parameters())
+    attention = rewritten(module)
+    own: list[nn.Module] = [attention.get_submodule(attention.rows(which)[0]) for which in "qkv"]
+    own.append(module.get_submodule(attention.family.o) if attention.family.core else attention.o_proj)
+    own += projections(attention, attention.family.latent)
+    return sum(p.numel() for projection in set(own) for p in projection.parameters())

@@ -19,6 +19,11 @@ TILE = 16
 """Columns that matrix units of CPUs and GPUs like to work on at once."""
 LONG = 512
 """Tokens that are worth a thread of their own in a sum over all tokens."""
+LEAST = -3e38
+"""The logit of what must not be seen; not infinity, or a row that sees nothing would become NaN."""
+NOTHING, FEW = 1e-30, 512
+"""Attention weights below ``NOTHING`` are zero: they change no float32 sum, and denormal numbers are slow on CPUs. Not
+worth a look where there are only a ``FEW`` keys."""
 
 
 class Padding(NamedTuple):
@@ -50,7 +55,7 @@ class Padding(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A stretch of neighbouring KV heads in the flat layout, see ``CloverAttention._attend_one``."""
+    """A stretch of neighbouring KV heads in the flat layout, see ``attend_one``."""
 
     first: int
     heads: int
@@ -140,6 +145,51 @@ class Tables:
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"made": {}, "orders": {}}  # where it is loaded, devices may be others
+
+
+def attend_one(
+    tables: Tables, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, tokens: Any
+) -> Tensor:
+    """One token against ``tokens`` of the flat cache, all heads at once: ``(batch, 1, columns)``.
+
+    Reading the cache is what takes the time, so it is read once and as it lies: each query stands in a row as
+    wide as all keys, zero outside its own head's columns, and of each row of results only its own head's columns
+    are taken.
+    """
+    n, results, dtype, cpu = tables.n, [], queries.dtype, queries.device.type == "cpu"
+    if isinstance(mask, Tensor) and mask.dim() == 2:  # flash attention's: what of the tokens so far is padding
+        tokens = min(tokens, mask.shape[1])
+        keys, values, mask = keys[:, :tokens], values[:, :tokens], mask[:, None, None, -tokens:].bool()
+    mask, (_, spans) = by_head(mask, tables.heads), tables.at(queries)
+    # Products that end in rows of logits of no whole 16 bytes take GPUs several times as long; so do those that
+    # begin with them.
+    turned = keys.shape[1] > FEW if cpu else keys.shape[1] * keys.itemsize % 16 != 0
+    if cpu and queries.dtype.itemsize < 4:
+        # oneDNN compiles a half-precision product anew for each length of the cache: milliseconds a token.
+        queries, keys, values = queries.float(), keys.float(), values.float()
+    least, spare = max(LEAST, torch.finfo(queries.dtype).min), keys.shape[1] - tokens
+    if mask is not None and spare:
+        mask = nn.functional.pad(mask, (0, spare), value=False if mask.dtype == torch.bool else least)
+    for span in spans:
+        q, k, v = queries, keys, values
+        if len(spans) > 1:
+            q, k, v = (x[..., part] for x, part in zip((q, k, v), span.columns, strict=True))
+        rows = span.rows(q.flatten(1))
+        # Over many keys rows @ k.mT takes CPUs twice as long; it takes GPUs a copy less in what follows.
+        logits = torch.bmm(k, rows.mT).mT if turned else torch.bmm(rows, k.mT)
+        if mask is not None:
+            m = mask[:, :, 0] if mask.shape[1] == 1 else mask[:, span.first * n : (span.first + span.heads) * n, 0]
+            logits = torch.where(m, logits, least) if m.dtype == torch.bool else logits + m
+        elif spare:
+            logits[..., tokens:] = least
+        weights = logits.softmax(-1, dtype=torch.float32 if cpu else None)  # GPUs compute in float32 by themselves
+        if weights.shape[-1] > FEW and cpu:
+            weights = nn.functional.threshold(weights, NOTHING, 0.0, inplace=not weights.requires_grad)
+        if turned and not cpu:
+            weights = weights.mT.contiguous().mT
+        summed = weighted_sum(weights.to(v.dtype), v)
+        results.append(summed.flatten(1).index_select(1, span.from_rows))
+    return joined(results).unsqueeze(1).to(dtype)
 
 
 def by_head(mask: Any, heads: Callable[[torch.device], Tensor]) -> Any:

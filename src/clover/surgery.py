@@ -132,3 +132,8 @@ def install(model: nn.Module, block: Block, made: Mapping[str, nn.Module], prefi
         setattr(made[block.core_name], kind, getattr(block.core, kind))  # themselves, so that their handles remove them
     for name, module in made.items():
         model.set_submodule(name.removeprefix(prefix), module)
+
+
+def rewritten(block: nn.Module) -> CloverAttention:
+    """The attention of a rewritten block, be it the block itself."""
+    return next(module for module in block.modules() if isinstance(module, CloverAttention))

@@ -129,7 +129,7 @@ def _attention(model: nn.Module, name: str, module: Any) -> Iterator[tuple[str, 
         return  # the core, found on its own, speaks for the block
     paths = {m: f"{name}.{path}" for path, m in module.named_modules()}
     q, k, v = (_Place(paths[m := block.projection(which)], m, block.rows(which)) for which in "qkv")
-    o = _Place("", block.projection("o"), torch.arange(q.rows.numel()).view_as(q.rows))
+    o = _Place("", block.projection("o"), torch.arange(len(q.rows) * v.rows.shape[1]).view(len(q.rows), -1))
     yield from _slots(q, k, v, o, crosses=not block.rotary and not block.normed)
 
 
