@@ -101,7 +101,9 @@ def test_a_process_that_is_killed_takes_no_other_figure_with_it(
     with pytest.warns(UserWarning, match="the process that measured the memory of .*dense was killed"):
         assert bench._peak(str(pair[0]), "float32", {}) is None
     result: dict[str, Any] = dict.fromkeys(("device", "dtype", "batch"), "")
-    show_runtime(result | {"contexts": {"8": {"peak_bytes": [None, 2**20], "weight_bytes": [2**20, None]}}})
+    show_runtime(
+        result | {"ratios": {"8": {}}, "contexts": {"8": {"peak_bytes": [None, 2**20], "weight_bytes": [2**20, None]}}}
+    )
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines() if "MiB" in line] == ["1.00", "1.00"]
 
 

@@ -17,7 +17,7 @@ ORDER = [
     "errors", "progress", "folders", "plan", "decompose", "heads", "rotary", "alike", "family", "latent", "block",
     "families", "spend", "budget", "layerwise", "answers", "calibrate", "refit", "ragged", "basis", "cache", "eager",
     "attention", "surgery", "precision", "checks", "classes", "checkpoint", "lossbudget", "pruning", "export",
-    "targets", "config", "cores", "tuner",
+    "targets", "config", "cores", "linear", "tuner",
     "crew", "shards", "pieces", "draft", "packed", "layout", "sequential", "streaming",
     "files", "traits", "data", "cost", "graphs", "onnx", "bench", "evaluate", "curve", "report",
     "demo", "recipe", "training", "show", "options", "cli",

@@ -16,35 +16,13 @@ from peft.tuners.lora.conversion import convert_to_lora
 from torch import nn
 
 import families
+from adapters import config, disturb, fresh, tuned
 from clover import CloverConfig, CloverError, UnsupportedModelError
+from clover.linear import CloverLinear
 from clover.targets import find_slots
-from clover.tuner import CloverLayer
 from families import CASES, build, outputs, pruned
 
 EVERYTHING = ("qk", "q", "vo", "up", "gate")
-
-
-def config(**kwargs: Any) -> CloverConfig:
-    return CloverConfig(**{"block_size": 16, **kwargs})
-
-
-def disturb(model: nn.Module, scale: float = 0.02) -> None:
-    """Pretend to have trained."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(scale * torch.randn_like(parameter))
-
-
-def fresh(name: str = "llama-gqa") -> tuple[Any, dict[str, torch.Tensor]]:
-    return build(name, torch.float32)
-
-
-def tuned(name: str = "llama-gqa", **kwargs: Any) -> tuple[Any, dict[str, torch.Tensor], torch.Tensor]:
-    """A model with a disturbed adapter, its batch, and what it computes."""
-    model, batch = fresh(name)
-    model = get_peft_model(model, config(**kwargs)).eval()
-    disturb(model)
-    return model, batch, outputs(model, batch)
 
 
 # --- every family ---
@@ -74,7 +52,7 @@ def test_contract(name: str, make: Any, tmp_path: Path) -> None:
     with model.disable_adapter():
         assert (outputs(model, batch) - dense).abs().max() < 1e-4
     merged = model.merge_and_unload()
-    assert not any(isinstance(m, CloverLayer) for m in merged.modules())
+    assert not any(isinstance(m, CloverLinear) for m in merged.modules())
     assert (outputs(merged, batch) - out).abs().max() < 1e-4 * moved.clamp_min(1)
 
 
@@ -310,7 +288,7 @@ def test_generation_is_that_of_the_merged_model() -> None:
 
 def test_what_an_adapter_adds_is_told_without_dropout() -> None:
     model, _, _ = tuned(clover_dropout=0.5)
-    layer = next(m for m in model.train().modules() if isinstance(m, CloverLayer))
+    layer = next(m for m in model.train().modules() if isinstance(m, CloverLinear))
     assert torch.equal(layer.get_delta_weight("default"), layer.get_delta_weight("default"))
     assert layer.training
 
@@ -413,7 +391,7 @@ def test_rank_deficient_heads_warn_and_stay_finite() -> None:
 
 def test_safe_merge_refuses_nan() -> None:
     model, *_ = tuned()
-    layer = next(m for m in model.modules() if isinstance(m, CloverLayer))
+    layer = next(m for m in model.modules() if isinstance(m, CloverLinear))
     layer.clover_cores["default"][0].change.data[0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_and_unload(safe_merge=True)
@@ -464,7 +442,7 @@ def test_only_layers_with_attention_are_tuned(name: str) -> None:
     model, _ = build(name, torch.float32)
     found = find_slots(model, 16)
     tuned = get_peft_model(model, CloverConfig(block_size=16)).base_model.model
-    wrapped = {n for n, module in tuned.named_modules() if isinstance(module, CloverLayer)}
+    wrapped = {n for n, module in tuned.named_modules() if isinstance(module, CloverLinear)}
     assert wrapped == {n for n, slots in found.items() if any(s.part in ("qk", "vo", "up") for s in slots)}
 
 
@@ -473,7 +451,7 @@ def test_layers_are_chosen_where_modules_are_named_one_by_one() -> None:
     attention = [n for n, m in model.named_modules() if n.endswith("self_attn")]
     layer = int(attention[-1].split(".")[2])
     tuned = get_peft_model(model, CloverConfig(block_size=16, layers_to_transform=[layer])).base_model.model
-    wrapped = {n for n, module in tuned.named_modules() if isinstance(module, CloverLayer)}
+    wrapped = {n for n, module in tuned.named_modules() if isinstance(module, CloverLinear)}
     assert wrapped and all(n.startswith(f"model.layers.{layer}.") for n in wrapped)
     with pytest.raises(CloverError, match=r"layers_to_transform=\[9\].* leave nothing to tune"):
         get_peft_model(build("lfm2", torch.float32)[0], CloverConfig(block_size=16, layers_to_transform=[9]))

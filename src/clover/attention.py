@@ -95,7 +95,7 @@ class CloverAttention(nn.Module):
         self._take_over(block)
         rotated = (n + 1) * plan.qk_kept // 2 if self.rotary else 0
         sizes = [size for g, size in zip(plan.groups, self.columns, strict=True) for _ in g.heads]
-        self._tables = Tables(sizes, n, self.scaling, self.head_order()[0].tolist())
+        self._tables = Tables(sizes, n, self.scaling, plan.query_order)
         self.register_buffer("frequencies", torch.zeros(rotated, dtype=torch.int64, device=device))
 
     @torch.no_grad()
@@ -114,8 +114,7 @@ class CloverAttention(nn.Module):
 
     def head_order(self) -> tuple[Tensor, Tensor]:
         """Which query heads and which KV heads of the original lie in the flat layout, int64."""
-        kv, n = torch.tensor([h for group in self.clover.groups for h in group.heads]), self.clover.queries
-        return (n * kv.unsqueeze(1) + torch.arange(n)).flatten(), kv
+        return torch.tensor(self.clover.query_order), torch.tensor([h for g in self.clover.groups for h in g.heads])
 
     def rows(self, which: str) -> tuple[str, slice]:
         """The name of the projection that holds ``q``, ``k`` or ``v``, and their rows in it."""

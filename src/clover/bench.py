@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -45,8 +46,10 @@ def compare_runtime(
     Returns:
         ``device``, ``dtype``, ``batch`` and ``contexts``: for each context (an empty one for sound or images)
         pairs of the figures of both models. ``kv_bytes`` are those of the cache once everything is written,
-        ``peak_bytes`` the most that a process held that only ran this model (None if it was killed); ``decode_bound``
-        has for the pruned model how many times faster it could write if time went to reading weights and cache alone.
+        ``peak_bytes`` the most that a process held that only ran this model (None if it was killed, or the system can't
+        tell); ``decode_bound`` has for the pruned model how many times faster it could write if time went to reading
+        weights and cache alone. ``ratios``: for each context the medians of the pruned model's rates over those of the
+        original in the same turn.
 
     Raises:
         CloverError: no model there, a count below 1, or more tokens than the model has positions for.
@@ -60,7 +63,7 @@ def compare_runtime(
     if writes_text(first) != writes_text(models["pruned"]):
         raise CloverError(f"{dense} and {pruned} are models of different kinds; compare a model with its own cut")
     result: dict[str, Any] = {"device": str(first.device), "dtype": str(first.dtype).removeprefix("torch.")}
-    result |= {"batch": batch, "new_tokens": new_tokens, "repeats": repeats, "contexts": {}}
+    result |= {"batch": batch, "new_tokens": new_tokens, "repeats": repeats, "contexts": {}, "ratios": {}}
     for context in contexts if writes_text(first) or reads_text_alone(first) else [None]:
         rates = compare_throughput(models, repeats=repeats, **_work(context, new_tokens, batch))
         run = {key: [rates[side][key] for side in SIDES] for key in rates["dense"]}
@@ -69,7 +72,8 @@ def compare_runtime(
             moved = [(held[side]["bytes"] or 0) + kv for side, kv in zip(SIDES, cache, strict=True)]
             run |= {"kv_bytes": cache, "decode_bound": [1.0, moved[0] / moved[1]]}
         run["weight_bytes"] = [held[side]["bytes"] for side in SIDES]
-        result["contexts"]["" if context is None else str(context)] = run
+        name = "" if context is None else str(context)
+        result["contexts"][name], result["ratios"][name] = run, rates["ratio"]["pruned"]
     del first
     models.clear()  # what is run in processes of their own needs the room
     if torch.cuda.is_available():
@@ -93,8 +97,11 @@ def _peak(name: str, dtype: str, options: dict[str, Any]) -> int | None:
         return None
 
 
-def peak_bytes(name: str, dtype: str, options: dict[str, Any]) -> int:
-    """Load a model, run it, and tell the most bytes that were held, on the GPU or else by this process."""
+def peak_bytes(name: str, dtype: str, options: dict[str, Any]) -> int | None:
+    """Load a model, run it, and tell the most bytes that were held, on the GPU or else by this process.
+
+    None where the system can't tell.
+    """
     logging.disable_progress_bar()  # of the process that it runs in
     model: Any = load(name, dtype=getattr(torch, dtype))
     if torch.cuda.is_available():
@@ -105,6 +112,8 @@ def peak_bytes(name: str, dtype: str, options: dict[str, Any]) -> int:
     status = Path("/proc/self/status")
     if status.exists():  # what getrusage tells is at least what the parent process held
         return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
-    import resource  # which Windows lacks
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

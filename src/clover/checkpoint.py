@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from clover.checks import check_model, check_own, is_public, planned
@@ -17,12 +16,6 @@ from clover.classes import model_class
 from clover.errors import CloverError, reason, warn
 from clover.folders import fresh_folder
 from clover.heads import finite
-
-DAMAGE = (
-    OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, ImportError, SafetensorError,
-    StrictDataclassError,
-)  # fmt: skip
-"""What transformers raises at a folder that is damaged, depending on where; or that needs a package."""
 
 
 def load(path: str | os.PathLike[str], *, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -45,7 +38,7 @@ def load(path: str | os.PathLike[str], *, output_loading_info: bool = False, **k
         model, info = kind.from_pretrained(path, output_loading_info=True, **kwargs)
     except (CloverError, torch.OutOfMemoryError):
         raise
-    except DAMAGE as error:
+    except Exception as error:  # of any kind: by what is damaged, lacks a package, or can't be fetched
         raise CloverError(f"{path} can't be loaded: {reason(error)}") from error
     if missing := sorted(info["missing_keys"]):
         named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
@@ -65,7 +58,7 @@ def blank(path: str | os.PathLike[str], dtype: torch.dtype) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model = make(config, dtype=config.dtype or dtype)
-    except DAMAGE as error:
+    except Exception as error:
         raise CloverError(f"{path} is no model that can be loaded: {reason(error)}") from error
     if model.can_generate():
         model.generation_config = _generation_config(path)
@@ -86,7 +79,7 @@ def _kind(path: str | os.PathLike[str], **config_args: Any) -> tuple[Any, Any]:
     """Config of a model, and the class that it names."""
     try:
         config = AutoConfig.from_pretrained(path, **config_args)
-    except DAMAGE as error:
+    except Exception as error:
         if isinstance(error, CloverError):
             raise
         if os.path.exists(os.path.join(path, "adapter_config.json")):
@@ -157,9 +150,17 @@ def save(
                 raise CloverError(f"{block}.{name} overflows {parameter.dtype}; save in float32 or bfloat16")
     with fresh_folder(path) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        for thing in beside:
-            thing.save_pretrained(folder)
+        write_beside(beside, folder)
     return Path(path).absolute()
+
+
+def write_beside(things: tuple[Any, ...], folder: Path) -> None:
+    """Write tokenizers and processors, and of Whisper's the table of spellings, which transformers leaves out."""
+    for thing in things:
+        thing.save_pretrained(folder)
+        table = getattr(getattr(thing, "tokenizer", thing), "english_spelling_normalizer", None)
+        if table:
+            (folder / "normalizer.json").write_text(json.dumps(table, indent=2))
 
 
 def write_config(model: PreTrainedModel, folder: Path) -> None:

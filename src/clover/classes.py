@@ -276,8 +276,12 @@ def _align_by_what_is_left(model: Any, plan: Plan) -> None:
             for group in block.groups if group.qk and group.value
             for head in group.heads for i in range(n)
         }  # fmt: skip
-        model.generation_config = copy.deepcopy(model.generation_config)
-        model.generation_config.alignment_heads = [list(h) for h in map(tuple, heads) if h in left] or None
+        told = model.generation_config
+        model.generation_config = ours = copy.deepcopy(told)
+        ours.alignment_heads = [list(h) for h in map(tuple, heads) if h in left] or None
+        if getattr(told, "_original_object_hash", None) == hash(told):
+            # What else stands in a file is not checked by transformers as it is saved, unless someone changed it.
+            ours._original_object_hash = hash(ours)
 
 
 def _own_config(model: PreTrainedModel) -> None:

@@ -17,7 +17,7 @@ from clover import __version__
 from clover.bench import compare_runtime
 from clover.budget import Granularity, Limits
 from clover.checkpoint import load, save
-from clover.crew import started_together
+from clover.crew import is_first, started_together
 from clover.demo import run as run_demo
 from clover.errors import CloverError
 from clover.evaluate import evaluate as measure
@@ -42,7 +42,6 @@ from clover.options import (
     batches_of,
     beside_of,
     flag,
-    is_first,
     load_ready,
     measured_by,
     quiet,
@@ -151,7 +150,7 @@ def prune(
         )
     metric = measured_by(metric, calibration, split, limit)
     if report:
-        check_target(report)
+        check_target(report, "html", "htm")
     if resume and not stream:
         raise CloverError("--resume goes on with a run of --stream; give both")
     if metric == "weights" and request != NOTHING:
@@ -178,11 +177,11 @@ def prune(
         tell_loss(loss["loss"])
     apply(restore(loaded), found.bases, found.plan)  # before: the cut is checked in what it is saved in
     sizes = summary(loaded)
-    target = save(loaded, out, beside=beside)
+    tell(sizes | loss, f"saved {save(loaded, out, beside=beside)}", as_json)
     if report:
         spectra = [basis.spectrum() for basis in found.bases]
         write_report(report, title=f"{model}, pruned", spectra=spectra, plan=found.plan, summary=sizes, **loss)
-    tell(sizes | loss, f"saved {target}" + (f" and {report}" if report else ""), as_json)
+        note(f"saved {report}")
 
 
 def _check_streams(max_loss: float | None, report: Path | None) -> None:

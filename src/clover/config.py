@@ -1,4 +1,4 @@
-"""``CloverConfig``: what of a model to tune, and how; the one new word for whoever knows peft's ``LoraConfig``."""
+"""``CloverConfig``: what of a model to tune, and how; the counterpart of peft's ``LoraConfig``."""
 
 from __future__ import annotations
 
@@ -71,6 +71,9 @@ class CloverConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules to train and save whole beside the cores, such as a classifier."}
     )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Rows of the embedding to train beside the cores, such as those of new tokens."}
+    )
     init_weights: bool = field(
         default=True, metadata={"help": "Start as the identity. False starts at random, which only tests want."}
     )
@@ -98,6 +101,11 @@ class CloverConfig(PeftConfig):
             raise CloverError(f"block_size is {self.block_size}; a block needs at least 1 row")
         if not 0 <= self.clover_dropout < 1:
             raise CloverError(f"clover_dropout is {self.clover_dropout}; choose at least 0 and less than 1")
+        if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
+            raise CloverError(
+                f"target_modules is the pattern {self.target_modules!r}, which says itself what is tuned; leave out "
+                "layers_to_transform and layers_pattern, or give a list of names"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise CloverError("layers_pattern says where layers_to_transform counts; give layers_to_transform as well")
 

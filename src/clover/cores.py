@@ -119,6 +119,16 @@ class Core(nn.Module):
         return int(empty.sum())
 
     @torch.no_grad()
+    def share(self, other: Core) -> None:
+        """Take up the bases of another core of the same rows; the change stays as it is."""
+        if (self.left is None) != (other.left is None):
+            return
+        for name in ("left", "right", "values", "fingerprint"):
+            if (mine := getattr(self, name)) is not None:
+                mine.copy_(getattr(other, name))
+        self.ready = True
+
+    @torch.no_grad()
     def fold(self) -> None:
         """Keep ``E`` alone, for inference: a third of the numbers."""
         with still(self):
@@ -251,7 +261,8 @@ class _Turn(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, transform: Tensor, bias: Tensor | None, invertible: bool) -> Tensor:
         shift = None if bias is None else -(bias.to(y.dtype).view(-1, 1, transform.shape[1]) @ transform.mT.to(y.dtype))
         result = _turned(y, transform.mT, shift)
-        ctx.save_for_backward(result if invertible else y, transform, bias)
+        kept = (result if invertible else y) if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(kept, transform, bias)
         ctx.invertible = invertible
         return result
 

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Crew:
-    """This process among its equals. Alone, every method is a matter of course."""
+    """This process among its equals. With one process, every method does nothing."""
 
     rank: int = 0
     size: int = 1
@@ -59,7 +59,12 @@ class Crew:
 
 def started_together() -> bool:
     """Whether this is one of several processes that ``torchrun`` or accelerate started."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1  # schedulers set the latter alone
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1  # schedulers set the latter alone
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks for all."""
+    return not started_together() or os.environ["RANK"] == "0"
 
 
 @contextmanager

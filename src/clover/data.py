@@ -148,17 +148,24 @@ def _first(name: Any, *kinds: str) -> tuple[tuple[Any, ...], list[CloverError]]:
 def _lies_there(model_or_name: Any, file: str) -> bool:
     """Whether a folder or the hub has a file."""
     config: Any = getattr(model_or_name, "config", None)
-    with suppress(OSError, ValueError):
+    with suppress(Exception):  # of any kind: a hub is reached through many libraries
         return cached_file(config.name_or_path if config else str(model_or_name), file) is not None
     return False
 
 
-def text_tokens(text: str, tokenizer: Any) -> tuple[torch.Tensor, int | None]:
+def text_tokens(text: str, tokenizer: Any, limit: int | None = None) -> tuple[torch.Tensor, int | None]:
     """Token ids of a text, ``(n,)`` int64, and the token that the tokenizer puts in front of any text, taken off it.
 
     A model that was trained to see that token first (LLaMA, Gemma) reads a piece without it as if it made no sense.
+
+    Args:
+        limit: at least so many are wanted, or all; of a text far longer the rest is not taken apart.
     """
-    ids = tokenizer(text, verbose=False).input_ids
+    size = len(text) if limit is None else CHARACTERS * (limit + CHARACTERS)
+    ids = tokenizer(text[:size], verbose=False).input_ids
+    while size < len(text) and len(ids) < (limit or 0) + CHARACTERS:  # the last ones may be those of half a word
+        size *= 2
+        ids = tokenizer(text[:size], verbose=False).input_ids
     start = tokenizer.bos_token_id
     if start is None or ids[:1] != [start]:
         return torch.tensor(ids, dtype=torch.long), None
@@ -268,11 +275,9 @@ def _in_windows(pieces: list[str], tokenizer: Any, length: int) -> list[list[int
 def _audio_batches(
     path: Path, model: nn.Module, processor: Any, split: str | None, most: int, joined: int
 ) -> Iterable[dict[str, torch.Tensor]]:
-    utterances = read_manifest(path, split)
-    if split is None:
-        utterances = [u for u in utterances if u.split == "calibration"] or utterances
-    extractor = _part(processor, "feature_extractor", "sampling_rate", model, "AutoFeatureExtractor")
     decodes = "decoder_input_ids" in accepts(model)
+    utterances = read_manifest(path, split, prefer="calibration", spoken=decodes)
+    extractor = _part(processor, "feature_extractor", "sampling_rate", model, "AutoFeatureExtractor")
     tokenizer = _part(processor, "tokenizer", "all_special_ids", model, "AutoTokenizer") if decodes else None
     frames = getattr(model, "_get_feat_extract_output_lengths", None)
     chosen = track(_spread(utterances, most), "reading audio")
@@ -326,7 +331,9 @@ def _teacher(texts: Sequence[str], model: Any, tokenizer: Any) -> list[int]:
 def _image_batches(
     path: Path, model: nn.Module, processor: Any, most: int, batch: int
 ) -> Iterable[dict[str, torch.Tensor]]:
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGES)
+    # Beside each file macOS leaves one that begins with "._" and is no picture.
+    found = (f for f in path.rglob("*") if f.suffix.lower() in IMAGES and not f.name.startswith("._"))
+    files = sorted(f for f in found if f.is_file())
     if not files:
         raise CloverError(f"{path} is no calibration data: it holds no images ({', '.join(IMAGES)})")
     images = processor or load_processor(model, "AutoImageProcessor")

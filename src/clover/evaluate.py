@@ -19,7 +19,7 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 from clover.answers import check_words, padding, valid
 from clover.checkpoint import load
 from clover.data import audio_features, load_processor, text_tokens
-from clover.errors import CloverError
+from clover.errors import CloverError, warn
 from clover.files import Question, Utterance, extra, file_kind, read_manifest, read_questions, read_text
 from clover.layerwise import replaced
 from clover.precision import ready
@@ -334,14 +334,20 @@ def evaluate(
         raise CloverError(f"split is '{split}', but only a manifest has splits, and {data} is none; leave it out")
     if limit is not None and limit < (least := 2 if kind == "text" else 1):
         raise CloverError(f"limit is {limit}; it must be at least {least}")
-    content: Any = {"text": read_text, "questions": read_questions}.get(kind, lambda f: read_manifest(f, split))(data)
+    read: Any = {"text": read_text, "questions": read_questions}.get(kind, partial(read_manifest, split=split))
+    content = read(data)
+    if kind == "manifest" and split is None and any(u.split == "calibration" for u in content):
+        warn(f"{data} has rows of split calibration, which clover prune calibrates on; choose others by a split")
     model = _load(model_name_or_path, task)
     if task == "wer":
-        return word_error_rate(model, load_processor(model_name_or_path, "AutoProcessor"), content, limit=limit)
+        processor = load_processor(model_name_or_path, "AutoProcessor")
+        if not hasattr(processor, "feature_extractor"):
+            raise CloverError(f"{model_name_or_path} lacks its feature extractor; copy preprocessor_config.json there")
+        return word_error_rate(model, processor, content, limit=limit)
     tokenizer = load_processor(model_name_or_path, "AutoTokenizer")
     if task == "choice":
         return multiple_choice(model, tokenizer, content, limit)
-    tokens, start = text_tokens(content, tokenizer)
+    tokens, start = text_tokens(content, tokenizer, limit)
     if len(tokens) < 2:
         raise CloverError(f"{data} holds {len(tokens)} tokens; perplexity needs at least 2")
     return perplexity(model, tokens, window=min(1024, max_positions(model) or 1024), limit=limit, start=start)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from clover.errors import CloverError
+from clover.errors import CloverError, reason
 
 Kind = Literal["text", "manifest", "questions", "images"]
 KINDS: dict[str, Kind] = {".txt": "text", ".tsv": "manifest", ".jsonl": "questions"}
@@ -77,12 +77,16 @@ def read_text(path: str | Path) -> str:
     return text.replace("\r\n", "\n")
 
 
-def read_manifest(path: str | Path, split: str | None = None) -> list[Utterance]:
+def read_manifest(
+    path: str | Path, split: str | None = None, *, prefer: str | None = None, spoken: bool = True
+) -> list[Utterance]:
     """The rows of a tab-separated file with columns ``file``, ``text`` and optionally ``split``, in their order.
 
     Args:
         path: the manifest; its audio files are named relative to its folder.
         split: keep only the rows of this split.
+        prefer: where no split is asked for, that of which rows are kept if there are any.
+        spoken: whether what is said matters; else texts may be missing.
 
     Raises:
         CloverError: a column, a field or an audio file is missing, or no row is left.
@@ -93,19 +97,21 @@ def read_manifest(path: str | Path, split: str | None = None) -> list[Utterance]
         columns, rows = table.fieldnames or [], list(table)
     except csv.Error as error:
         raise CloverError(f"{path} is no table with tabs ({error}); correct that line") from error
-    for column in ("file", "text") if split is None else ("file", "text", "split"):
+    for column in ["file", *(["text"] if spoken else []), *(["split"] if split is not None else [])]:
         if column not in columns:
             raise CloverError(f"{path} has no column '{column}', only {list(columns)}; name it in the first line")
+    if split is None and any(row.get("split") == prefer for row in rows if prefer):
+        split = prefer
     chosen = [row for row in rows if split is None or row["split"] == split]
     if not chosen:
         found = f"its splits are {sorted({str(row['split']) for row in rows})}" if rows and split else "it has no rows"
         raise CloverError(f"{path} holds no utterance{f' of split {split!r}' if split else ''}; {found}")
-    return [_utterance(path, row) for row in chosen]
+    return [_utterance(path, row, spoken) for row in chosen]
 
 
-def _utterance(manifest: Path, row: dict[str, str | None]) -> Utterance:
-    name, text = row["file"], row["text"]
-    if not name or not text:
+def _utterance(manifest: Path, row: dict[str, str | None], spoken: bool) -> Utterance:
+    name, text = row["file"], row.get("text") or ""
+    if not name or (spoken and not text):
         raise CloverError(f"{manifest} has a row without file or text: {list(row.values())}; complete it")
     file = manifest.parent / name
     if not os.path.isfile(file):  # unlike Path's, never raises: a text in the wrong column is a name too long
@@ -193,5 +199,6 @@ def extra(module: str, name: str = "eval") -> ModuleType:
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        raise CloverError(f'this needs {module}, which is missing: pip install "clover-attention[{name}]"') from error
+    except (ImportError, OSError) as error:  # OSError: a library of the system that it needs
+        remedy = f'pip install "clover-attention[{name}]"'
+        raise CloverError(f"this needs {module}, which is missing: {remedy} ({reason(error)})") from error

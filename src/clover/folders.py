@@ -32,7 +32,7 @@ def fresh_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     folder = None
     try:
         folder = target.parent / f".{target.name}.{secrets.token_hex(4)}"
-        folder.mkdir()
+        folder.mkdir(parents=True)
         yield folder
         sync(folder)
         folder.rename(target)
@@ -50,7 +50,7 @@ def fresh_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:
-    """The path of a folder that can be made; parents are made at once.
+    """The path of a folder that can be made.
 
     Raises:
         CloverError: it exists, or its parent can't be written.
@@ -60,12 +60,11 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
         raise CloverError(f"{target} exists; remove it or choose another folder")
     if len(os.fsencode(target.name)) > LONGEST:
         raise CloverError(f"the name {target.name[:40]}... is longer than {LONGEST} bytes; choose a shorter one")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CloverError(f"{target} can't be written: {error.strerror}; choose another place") from error
-    if not os.access(target.parent, os.W_OK):
-        raise CloverError(f"{target.parent} can't be written; choose another place")
+    there = next(parent for parent in target.parents if os.path.lexists(parent))
+    if not os.path.isdir(there):
+        raise CloverError(f"{target} can't be written: {there} is no folder; choose another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CloverError(f"{there} can't be written; choose another place")
     return target
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from clover.block import Block
-from clover.checkpoint import write_config
+from clover.checkpoint import write_beside, write_config
 from clover.classes import adopt, rebuild
 from clover.crew import Crew
 from clover.draft import Draft
@@ -117,8 +117,7 @@ class Layout:
             if missing := [piece for piece in (*self.rest, *self.blocks) if not made.has(DONE, piece)]:
                 raise CloverError(f"{missing[0]} was not written to {made.out}; give the same command again")
             write_config(self.model, made.out)
-            for thing in beside:
-                thing.save_pretrained(made.out)
+            write_beside(beside, made.out)
             if self.pieces.source.indexed:
                 (made.out / INDEX).write_text(json.dumps(self._index(), indent=2) + "\n")
             made.finish()

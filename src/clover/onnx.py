@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from clover.checkpoint import write_beside
 from clover.errors import CloverError, reason
 from clover.files import extra
 from clover.folders import fresh_folder
@@ -48,9 +49,8 @@ def export(model: PreTrainedModel, path: str | os.PathLike[str], *, beside: tupl
     with fresh_folder(path) as folder:
         made = track(graphs(model.eval()), "export (minutes)")
         seen = {graph.name: _write(graph, folder / f"{graph.name}.onnx") for graph in made}
-        for thing in (model.config, getattr(model, "generation_config", None), *beside):
-            if thing is not None:
-                thing.save_pretrained(folder)
+        told = (model.config, getattr(model, "generation_config", None), *beside)
+        write_beside(tuple(thing for thing in told if thing is not None), folder)
     return seen
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from transformers.utils import logging
 
 from clover import pruning
 from clover.checkpoint import load
+from clover.crew import is_first
 from clover.data import calibration_batches, found_beside
 from clover.errors import CloverError
 from clover.files import file_kind
@@ -23,6 +23,7 @@ from clover.progress import console
 from clover.report import table
 from clover.shards import Checkpoint
 from clover.show import note, show
+from clover.streaming import local
 
 
 def _loss(text: str) -> float:
@@ -86,11 +87,6 @@ def measured_by(
     return chosen
 
 
-def is_first() -> bool:
-    """Whether this is the process that speaks for all."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def tell(sizes: dict[str, Any], sentence: str, as_json: bool) -> None:
     """What became of the model; once, where several processes made it."""
     if not is_first():
@@ -129,7 +125,7 @@ def _wide_in_memory_alone(name: str, model: Any) -> set[str]:
     """Modules that transformers makes float32 as it loads half precision, and that are not on disk."""
     made = set(model._keep_in_fp32_modules or ())
     try:
-        entries = Checkpoint.open(name).entries if made else {}
+        entries = Checkpoint.open(local(name)).entries if made else {}
     except CloverError:  # no folder of safetensors
         return made
     return made.difference(*(key.split(".") for key, entry in entries.items() if entry.dtype == "F32"))

@@ -63,6 +63,11 @@ class BlockPlan:
         """KV heads that are not gone whole."""
         return sum(len(g.heads) for g in self.groups)
 
+    @property
+    def query_order(self) -> list[int]:
+        """The query heads that are kept, by their numbers in the original, as they lie: group by group."""
+        return [h * self.queries + i for group in self.groups for h in group.heads for i in range(self.queries)]
+
     def spans(self) -> Iterator[tuple[Group, int, int]]:
         """Each group with the Q-K and the V-O columns of the KV heads before it, in the flat layout."""
         qk = value = 0

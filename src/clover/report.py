@@ -99,8 +99,8 @@ def check_target(path: str | os.PathLike[str], *kinds: str) -> None:
     """
     path = Path(path)
     if kinds and path.suffix.lower().removeprefix(".") not in kinds:
-        raise CloverError(f"cannot plot to {str(path)!r}: its suffix must be one of .{', .'.join(kinds)}")
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise CloverError(f"cannot write {str(path)!r}: its suffix must be one of .{', .'.join(kinds)}")
+    if os.path.isdir(path) or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
         raise _unwritable(path)
     extra("matplotlib", "report")
 
@@ -192,7 +192,7 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def _unwritable(path: Path) -> CloverError:
-    cause = "it is a folder" if path.is_dir() else "its folder is missing, full or read-only"
+    cause = "it is a folder" if os.path.isdir(path) else "its folder is missing, full or read-only"
     return CloverError(f"cannot write {str(path)!r}: {cause}; name a file in a folder that you may write to")
 
 

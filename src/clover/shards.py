@@ -94,9 +94,9 @@ class Checkpoint:
         """
         folder = Path(folder)
         index = folder / INDEX
-        if (folder / SINGLE).exists():  # transformers reads it, whatever else lies there
+        if os.path.exists(folder / SINGLE):  # transformers reads it, whatever else lies there
             places, files = None, [SINGLE]
-        elif index.exists():
+        elif os.path.exists(index):
             places = read_index(index)
             files = sorted(set(places.values()))
         else:

@@ -16,12 +16,15 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from clover.block import Block
+from clover.crew import started_together
 from clover.errors import CloverError, reason
 from clover.plan import Spectrum
 from clover.progress import console
 from clover.report import Row
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
+SHARED = ("prune", "tune")
+"""Commands whose work several processes share."""
 
 
 class Commands(TyperGroup):
@@ -30,7 +33,8 @@ class Commands(TyperGroup):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command; never returns."""
         with suppress(ValueError):  # only a main thread may
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is half done is cleared away
+            for name in ("SIGTERM", "SIGHUP"):  # so that what is half done is cleared away; Windows has no SIGHUP
+                signal.signal(getattr(signal, name, signal.SIGTERM), signal.default_int_handler)
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
         except CloverError as error:
@@ -45,12 +49,19 @@ class Commands(TyperGroup):
             command = getattr(getattr(error, "ctx", None), "command_path", "clover")
             _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
         if code == INTERRUPTED:
-            note("interrupted; nothing was written under the final name")
+            note("interrupted; what is not said to be saved is not there")
         sys.exit(code or 0)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Find a command, and refuse to have several processes do one's work side by side."""
+        found = super().resolve_command(ctx, args)
+        if started_together() and found[0] not in SHARED:
+            raise CloverError(f"several processes share the work of {' and '.join(SHARED)} alone; start one process")
+        return found
 
 
 def _fail(sentence: str) -> None:
-    note("error: " + " ".join(sentence.split()))
+    note("error: " + " ".join(line.strip() for line in sentence.splitlines()))
     sys.exit(2)
 
 
@@ -82,7 +93,8 @@ def show_blocks(blocks: Iterable[dict[str, Any]]) -> None:
     """A line a block: how many of its directions are not small, on average over its heads."""
     table = Table(box=box.SIMPLE_HEAD, caption="Q-K, V-O: values above 1 % of the head's largest, mean over heads")
     for name in ("block", "part", "heads", "KV heads", "Q-K", "V-O"):
-        table.add_column(name, justify="left" if name in ("block", "part") else "right")
+        # Folded where there is no room: cut off, the names of all layers would be the same.
+        table.add_column(name, justify="left" if name in ("block", "part") else "right", overflow="fold")
     for block in blocks:
         counts = [
             f"{_large(rows):.1f} of {len(rows[0])}" if (rows := block[side]) else "fixed by a norm"
@@ -109,7 +121,8 @@ def show_runtime(result: dict[str, Any]) -> None:
             scale, unit = (2**20, "MiB") if key.endswith("bytes") else (1, "")
             title = key.replace("_per_second", "/s").replace("_bytes", f", {unit}").replace("_", " ")
             figures = ("" if value is None else f"{value / scale:,.2f}" for value in (dense, pruned))
-            table.add_row(context, title, *figures, f"{pruned / dense:.3f}" if dense and pruned else "")
+            ratio = result["ratios"][context].get(key) or (pruned / dense if dense and pruned else None)
+            table.add_row(context, title, *figures, f"{ratio:.3f}" if ratio else "")
     Console().print(table)
 
 

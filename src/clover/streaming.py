@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedModel
 
 from clover.basis import find_basis
@@ -112,7 +111,7 @@ def local(model: str | os.PathLike[str]) -> Path:
     Raises:
         CloverError: nothing there.
     """
-    if Path(model).is_dir():
+    if os.path.isdir(model):
         return Path(model)
 
     def fetch(files: list[str]) -> Path:  # other formats of the same weights lie beside them and in folders
@@ -122,7 +121,7 @@ def local(model: str | os.PathLike[str]) -> Path:
         index = fetch(["*.json"]) / INDEX
         shards = set(read_index(index).values()) if index.exists() else set()
         return fetch(["*.json", SINGLE, *sorted(shards)])
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+    except Exception as error:  # of any kind: a hub is reached through many libraries
         raise CloverError(f"{model} is no model that can be loaded: {reason(error)}") from error
 
 

@@ -61,8 +61,11 @@ class _Place(NamedTuple):
 def _slots(q: _Place, k: _Place, v: _Place, o: _Place, crosses: bool) -> Iterator[tuple[str, Slot]]:
     """Slots of heads, by path; ``crosses``: nothing stands between queries and keys, so Q-K is one product."""
     kv = len(k.rows)
-    yield q.path, Slot("q", q.rows)
-    yield k.path, Slot("qk", k.rows, partial(_stacked_gram, q, kv, False) if crosses else None)
+    yield q.path, Slot("q", q.rows.sort(-1).values)  # alone, any order does, and what lies in order is not gathered
+    if crosses:
+        yield k.path, Slot("qk", k.rows, partial(_stacked_gram, q, kv, False))
+    else:
+        yield k.path, Slot("qk", k.rows.sort(-1).values)
     yield v.path, Slot("vo", v.rows, partial(_stacked_gram, o, kv, True))
 
 

@@ -185,6 +185,7 @@ def train(
         report_to=[], disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
         train_sampling_strategy="random" if shuffle else "sequential",
         bf16=any(p.dtype == torch.bfloat16 for p in model.parameters()), use_cpu=_on_cpu(),
+        fp16=not _on_cpu() and any(p.dtype == torch.float16 for p in model.parameters()),
         ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,
     )  # fmt: skip
     arguments._n_gpu = min(arguments.n_gpu, 1)  # more would multiply the batch of a single process in silence
@@ -220,9 +221,9 @@ def mean_loss(model: Any, data: Sequence[Any], batch: int = 8) -> float:
     model.eval()
     for start in range(0, len(data), batch):
         inputs = {k: v.to(model.device) for k, v in collate(data[start : start + batch]).items()}
-        learned = int((inputs["labels"][:, 1:] != IGNORED).sum())
-        total += float(model(**inputs).loss) * learned
-        count += learned
+        if learned := int((inputs["labels"][:, 1:] != IGNORED).sum()):
+            total += float(model(**inputs).loss) * learned
+            count += learned
     return total / max(1, count)
 
 
@@ -261,7 +262,9 @@ def tune(
     held_out = None if eval_data is None else examples(eval_data, tokenizer, recipe.length)
     config = adapter_config(base, recipe)
     content = hashlib.sha256(Path(data).read_bytes()).hexdigest()
-    files = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(Path(model).glob("*.safetensors"))}
+    weights = (f for kind in ("*.safetensors", "*.bin") for f in sorted(Path(model).glob(kind)))
+    files: dict[str, Any] = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in weights}
+    files |= {"commit": getattr(base.config, "_commit_hash", None), "processes": processes.num_processes}
     request = {"model": model, "files": files, "data": str(data), "sha256": content, **recipe.to_dict()}
     with crew() as we, draft(out, request, we, kinds=(CHECKPOINTS,), ending="tuning") as made:
         set_seed(recipe.seed)

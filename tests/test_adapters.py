@@ -1,0 +1,88 @@
+"""Several adapters side by side, and what becomes of their configs and dtypes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from adapters import config, fresh, tuned
+from clover import CloverError
+from clover.linear import CloverLinear
+from families import outputs
+
+
+def test_another_adapter_of_a_loaded_config_shares_its_bases(tmp_path: Path) -> None:
+    """As preference trainers make their reference: a second adapter, into which they copy what is trained."""
+    model, batch, out = tuned()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh()[0], tmp_path, is_trainable=True).eval()
+    loaded.add_adapter("ref", loaded.peft_config["default"])
+    with torch.no_grad():
+        for name, parameter in loaded.named_parameters():
+            if ".default." in name:
+                loaded.get_parameter(name.replace(".default.", ".ref.")).copy_(parameter)
+    loaded.set_adapter("ref")
+    assert torch.equal(outputs(loaded, batch), out)
+
+
+def test_an_adapter_that_can_not_be_added_leaves_nothing_behind(tmp_path: Path) -> None:
+    model, batch, out = tuned()
+    with pytest.raises(CloverError, match="blocks of 7 don't divide"):
+        model.add_adapter("b", config(target_modules=["v_proj", "down_proj"], block_size=7))
+    assert not any("clover_cores.b" in name for name in model.state_dict())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs(PeftModel.from_pretrained(fresh()[0], tmp_path).eval(), batch), out)
+
+
+def test_all_linear_means_those_that_are_wrapped_too() -> None:
+    model, _, _ = tuned()
+    model.add_adapter("b", config(target_modules="all-linear"))
+    assert any("k_proj.clover_cores.b" in name for name in model.state_dict())
+
+
+def test_an_adapter_whose_parts_are_called_like_another_is_not_saved_without_them(tmp_path: Path) -> None:
+    model, *_ = tuned()
+    model.save_pretrained(tmp_path / "a")
+    model.load_adapter(tmp_path / "a", "0")
+    with pytest.raises(CloverError, match="'default' can't be saved beside '0'"):
+        model.save_pretrained(tmp_path / "b")
+
+
+def test_the_users_config_stays_as_it_is() -> None:
+    asked = config()
+    model = get_peft_model(fresh()[0], asked)
+    model.base_model.fold()
+    assert asked.core == "full" and model.peft_config["default"].core == "folded"
+
+
+def test_a_pattern_of_modules_and_layers_contradict() -> None:
+    with pytest.raises(CloverError, match="leave out layers_to_transform"):
+        config(target_modules=".*v_proj", layers_to_transform=[0])
+
+
+@pytest.mark.parametrize("widely", [True, False])
+def test_what_is_trained_is_wide_unless_asked_otherwise(widely: bool, tmp_path: Path) -> None:
+    model, *_ = tuned()
+    model.save_pretrained(tmp_path)
+    base = fresh()[0].to(torch.bfloat16)
+    loaded = PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=widely)
+    assert {p.dtype for n, p in loaded.named_parameters() if n.endswith("change")} == {
+        torch.float32 if widely else torch.bfloat16
+    }
+    if widely:
+        file = load_file(tmp_path / "adapter_model.safetensors")
+        stored = {k: v for k, v in file.items() if k.endswith("change")}
+        held = {n.replace(".default", ""): p for n, p in loaded.named_parameters()}
+        assert stored and all(torch.equal(held[k], v) for k, v in stored.items())
+
+
+def test_the_change_of_a_merged_weight_is_that_of_the_base() -> None:
+    model, *_ = tuned()
+    layer = next(m for m in model.modules() if isinstance(m, CloverLinear))
+    change = layer.get_delta_weight("default")
+    layer.merge()
+    torch.testing.assert_close(layer.get_delta_weight("default"), change)
