@@ -32,7 +32,6 @@ from clover.block import Block
 from clover.budget import Share
 from clover.crew import Crew
 from clover.evaluate import perplexity
-from clover.families import blocks
 from clover.layerwise import stacks, walk
 from clover.lossbudget import twin
 from clover.plan import Plan
@@ -40,6 +39,7 @@ from clover.pruning import find_bases, plan_ranks
 from clover.refit import fit
 from clover.sequential import Sample, inside, observe
 from clover.surgery import filled, install, operate
+from clover.survey import blocks
 from common import MODELS, SEED, record, text
 
 SEQUENCES, FIRST = 16, 12_288

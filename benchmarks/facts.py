@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clover.families import Block
+from clover.block import Block
 from clover.heads import Heads
 
 

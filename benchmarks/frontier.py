@@ -37,15 +37,16 @@ import embedding
 import language
 import speech
 from clover.basis import Basis, find_basis
+from clover.block import Block
 from clover.budget import Share
 from clover.calibrate import Moments, calibrate
 from clover.data import text_tokens
 from clover.evaluate import embedding_cosine, multiple_choice, perplexity
 from clover.export import pad
-from clover.families import Block, blocks
 from clover.files import read_questions
 from clover.lossbudget import compare
 from clover.pruning import apply, plan_ranks
+from clover.survey import blocks
 from common import DATA, MODELS, RESULTS, SEED, record, text
 from facts import Facts, watching
 from peers import METHODS, Cut

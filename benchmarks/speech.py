@@ -24,10 +24,10 @@ from clover.basis import Basis
 from clover.budget import Rule, Share, Threshold
 from clover.data import calibration_batches
 from clover.evaluate import word_error_rate
-from clover.families import blocks
 from clover.files import read_manifest
 from clover.lossbudget import gauge, keep_apart
 from clover.pruning import apply, find_bases, plan_ranks
+from clover.survey import blocks
 from common import DATA, MODELS, SEED, chosen, record
 
 MANIFEST = DATA / "speech" / "manifest.tsv"

@@ -28,9 +28,9 @@ import speech
 from clover.block import Block
 from clover.budget import Share
 from clover.cost import compare_throughput
-from clover.families import blocks
 from clover.plan import BlockPlan
 from clover.pruning import apply, find_bases, plan_ranks
+from clover.survey import blocks
 from common import MODELS, SEED, apart, chosen, isolated, peak_memory, record, reset_peak_memory, text
 
 CONTEXTS = (128, 2048)

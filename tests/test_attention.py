@@ -290,7 +290,7 @@ def test_tokens_that_are_added_between_layers_do_not_turn() -> None:
     def keep(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         found.append(kwargs["position_embeddings"])
 
-    name = clover.families.blocks(model)[0].name
+    name = clover.survey.blocks(model)[0].name
     stock = copy.deepcopy(model).get_submodule(name)
     hook = stock.register_forward_pre_hook(keep, with_kwargs=True)
     with torch.no_grad():

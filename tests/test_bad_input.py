@@ -23,9 +23,10 @@ from clover import pruning
 from clover.budget import Share
 from clover.data import load_processor
 from clover.errors import CloverError, UnsupportedModelError, warn
-from clover.families import FAMILIES, REFUSED, blocks
+from clover.families import FAMILIES, REFUSED
 from clover.plan import Group, Plan
 from clover.streaming import prune_folder
+from clover.survey import blocks
 from families import build, outputs
 from test_checkpoint import python
 from test_export import llava
@@ -308,7 +309,7 @@ def test_weights_that_are_packed_in_a_tensor_of_their_own() -> None:
     model, _ = build("llama-gqa")
     projection = model.model.layers[0].self_attn.q_proj
     projection.weight = nn.Parameter(projection.weight.data.as_subclass(Packed))
-    with pytest.raises(CloverError, match=r"a projection is .*; prune before quantising"):
+    with pytest.raises(CloverError, match=r"the weight of a projection is a .*; prune before quantising"):
         clover.prune(model, vo=0.3)
 
 

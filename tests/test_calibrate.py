@@ -17,9 +17,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rop
 
 import clover
 from clover import answers
-from clover.calibrate import SOFTMAX_WEIGHT, Moments, Watcher, _bias, calibrate
+from clover.calibrate import Moments, Watcher, calibrate
 from clover.errors import CloverError
-from clover.families import blocks
+from clover.survey import blocks
+from clover.visible import SOFTMAX_WEIGHT, bias_of, in_other_texts
 from families import build, outputs
 from tiny import LM
 
@@ -494,7 +495,7 @@ def test_full_rank_is_exact_though_moments_are_sums_of_float32(name: str) -> Non
 def test_a_table_that_contradicts_the_config() -> None:
     model, batch = build("llama-gqa", torch.float32)
     model.config.rope_parameters["partial_rotary_factor"] = 0.5  # which Llama's own table does not know
-    with pytest.raises(CloverError, match=r"the model rotates 4 pairs of a head, but its config says 2"):
+    with pytest.raises(CloverError, match=r"the model rotates 8 columns of a head, but its config says 4"):
         clover.prune(model, vo=0.25, calibration=[batch])
 
 
@@ -523,10 +524,10 @@ def test_flash_attention_says_only_what_is_padding() -> None:
     rows = torch.tensor([1, 3])
     hidden = torch.arange(5) > rows[:, None]
     mask = torch.tensor([[0, 1, 1, 1, 1]])
-    found = _bias(mask, None, 0, rows, hidden)
+    found = bias_of(mask, None, 0, rows, hidden)
     assert (found[0] > -torch.inf).tolist() == [[False, True, False, False, False], [False, True, True, True, False]]
     with pytest.raises(CloverError, match=r"can't read a object; load the model with attn_implementation='sdpa'"):
-        _bias(object(), None, 0, rows, hidden)
+        bias_of(object(), None, 0, rows, hidden)
 
 
 def test_a_window_holds_where_no_mask_says_so() -> None:
@@ -534,7 +535,8 @@ def test_a_window_holds_where_no_mask_says_so() -> None:
     watcher = Watcher(blocks(model)[0], ALL, torch.Generator())
     hidden = watcher._hidden(None, torch.tensor([0, 9, 11]), 12)
     assert (~hidden).sum(-1).tolist() == [1, 8, 8] and not hidden[1, 9] and not hidden[1, 2] and hidden[1, 1]
-    assert not watcher._hidden(False, torch.tensor([0]), 12).any()
+    both_ways = watcher._hidden(False, torch.tensor([0, 5]), 12)
+    assert (~both_ways).sum(-1).tolist() == [8, 12]
 
 
 def test_a_loss_is_not_what_a_model_says() -> None:
@@ -561,3 +563,50 @@ def test_the_score_of_a_drawn_token_is_that_of_its_likelihood(rows: int, monkeyp
     drawn = torch.searchsorted(mass, points * mass[:, -1:]).clamp_max(6)
     (expected,) = torch.autograd.grad(chance.gather(-1, drawn).sum(), logits)
     torch.testing.assert_close(found, expected)
+
+
+# --- what the model is run under ---
+
+
+def test_neither_autocast_nor_the_default_device_nor_shortened_products_change_what_is_seen() -> None:
+    (model, batch), (other, _) = build("llama-gqa", torch.float32), build("llama-gqa", torch.float32)
+    exact = calibrate(model, blocks(model), [batch])
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = calibrate(other, blocks(other), [batch])
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    for name in ("output", "pair", "gradient"):
+        rounded, right = getattr(found[0], name), getattr(exact[0], name)
+        assert not torch.equal(rounded, rounded.bfloat16().double()), name
+        assert (rounded - right).norm() < 0.1 * right.norm(), name
+
+
+def test_texts_that_share_a_row_do_not_see_one_another() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1]])
+    apart = in_other_texts(positions, 0, torch.tensor([1, 3]))
+    assert apart.tolist() == [[False, False, False, True, True], [True, True, True, False, False]]
+    assert not in_other_texts(None, 0, torch.tensor([1])).any()
+
+
+@pytest.mark.parametrize("least", [-1e4, -1e9, torch.finfo(torch.float32).min])
+def test_whatever_a_mask_adds_to_hide_a_key(least: float) -> None:
+    mask = torch.tensor([0.0, least, -500.0])[None, None, None]
+    found = bias_of(mask, None, 0, torch.tensor([0]), torch.zeros(1, 3, dtype=torch.bool))
+    assert found.flatten().tolist() == [0.0, -torch.inf, -500.0]
+
+
+def test_features_of_a_large_head_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    (model, batch), (other, _) = build("llama-gqa"), build("llama-gqa")
+    whole = calibrate(model, blocks(model), [batch])[0].pair
+    monkeypatch.setattr("clover.calibrate.LARGEST", 500)
+    torch.testing.assert_close(calibrate(other, blocks(other), [batch])[0].pair, whole)
+
+
+@pytest.mark.filterwarnings("default:.* tokens reached")
+def test_too_little_data_is_told() -> None:
+    model, batch = build("llama-gqa")
+    with pytest.warns(UserWarning, match="24 tokens reached model.layers.0.self_attn, fewer than the 48 columns"):
+        clover.prune(model, qk=0.2, vo=0.2, calibration=[batch])

@@ -12,8 +12,8 @@ from transformers import DynamicCache, EncoderDecoderCache
 import clover
 from clover.attention import CloverAttention
 from clover.calibrate import Moments, calibrate
-from clover.families import blocks
 from clover.latent import projections
+from clover.survey import blocks
 from families import CASES, COPIES, GENERATIVE, HYBRID, LATENT, NARROW, SEQ2SEQ, build, outputs, pruned
 from tiny import MLA, text, xglm
 

@@ -14,13 +14,13 @@ from clover.families import FAMILIES
 
 SOURCE = Path(__file__).resolve().parents[1] / "src/clover"
 ORDER = [
-    "errors", "progress", "folders", "plan", "decompose", "heads", "rotary", "alike", "family", "latent", "block",
-    "families", "spend", "budget", "layerwise", "answers", "calibrate", "refit", "ragged", "basis", "cache", "eager",
-    "attention", "surgery", "precision", "checks", "classes", "checkpoint", "lossbudget", "pruning", "export",
-    "targets", "config", "cores", "linear", "tuner",
-    "crew", "shards", "pieces", "draft", "packed", "layout", "sequential", "streaming",
-    "files", "traits", "data", "cost", "graphs", "onnx", "bench", "evaluate", "curve", "report",
-    "demo", "recipe", "training", "show", "options", "cli",
+    "errors", "progress", "folders", "plan", "decompose", "heads", "rotary", "alike", "family", "latent",
+    "block", "families", "survey", "spend", "budget", "layerwise", "answers", "precision", "visible",
+    "calibrate", "refit", "ragged", "basis", "cache", "eager", "attention", "surgery", "checks", "classes",
+    "checkpoint", "lossbudget", "pruning", "export", "targets", "config", "cores", "linear", "tuner", "crew",
+    "shards", "pieces", "draft", "packed", "layout", "sequential", "streaming", "files", "traits", "data",
+    "cost", "graphs", "onnx", "bench", "evaluate", "curve", "report", "demo", "recipe", "training", "show",
+    "options", "cli",
 ]  # fmt: skip
 """A module may import only from modules to its left."""
 ALGORITHM = ORDER[: ORDER.index("files")]

@@ -17,10 +17,10 @@ from clover.budget import Share
 from clover.calibrate import calibrate
 from clover.data import calibration_batches, load_processor
 from clover.evaluate import perplexity
-from clover.families import blocks
 from clover.files import read_text
 from clover.pruning import plan_ranks
 from clover.surgery import operate
+from clover.survey import blocks
 
 PROMPT = "The history of mathematics is largely the history of"
 

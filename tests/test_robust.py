@@ -20,11 +20,11 @@ from transformers import StableLmConfig, StableLmForCausalLM
 import clover
 from clover.budget import Costs, Limits, Share, make_plan
 from clover.errors import CloverError, UnsupportedModelError
-from clover.families import blocks
 from clover.files import read_manifest, read_questions
 from clover.heads import finite
 from clover.plan import Plan
 from clover.pruning import find_bases
+from clover.survey import blocks
 from families import build, outputs
 from families import pruned as cut
 from test_budget import SEEDS, SHARES, costs

@@ -55,12 +55,12 @@ def score(said: Tensor, words: bool, real: Tensor, generator: torch.Generator) -
         return score(said[:, None], words, real[:, None], generator)[:, 0]
     found = torch.zeros_like(said)
     if said.dim() != 3:
-        return found.copy_(torch.randn(said.shape, generator=generator))
+        return found.copy_(torch.randn(said.shape, generator=generator, device="cpu"))
     rows = real.nonzero()
     if not words:
-        found[real] = torch.randn(len(rows), said.shape[-1], generator=generator).to(found)
+        found[real] = torch.randn(len(rows), said.shape[-1], generator=generator, device="cpu").to(found)
         return found
-    points = torch.rand(len(rows), 1, generator=generator).to(said.device)
+    points = torch.rand(len(rows), 1, generator=generator, device="cpu").to(said.device)
     for where, point in zip(rows.split(ROWS), points.split(ROWS), strict=True):  # they dwarf all else
         b, t = where.T
         chance = said[b, t].float().softmax(-1)

@@ -340,6 +340,9 @@ def _weight(module: nn.Module, block: str) -> tuple[Tensor, Tensor | None]:
         return module.weight.T, module.bias
     plain = type(module) is nn.Linear or type(module).__module__.startswith("transformers.models.")
     if not (plain and isinstance(module, nn.Linear) and type(module.weight.data) is Tensor):
+        if isinstance(module, nn.Linear) and type(module.weight.data) is not Tensor:
+            kind = type(module.weight.data).__name__
+            raise CloverError(f"{block}: the weight of a projection is a {kind}; prune before quantising or sharding")
         raise CloverError(
             f"{block}: a projection is a {type(module).__module__}.{type(module).__name__}, not torch's Linear; "
             "prune before quantising, and merge adapters first"

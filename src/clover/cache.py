@@ -32,6 +32,12 @@ class GrowingLayer(DynamicLayer):
         super().__init__()
         self.buffers: dict[str, Tensor] = {}
 
+    def __copy__(self) -> GrowingLayer:
+        """Both go on from here, each in a buffer of its own."""
+        twin = object.__new__(type(self))
+        twin.__dict__ |= vars(self) | {"buffers": {}}
+        return twin
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append ``(batch, heads, new tokens, columns)``; returns the whole, of which it keeps views."""
         if torch.compiler.is_compiling() or key_states.requires_grad or value_states.requires_grad:

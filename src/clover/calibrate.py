@@ -23,18 +23,17 @@ from clover.errors import CloverError, warn
 from clover.heads import Heads
 from clover.latent import turned
 from clover.layerwise import forward
+from clover.precision import exact_products, unrounded
 from clover.progress import track
 from clover.rotary import features
+from clover.visible import bias_of, in_other_texts, weights_of
 
 QUERIES = 32
 """Queries sampled from each sequence, for the statistics of Q-K."""
 IDLE = 1e-9
 """What an error costs in a block that the output does not depend on, relative to the mean of the others."""
-FEATURES = 2**25
-"""Numbers of rotary features that are held at once on a GPU."""
-SOFTMAX_WEIGHT = 0.5
-"""Share of the softmax in a key's weight; the rest is uniform over the visible keys, which catches keys that a cut
-could make jump up and that a purely local estimate can't see."""
+FEATURES, LARGEST = 2**25, 2**27
+"""Numbers of rotary features that are held at once: of several heads on a GPU, and at most of one anywhere."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,11 @@ def calibrate(
     for watcher in watchers:
         watcher.check_reached({w.block.part for w in watchers} - missed)
     _value_idle(watchers)
+    if few := next((w for w in watchers if w.tokens < len(w.sums["mean"])), None):
+        columns = len(few.sums["mean"])
+        warn(
+            f"{few.tokens} tokens reached {few.block.name}, fewer than the {columns} columns of its heads; give more data"
+        )
     watchers.reverse()
     return [watchers.pop().moments(answers) for _ in blocks]  # each let go of: the sums are as large as the moments
 
@@ -116,14 +120,13 @@ def calibrate(
 @contextmanager
 def watching(watchers: Sequence[Watcher]) -> Iterator[None]:
     """While it lasts, watchers see their blocks, and products are not shortened: sums of such are no Grams any more."""
-    hooks, precision = [], torch.get_float32_matmul_precision()
+    hooks: list[Any] = []
     try:
         for watcher in watchers:
             hooks += watcher.attach()
-        torch.set_float32_matmul_precision("highest")
-        yield
+        with exact_products():
+            yield
     finally:
-        torch.set_float32_matmul_precision(precision)
         for hook in hooks:
             hook.remove()
 
@@ -179,6 +182,7 @@ class Watcher:
             output.requires_grad_()
         real = valid(output, self.masks)
 
+        @unrounded
         def add(gradient: Tensor) -> None:
             g = gradient[real].float()
             self._add("gradient", g.T @ g)
@@ -186,6 +190,7 @@ class Watcher:
         output.register_hook(add)
 
     @torch.no_grad()
+    @unrounded
     def _output(self, _: nn.Module, args: tuple) -> None:
         z = args[0].flatten(2)
         z = z[valid(z, self.masks)].float()
@@ -194,6 +199,7 @@ class Watcher:
         self.tokens += len(z)
 
     @torch.no_grad()
+    @unrounded
     def _attention(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
         call = self.block.arguments(args, kwargs)
         x = call["hidden_states"]
@@ -219,7 +225,9 @@ class Watcher:
                 grown = growth_at(self.block.growth, call, 0)
                 q = q * grown[min(b, len(grown) - 1), rows].unsqueeze(-1)
             hidden = self._hidden(call.get("is_causal"), rows, k.shape[-2])
-            bias = _bias(mask, by_head, b, rows, hidden).to(q.device)
+            if "flash" in str(self.block.config._attn_implementation) and mask is None and self.block.part != "cross":
+                hidden = hidden | in_other_texts(call.get("position_ids"), b, rows)
+            bias = bias_of(mask, by_head, b, rows, hidden).to(q.device)
             self._observe(q, k, bias.expand(self.heads.q.shape[0], self.heads.q.shape[1], -1, -1) if bias.shape[0] == 1
                           else bias.unflatten(0, self.heads.q.shape[:2]))  # fmt: skip
             self.rows += len(rows)
@@ -236,14 +244,14 @@ class Watcher:
     def _hidden(self, causal: bool | None, rows: Tensor, keys: int) -> Tensor:
         """Keys that are out of sight without a mask that says so, ``(rows, keys)``."""
         at = torch.arange(keys, device=rows.device)
-        if not (self.block.family.causal if causal is None else causal):
-            return torch.zeros(len(rows), keys, dtype=torch.bool, device=rows.device)
         window = self.block.family.window(self.block.core) or keys
+        if not (self.block.family.causal if causal is None else causal):
+            return (at - rows[:, None]).abs() >= window
         return (at > rows[:, None]) | (at <= rows[:, None] - window)
 
     def _sample(self, real: Tensor) -> Tensor:
         rows = real.nonzero()[:, 0]
-        pick = torch.randperm(len(rows), generator=self.generator)[: self.queries].sort().values
+        pick = torch.randperm(len(rows), generator=self.generator, device="cpu")[: self.queries].sort().values
         return rows[pick.to(rows.device)]
 
     def _observe(self, q: Tensor, k: Tensor, bias: Tensor) -> None:
@@ -252,7 +260,7 @@ class Watcher:
         logits = q @ k.unsqueeze(1).mT * self.block.scale
         if cap is not None:
             logits = cap * (logits / cap).tanh()
-        weights = _weights(logits + bias, bias, None if sinks is None else sinks.float().view(len(k), -1))
+        weights = weights_of(logits + bias, bias, None if sinks is None else sinks.float().view(len(k), -1))
         if rotary:
             self._add("pair", _feature_covariance(q[..., :rotary], k[..., :rotary], weights))
         if d > rotary:
@@ -328,53 +336,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([re * cos - im * sin, im * cos + re * sin, rest], -1)
 
 
-def _bias(mask: Any, by_head: Tensor | None, b: int, rows: Tensor, hidden: Tensor) -> Tensor:
-    """What is added to the logits of sequence ``b``: ``(heads or 1, rows, keys)`` float32, ``-inf`` if hidden.
-
-    Args:
-        mask: of all heads and queries, or flash attention's, which says what is padding, or none.
-        hidden: keys that are out of sight where the mask doesn't know of queries.
-
-    Raises:
-        CloverError: a mask of another kind.
-    """
-    if not isinstance(mask, Tensor | None):
-        raise CloverError(
-            f"calibration can't read a {type(mask).__name__}; load the model with attn_implementation='sdpa'"
-        )
-    if mask is None or mask.dim() == 2:
-        if mask is not None:
-            hidden = hidden | ~mask[min(b, len(mask) - 1), : hidden.shape[1]].bool().to(hidden.device)
-        bias = torch.zeros(1, *hidden.shape, device=rows.device).masked_fill(hidden, -torch.inf)
-    else:
-        piece = mask[min(b, len(mask) - 1)]
-        piece = piece[:, rows if piece.shape[1] > 1 else rows * 0, : hidden.shape[1]]
-        if piece.dtype == torch.bool:
-            bias = torch.zeros_like(piece, dtype=torch.float32).masked_fill(~piece, -torch.inf)
-        else:
-            bias = piece.float().masked_fill(piece < torch.finfo(piece.dtype).min / 4, -torch.inf)
-    if by_head is None:
-        return bias
-    more = by_head[min(b, len(by_head) - 1)].float()
-    return bias + (more[:, rows] if more.shape[1] > 1 else more)
-
-
-def _weights(logits: Tensor, bias: Tensor, sinks: Tensor | None = None) -> Tensor:
-    """Weight of each key for each query: half its attention, half uniform over the keys it can see."""
-    visible = (bias > -torch.inf).float()
-    uniform = visible / visible.sum(-1, keepdim=True).clamp_min(1)
-    if sinks is None:
-        attention = logits.softmax(-1)
-    else:
-        sink = sinks[..., None, None].expand(*logits.shape[:-1], 1)
-        attention = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
-    return SOFTMAX_WEIGHT * attention.nan_to_num(0.0) + (1 - SOFTMAX_WEIGHT) * uniform
-
-
 def _feature_covariance(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
     """Sum over queries of the covariance of the rotary features, ``(kv, n, r, r)``."""
-    # A KV head at a time, to bound memory; on GPUs as many as fit a hundred megabytes, for they are slow to be told.
-    at_once = max(1, FEATURES // (q[0, ..., 0].numel() * k[0].numel())) if q.is_cuda else 1
+    # A KV head at a time, to bound memory; on GPUs as many as fit a hundred megabytes: launching work is slow there.
+    each = q[0, ..., 0].numel() * k[0].numel()
+    if each > LARGEST and q.shape[2] > 1:
+        some = max(1, q.shape[2] * LARGEST // each)
+        parts = zip(q.split(some, 2), weights.split(some, 2), strict=True)
+        return torch.stack([_feature_covariance(part, k, w) for part, w in parts]).sum(0)
+    at_once = max(1, FEATURES // each) if q.is_cuda else 1
     found = []
     for some_q, some_k, some_weights in zip(q.split(at_once), k.split(at_once), weights.split(at_once), strict=True):
         f, w = features(some_q, some_k.unsqueeze(1)), some_weights.unsqueeze(-1)

@@ -28,6 +28,10 @@ def check_model(model: Any) -> None:
         CloverError: it names the class and what to give instead.
     """
     if isinstance(model, PreTrainedModel):
+        if getattr(model, "_compiled_call_impl", None) is not None:
+            raise CloverError(f"this {type(model).__name__} was compiled; compile what comes out instead")
+        if model.device.type == "mps":
+            raise CloverError("MPS knows no float64, in which heads are decomposed; move the model to the CPU first")
         return
     kind = type(model)
     if kind.__module__.partition(".")[0] == "peft":

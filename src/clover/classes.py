@@ -30,9 +30,9 @@ from transformers.models.auto import modeling_auto
 from clover.block import Block
 from clover.checks import check_all_that_is_saved
 from clover.errors import CloverError
-from clover.families import is_attention, survey
 from clover.plan import Plan
 from clover.surgery import check_fit, install, skeleton
+from clover.survey import is_attention, survey
 
 MODEL_TYPE = "clover (pip install clover-attention, then import clover before loading)"
 GUARD = "unknown before `import clover` (pip install clover-attention); then load with clover.load or an Auto class"

@@ -17,10 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from clover.attention import CloverAttention
 from clover.block import Block, norm_entries
 from clover.errors import CloverError, UnsupportedModelError
-from clover.families import survey
 from clover.plan import Group, Plan
 from clover.pruning import plan_of
 from clover.surgery import rewritten
+from clover.survey import survey
 
 
 @torch.no_grad()

@@ -24,12 +24,12 @@ from clover.basis import Basis
 from clover.block import Block
 from clover.checkpoint import blank
 from clover.errors import CloverError, reason
-from clover.families import blocks
 from clover.heads import finite
 from clover.plan import BlockPlan
 from clover.precision import workplace
 from clover.shards import DTYPES, Checkpoint, Entry
 from clover.surgery import filled
+from clover.survey import blocks
 
 
 @dataclass(frozen=True)

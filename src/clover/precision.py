@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from itertools import chain
 from typing import Any
 
@@ -45,3 +47,37 @@ def workplace(dtype: torch.dtype) -> tuple[torch.device, torch.dtype]:
     if torch.cuda.is_available():
         return torch.device("cuda"), dtype
     return torch.device("cpu"), torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """While it lasts, products of float32 are not shortened (TF32): sums of such are no Grams any more."""
+    backends: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
+    kinds = [backend.matmul for backend in backends if hasattr(backend, "matmul")]
+    if not hasattr(kinds[0], "fp32_precision"):  # before torch 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    held = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        yield
+    finally:
+        for kind, precision in zip(kinds, held, strict=True):
+            kind.fp32_precision = precision
+
+
+def unrounded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Without autocast, which would give the products of float32 half precision."""
+
+    @wraps(function)
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return computed

@@ -15,11 +15,11 @@ from clover.calibrate import calibrate
 from clover.checks import check_model, check_own
 from clover.classes import adopt
 from clover.errors import CloverError, warn
-from clover.families import blocks
 from clover.latent import projections
 from clover.lossbudget import Outcome, check_bound, keep_apart, within
 from clover.plan import Plan, Spectrum
 from clover.surgery import operate, rewritten
+from clover.survey import blocks
 
 Part = Literal["encoder", "decoder", "cross", "all"]
 Metric = Literal["activations", "weights"]

@@ -30,13 +30,13 @@ from clover.calibrate import QUERIES, Moments, Watcher, watching
 from clover.crew import Crew
 from clover.draft import Draft
 from clover.errors import CloverError
-from clover.families import survey
 from clover.layerwise import Call, Stack, entered, run, stacks, walk
 from clover.layout import BASES, DONE, Layout
 from clover.packed import pack_costs
 from clover.pieces import Pieces, cut
 from clover.plan import Plan
 from clover.precision import workplace
+from clover.survey import survey
 
 STRIDE = 1_000_003
 """Between the seeds of batches: what is drawn for a batch must not depend on which process has it."""
@@ -114,7 +114,7 @@ def _add_up(watcher: Watcher, we: Crew) -> None:
 
 def _likelihood(output: Tensor, masks: Sequence[Tensor], generator: torch.Generator) -> Tensor:
     """Derivative by its mean of the log-likelihood of noise as large as each token's hidden state."""
-    noise = torch.randn(output.shape, generator=generator).to(output.device)
+    noise = torch.randn(output.shape, generator=generator, device="cpu").to(output.device)
     if output.dim() == 3:
         noise = noise * valid(output, masks).unsqueeze(-1)
     size = output.detach().float().square().mean(-1, keepdim=True).sqrt()

@@ -13,9 +13,9 @@ from clover.attention import CloverAttention
 from clover.basis import Basis
 from clover.block import Block
 from clover.errors import CloverError
-from clover.families import survey
 from clover.heads import Heads, finite
 from clover.plan import BlockPlan, Plan
+from clover.survey import survey
 
 HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name and "state_dict" not in name)
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from clover.decompose import Bases, decompose, weight_gram
 from clover.errors import CloverError
-from clover.families import MLP, block_of, is_attention
+from clover.families import MLP
+from clover.survey import block_of, is_attention
 
 Part = Literal["qk", "q", "vo", "up", "gate"]
 PARTS: tuple[Part, ...] = ("qk", "q", "vo", "up", "gate")
