@@ -109,10 +109,9 @@ def calibrate(
         watcher.check_reached({w.block.part for w in watchers} - missed)
     _value_idle(watchers)
     if few := next((w for w in watchers if w.tokens < len(w.sums["mean"])), None):
-        columns = len(few.sums["mean"])
-        warn(
-            f"{few.tokens} tokens reached {few.block.name}, fewer than the {columns} columns of its heads; give more data"
-        )
+        wanted = len(few.sums["mean"])
+        name = few.block.name
+        warn(f"{few.tokens} tokens reached {name}, fewer than the {wanted} columns of its heads; give more data")
     watchers.reverse()
     return [watchers.pop().moments(answers) for _ in blocks]  # each let go of: the sums are as large as the moments
 
