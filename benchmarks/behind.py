@@ -27,19 +27,19 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import language
-from clover.basis import Basis, find_basis
-from clover.block import Block
-from clover.budget import Share
-from clover.crew import Crew
-from clover.evaluate import perplexity
-from clover.layerwise import stacks, walk
-from clover.lossbudget import twin
-from clover.plan import Plan
-from clover.pruning import find_bases, plan_ranks
-from clover.refit import fit
-from clover.sequential import Sample, inside, observe
-from clover.surgery import filled, install, operate
-from clover.survey import blocks
+from clover.decomposition.refit import fit
+from clover.jobs.crew import Crew
+from clover.measure.evaluate import perplexity
+from clover.model.block import Block
+from clover.model.survey import blocks
+from clover.planning.budget import Share
+from clover.planning.plan import Plan
+from clover.pruning.basis import Basis, find_basis
+from clover.pruning.lossbudget import twin
+from clover.pruning.prune import find_bases, plan_ranks
+from clover.pruning.surgery import filled, install, operate
+from clover.streaming.layerwise import stacks, walk
+from clover.streaming.sequential import Sample, inside, observe
 from common import MODELS, SEED, record, text
 
 SEQUENCES, FIRST = 16, 12_288
@@ -94,7 +94,7 @@ def aimed(block: Block, basis: Basis, plan: Any, here: Tensor, there: Tensor) ->
     cross = ((there - means[1]).T @ (here - means[0])).double() / len(here)
 
     whole: Any = block.projection("o").weight
-    with mock.patch("clover.basis.fit", lambda _, *rest: fit(whole.double() @ cross, *rest)):
+    with mock.patch("clover.pruning.basis.fit", lambda _, *rest: fit(whole.double() @ cross, *rest)):
         made: Any = filled(block, basis, plan)
     with torch.no_grad():
         made[block.core_name].o_proj.bias += whole @ (means[1] - means[0])

@@ -34,10 +34,10 @@ from torch import nn
 from transformers import AutoTokenizer
 
 import clover
-from clover.evaluate import continuations, multiple_choice, perplexity
-from clover.files import Question, read_questions
-from clover.recipe import METHODS, Recipe, adapter_config
-from clover.training import answered, train
+from clover.measure.evaluate import continuations, multiple_choice, perplexity
+from clover.measure.files import Question, read_questions
+from clover.tuning.recipe import METHODS, Recipe, adapter_config
+from clover.tuning.training import answered, train
 from common import DATA, MODELS, RESULTS, record, text, timed
 
 SETS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")

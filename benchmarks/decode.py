@@ -23,8 +23,8 @@ from transformers import AutoTokenizer
 
 import language
 import speech
-from clover.cost import sizes
-from clover.pruning import find_bases
+from clover.measure.cost import sizes
+from clover.pruning.prune import find_bases
 from common import MODELS, SEED, apart, chosen, record, text
 from speed import cut_all, loaded, throughput
 

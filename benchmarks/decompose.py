@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 import clover
-from clover.decompose import decompose, weight_gram
+from clover.decomposition.decompose import decompose, weight_gram
 from common import SEED, chosen, isolated, peak_memory, record, reset_peak_memory, side_by_side, timed
 
 Pair = tuple[Tensor, Tensor]

@@ -16,11 +16,11 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertModel
 
 import clover
-from clover.basis import Basis
-from clover.budget import Share
-from clover.data import calibration_batches
-from clover.evaluate import embedding_cosine
-from clover.pruning import apply, find_bases, plan_ranks
+from clover.measure.data import calibration_batches
+from clover.measure.evaluate import embedding_cosine
+from clover.planning.budget import Share
+from clover.pruning.basis import Basis
+from clover.pruning.prune import apply, find_bases, plan_ranks
 from common import DATA, MODELS, SEED, chosen, record, text
 
 SHARES = {

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clover.block import Block
-from clover.heads import Heads
+from clover.model.block import Block
+from clover.model.heads import Heads
 
 
 @dataclass

@@ -36,17 +36,17 @@ import clover
 import embedding
 import language
 import speech
-from clover.basis import Basis, find_basis
-from clover.block import Block
-from clover.budget import Share
-from clover.calibrate import Moments, calibrate
-from clover.data import text_tokens
-from clover.evaluate import embedding_cosine, multiple_choice, perplexity
-from clover.export import pad
-from clover.files import read_questions
-from clover.lossbudget import compare
-from clover.pruning import apply, plan_ranks
-from clover.survey import blocks
+from clover.calibration.calibrate import Moments, calibrate
+from clover.measure.data import text_tokens
+from clover.measure.evaluate import embedding_cosine, multiple_choice, perplexity
+from clover.measure.files import read_questions
+from clover.model.block import Block
+from clover.model.survey import blocks
+from clover.planning.budget import Share
+from clover.pruning.basis import Basis, find_basis
+from clover.pruning.lossbudget import compare
+from clover.pruning.prune import apply, plan_ranks
+from clover.runtimes.export import pad
 from common import DATA, MODELS, RESULTS, SEED, record, text
 from facts import Facts, watching
 from peers import METHODS, Cut

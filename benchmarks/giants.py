@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from clover.shards import INDEX, Shard, form
+from clover.streaming.shards import INDEX, Shard, form
 from common import SEED
 
 SCRATCH = Path(os.environ.get("CLOVER_SCRATCH", tempfile.gettempdir()))

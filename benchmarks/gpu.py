@@ -26,10 +26,10 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import clover
-from clover.budget import Share
-from clover.cost import compare_throughput, sizes
-from clover.pruning import apply, find_bases, plan_ranks
-from clover.recipe import Recipe, adapter_config
+from clover.measure.cost import compare_throughput, sizes
+from clover.planning.budget import Share
+from clover.pruning.prune import apply, find_bases, plan_ranks
+from clover.tuning.recipe import Recipe, adapter_config
 from common import SEED, chosen, in_turns, record
 from giants import SEVEN
 

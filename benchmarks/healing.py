@@ -27,10 +27,10 @@ from transformers import AutoTokenizer
 
 import clover
 import language
-from clover.attention import CloverAttention
-from clover.evaluate import perplexity
-from clover.recipe import Recipe, adapter_config
-from clover.training import mean_loss, train
+from clover.attention.attention import CloverAttention
+from clover.measure.evaluate import perplexity
+from clover.tuning.recipe import Recipe, adapter_config
+from clover.tuning.training import mean_loss, train
 from common import MODELS, SEED, record, text
 
 LENGTH, BATCH = 256, 2

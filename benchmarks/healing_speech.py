@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 import clover
-from clover.data import audio_features
-from clover.evaluate import word_error_rate
-from clover.files import read_manifest
+from clover.measure.data import audio_features
+from clover.measure.evaluate import word_error_rate
+from clover.measure.files import read_manifest
 from common import SEED, chosen, record, timed
 from healing import HALF, RECIPES, open_up
 from speech import MANIFEST, dense, processor

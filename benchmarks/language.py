@@ -17,9 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import clover
-from clover.budget import Share
-from clover.evaluate import perplexity
-from clover.pruning import apply, find_bases, plan_ranks
+from clover.measure.evaluate import perplexity
+from clover.planning.budget import Share
+from clover.pruning.prune import apply, find_bases, plan_ranks
 from common import MODELS, SEED, record, text
 
 SHARES = {

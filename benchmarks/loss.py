@@ -27,13 +27,13 @@ from transformers import AutoTokenizer
 import embedding
 import language
 import speech
-from clover.budget import Share, make_plan
-from clover.data import text_tokens
-from clover.evaluate import perplexity
-from clover.lossbudget import Forecast, compare, keep_apart, twin, within
-from clover.plan import Plan
-from clover.pruning import find_bases
-from clover.surgery import operate
+from clover.measure.data import text_tokens
+from clover.measure.evaluate import perplexity
+from clover.planning.budget import Share, make_plan
+from clover.planning.plan import Plan
+from clover.pruning.lossbudget import Forecast, compare, keep_apart, twin, within
+from clover.pruning.prune import find_bases
+from clover.pruning.surgery import operate
 from common import MODELS, SEED, record, text
 
 WINDOWS = 24

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clover.decompose import decompose
-from clover.heads import Heads
+from clover.decomposition.decompose import decompose
+from clover.model.heads import Heads
 from facts import Facts
 
 RIDGE = 1e-6

@@ -22,9 +22,9 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, DynamicCache, Quanti
 
 import clover
 import language
-from clover.attention import CloverAttention
-from clover.budget import Limits, Share
-from clover.pruning import apply, find_bases, plan_ranks
+from clover.attention.attention import CloverAttention
+from clover.planning.budget import Limits, Share
+from clover.pruning.prune import apply, find_bases, plan_ranks
 from common import MODELS, SEED, chosen, record, text
 
 MODELS_OF = {"dense": None, "25": 0.25, "50": 0.5}

@@ -26,9 +26,9 @@ import torch
 
 import clover
 import speech
-from clover import onnx
-from clover.data import audio_features
-from clover.files import read_manifest
+from clover.measure.data import audio_features
+from clover.measure.files import read_manifest
+from clover.runtimes import onnx
 from common import chosen, record, side_by_side
 from speed import ENCODER, cut_all, language_models, loaded
 

@@ -20,14 +20,14 @@ import torch
 from transformers import AutoProcessor, WhisperForConditionalGeneration
 
 import clover
-from clover.basis import Basis
-from clover.budget import Rule, Share, Threshold
-from clover.data import calibration_batches
-from clover.evaluate import word_error_rate
-from clover.files import read_manifest
-from clover.lossbudget import gauge, keep_apart
-from clover.pruning import apply, find_bases, plan_ranks
-from clover.survey import blocks
+from clover.measure.data import calibration_batches
+from clover.measure.evaluate import word_error_rate
+from clover.measure.files import read_manifest
+from clover.model.survey import blocks
+from clover.planning.budget import Rule, Share, Threshold
+from clover.pruning.basis import Basis
+from clover.pruning.lossbudget import gauge, keep_apart
+from clover.pruning.prune import apply, find_bases, plan_ranks
 from common import DATA, MODELS, SEED, chosen, record
 
 MANIFEST = DATA / "speech" / "manifest.tsv"

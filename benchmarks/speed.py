@@ -25,12 +25,12 @@ from transformers import AutoTokenizer
 import clover
 import language
 import speech
-from clover.block import Block
-from clover.budget import Share
-from clover.cost import compare_throughput
-from clover.plan import BlockPlan
-from clover.pruning import apply, find_bases, plan_ranks
-from clover.survey import blocks
+from clover.measure.cost import compare_throughput
+from clover.model.block import Block
+from clover.model.survey import blocks
+from clover.planning.budget import Share
+from clover.planning.plan import BlockPlan
+from clover.pruning.prune import apply, find_bases, plan_ranks
 from common import MODELS, SEED, apart, chosen, isolated, peak_memory, record, reset_peak_memory, text
 
 CONTEXTS = (128, 2048)

@@ -36,15 +36,17 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from clover import load, prune, sequential, streaming
-from clover.basis import find_basis
-from clover.budget import Share
-from clover.data import calibration_batches
-from clover.draft import hidden
-from clover.evaluate import perplexity
-from clover.pieces import Pieces, cut
-from clover.pruning import plan_ranks
-from clover.shards import Checkpoint
+from clover import load, prune
+from clover.jobs.draft import hidden
+from clover.measure.data import calibration_batches
+from clover.measure.evaluate import perplexity
+from clover.planning.budget import Share
+from clover.pruning.basis import find_basis
+from clover.pruning.prune import plan_ranks
+from clover.streaming import sequential
+from clover.streaming import stream as streaming
+from clover.streaming.pieces import Pieces, cut
+from clover.streaming.shards import Checkpoint
 from common import DATA, MODELS, SEED, chosen, peak_memory, record, reset_peak_memory, side_by_side, text, timed
 from decompose import LARGE_V3
 from giants import SCRATCH, SEVEN, SEVENTY, checkpoint
@@ -103,7 +105,7 @@ def alone(command: list[str], **env: str) -> dict[str, Any]:
 
 
 def clover(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "clover.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "clover", *map(str, arguments)]
 
 
 def some_blocks(folder: Path) -> dict[str, float]:

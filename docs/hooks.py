@@ -44,7 +44,7 @@ def _notebook(path: Path) -> str:
 
 
 def _reference() -> list[str]:
-    from clover.cli import app
+    from clover.command.cli import app
 
     lines = ["# Command line", "", "Made from the commands themselves.", ""]
     for path, command in _commands("clover", typer.main.get_command(app)):

@@ -11,7 +11,7 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
-from clover import cli
+from clover.command import cli
 from families import build
 from samples import tokenizer
 

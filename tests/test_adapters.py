@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from adapters import config, fresh, tuned
 from clover import CloverError
-from clover.linear import CloverLinear
+from clover.tuning.linear import CloverLinear
 from families import outputs
 
 

@@ -14,10 +14,10 @@ import transformers as t
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import clover
-from clover.alike import _files, alike, code
 from clover.errors import CloverError, UnsupportedModelError
-from clover.families import FAMILIES
-from clover.survey import blocks
+from clover.model.alike import _files, alike, code
+from clover.model.families import FAMILIES
+from clover.model.survey import blocks
 from families import outputs
 from tiny import LAYERS, LM, VISION, causal, encoder, gemma, image, text, vision
 
@@ -142,7 +142,7 @@ def test_rows_of_the_same_code_are_equal() -> None:
 
 def test_another_sequence_is_not_taken_for_self_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = series_transformer(), series()
-    monkeypatch.setattr("clover.survey.CROSS", set())
+    monkeypatch.setattr("clover.model.survey.CROSS", set())
     with pytest.raises(CloverError, match="key_value_states"):
         outputs(clover.orthogonalize(model), batch)
 

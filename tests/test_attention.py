@@ -14,8 +14,8 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import clover
-from clover.attention import CloverAttention
-from clover.ragged import attend_one
+from clover.attention.attention import CloverAttention
+from clover.attention.ragged import attend_one
 from families import (
     CASES,
     EAGER,
@@ -87,8 +87,8 @@ def test_cached_generation_equals_uncached(name: str, kind: str) -> None:
 @pytest.mark.parametrize("name", [*GENERATIVE, *SEQ2SEQ])
 def test_tokens_that_round_a_length_up_are_not_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = generate(name, "pruned", use_cache=False)
-    monkeypatch.setattr("clover.cache.ANY_LENGTH", ())
-    monkeypatch.setattr("clover.cache.STEP", 8)
+    monkeypatch.setattr("clover.attention.cache.ANY_LENGTH", ())
+    monkeypatch.setattr("clover.attention.cache.STEP", 8)
     assert torch.equal(generate(name, "pruned"), plain)
 
 
@@ -290,7 +290,7 @@ def test_tokens_that_are_added_between_layers_do_not_turn() -> None:
     def keep(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         found.append(kwargs["position_embeddings"])
 
-    name = clover.survey.blocks(model)[0].name
+    name = clover.model.survey.blocks(model)[0].name
     stock = copy.deepcopy(model).get_submodule(name)
     hook = stock.register_forward_pre_hook(keep, with_kwargs=True)
     with torch.no_grad():

@@ -19,14 +19,14 @@ import transformers as t
 from torch import nn
 
 import clover
-from clover import pruning
-from clover.budget import Share
-from clover.data import load_processor
 from clover.errors import CloverError, UnsupportedModelError, warn
-from clover.families import FAMILIES, REFUSED
-from clover.plan import Group, Plan
-from clover.streaming import prune_folder
-from clover.survey import blocks
+from clover.measure.data import load_processor
+from clover.model.families import FAMILIES, REFUSED
+from clover.model.survey import blocks
+from clover.planning.budget import Share
+from clover.planning.plan import Group, Plan
+from clover.pruning import prune as pruning
+from clover.streaming.stream import prune_folder
 from families import build, outputs
 from test_checkpoint import python
 from test_export import llava
@@ -456,9 +456,9 @@ def test_wrappers_of_models(tmp_path: Path) -> None:
     """In a process of its own, where nobody checks types before clover does."""
     code = """
 import sys, peft, torch, clover
-from clover.budget import Share
+from clover.planning.budget import Share
 from clover.errors import warn
-from clover.pruning import apply, find_bases, plan_ranks
+from clover.pruning.prune import apply, find_bases, plan_ranks
 from families import build
 model, _ = build("llama-gqa")
 bases = find_bases(model)

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import clover
-from clover import bench
-from clover.bench import compare_runtime
-from clover.cost import compare_throughput, random_inputs
+from clover.command.show import show_runtime
 from clover.errors import CloverError
-from clover.show import show_runtime
+from clover.measure import bench
+from clover.measure.bench import compare_runtime
+from clover.measure.cost import compare_throughput, random_inputs
 from commands import run, succeed
 from families import build, pruned
 
@@ -54,7 +54,7 @@ def test_bench_runtime(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[st
 def test_an_encoder_reads_a_context_or_what_has_its_own_size(
     name: str, contexts: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("clover.bench._peak", lambda *_: 1)
+    monkeypatch.setattr("clover.measure.bench._peak", lambda *_: 1)
     build(name, torch.float32)[0].save_pretrained(tmp_path / name)
     seen: list[int] = []
 
@@ -62,7 +62,7 @@ def test_an_encoder_reads_a_context_or_what_has_its_own_size(
         seen.append(random_inputs(models["dense"], 1, context).get("input_ids", torch.zeros(1, 0)).shape[1])
         return compare_throughput(models, context=context, **options)
 
-    monkeypatch.setattr("clover.bench.compare_throughput", watch)
+    monkeypatch.setattr("clover.measure.bench.compare_throughput", watch)
     result = compare_runtime(str(tmp_path / name), str(tmp_path / name), contexts=(8, 16), repeats=1)
     assert list(result["contexts"]) == contexts and seen == [int(c or 0) for c in contexts]
     for figures in result["contexts"].values():
@@ -73,7 +73,7 @@ def test_an_encoder_reads_a_context_or_what_has_its_own_size(
 def test_a_language_model_that_sees_is_timed_on_text(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("clover.bench._peak", lambda *_: 1)
+    monkeypatch.setattr("clover.measure.bench._peak", lambda *_: 1)
     build(name, torch.float32)[0].save_pretrained(tmp_path / name)
     result = compare_runtime(str(tmp_path / name), str(tmp_path / name), contexts=(8,), new_tokens=2, repeats=1)
     assert min(result["contexts"]["8"]["decode_tokens_per_second"]) > 0 and min(result["contexts"]["8"]["kv_bytes"]) > 0
@@ -97,7 +97,7 @@ def die(*_: Any) -> None:
 def test_a_process_that_is_killed_takes_no_other_figure_with_it(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("clover.bench.peak_bytes", die)
+    monkeypatch.setattr("clover.measure.bench.peak_bytes", die)
     with pytest.warns(UserWarning, match="the process that measured the memory of .*dense was killed"):
         assert bench._peak(str(pair[0]), "float32", {}) is None
     result: dict[str, Any] = dict.fromkeys(("device", "dtype", "batch"), "")

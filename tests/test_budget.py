@@ -13,9 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clover.budget import Costs, Energy, Granularity, Limits, Share, Threshold, make_plan
 from clover.errors import CloverError
-from clover.plan import FORMAT, BlockPlan, Group, Plan
+from clover.planning.budget import Costs, Energy, Granularity, Limits, Share, Threshold, make_plan
+from clover.planning.plan import FORMAT, BlockPlan, Group, Plan
 
 GRANULARITIES: tuple[Granularity, ...] = ("head", "layer", "model")
 SEEDS = st.integers(0, 2**31)

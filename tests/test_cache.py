@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from clover.cache import LEAST, STEP, GrowingLayer, grow
+from clover.attention.cache import LEAST, STEP, GrowingLayer, grow
 from families import pruned
 
 Step = tuple[str, int]

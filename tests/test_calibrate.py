@@ -16,11 +16,11 @@ from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb 
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rope
 
 import clover
-from clover import answers
-from clover.calibrate import Moments, Watcher, calibrate
+from clover.calibration.calibrate import Moments, Watcher, calibrate
+from clover.calibration.visible import SOFTMAX_WEIGHT, bias_of, in_other_texts
 from clover.errors import CloverError
-from clover.survey import blocks
-from clover.visible import SOFTMAX_WEIGHT, bias_of, in_other_texts
+from clover.model import answers
+from clover.model.survey import blocks
 from families import build, outputs
 from tiny import LM
 
@@ -601,7 +601,7 @@ def test_whatever_a_mask_adds_to_hide_a_key(least: float) -> None:
 def test_features_of_a_large_head_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     (model, batch), (other, _) = build("llama-gqa"), build("llama-gqa")
     whole = calibrate(model, blocks(model), [batch])[0].pair
-    monkeypatch.setattr("clover.calibrate.LARGEST", 500)
+    monkeypatch.setattr("clover.calibration.calibrate.LARGEST", 500)
     torch.testing.assert_close(calibrate(other, blocks(other), [batch])[0].pair, whole, rtol=1e-4, atol=1e-4)
 
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import clover
-from clover import cli, demo
+from clover.command import cli, demo
 from commands import TEXT, refuse, run, succeed
 from families import build
 from samples import tokenizer
@@ -193,7 +193,7 @@ def test_interrupt_leaves_nothing_behind(
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clover.folders.sync", stop)  # the weights are on disk by then
+    monkeypatch.setattr("clover.jobs.folders.sync", stop)  # the weights are on disk by then
     for command in (
         ["prune", narrow, tmp_path / "out", "--vo", 0.5, "--calibration", words],
         ["demo", "--model", narrow, "--out", tmp_path / "out"],

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from clover import cli, demo
+from clover.command import cli, demo
 from commands import refuse, run, succeed
 from families import build
 from samples import tokenizer, whisper_processor
@@ -170,7 +170,7 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
 
 def test_a_terminated_command_leaves_nothing_behind(narrow: Path, tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from clover import cli, folders; "
+        "import os, signal, sys; from clover.command import cli; from clover.jobs import folders; "
         "folders.sync = lambda _: os.kill(os.getpid(), signal.SIGTERM); cli.main()"
     )
     command = [sys.executable, "-c", code, "prune", narrow, tmp_path / "out", "--vo", "0.5"]
@@ -277,7 +277,7 @@ def test_exit_code_of_the_process(tmp_path: Path) -> None:
     """Without CliRunner: the entry point itself, as it is without the extras."""
     source = Path(cli.__file__).parents[1]
     extras = ("accelerate", "jiwer", "matplotlib", "onnx", "onnxruntime", "onnxscript", "peft", "soundfile", "soxr")
-    code = f"import sys; sys.modules.update(dict.fromkeys({extras})); from clover.cli import main; main()"
+    code = f"import sys; sys.modules.update(dict.fromkeys({extras})); from clover.command.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "prune", "model", str(tmp_path), "--vo", "2"],
         env=os.environ | {"PYTHONPATH": str(source)}, capture_output=True, text=True, check=False,

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from clover.cores import Core, distance, fingerprint, turn
-from clover.decompose import decompose, weight_gram
+from clover.decomposition.decompose import decompose, weight_gram
+from clover.tuning.cores import Core, distance, fingerprint, turn
 
 
 def core(bases, *, diagonal: bool = False, dropout: float = 0.0, identity: bool = True) -> Core:

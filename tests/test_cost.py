@@ -9,9 +9,9 @@ import torch
 import transformers as t
 
 import clover
-from clover import cost
 from clover.errors import CloverError, UnsupportedModelError
-from clover.graphs import graphs
+from clover.measure import cost
+from clover.runtimes.graphs import graphs
 from families import CASES, COPIES, build
 from families import pruned as pruned_case
 from tiny import LM, VISION, llava

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from clover.crew import crew
-from clover.draft import hidden
-from clover.streaming import prune_folder
+from clover.jobs.crew import crew
+from clover.jobs.draft import hidden
+from clover.streaming.stream import prune_folder
 from test_streaming import CUT, same, save
 
 RUN = """
 import os, signal, sys
-from clover.draft import Draft
-from clover.streaming import prune_folder
+from clover.jobs.draft import Draft
+from clover.streaming.stream import prune_folder
 keep = Draft.keep
 
 def dying(self, what, *rest):

@@ -12,9 +12,9 @@ import torch
 
 import clover
 from clover.errors import CloverError
-from clover.layout import Layout
-from clover.shards import INDEX
-from clover.streaming import prune_folder
+from clover.streaming.layout import Layout
+from clover.streaming.shards import INDEX
+from clover.streaming.stream import prune_folder
 from families import build, pruned
 from test_streaming import CUT, save
 

@@ -16,9 +16,10 @@ import transformers as t
 
 import clover
 import families
-from clover import data, files, traits
+from clover.command.options import batches_of
 from clover.errors import CloverError
-from clover.options import batches_of
+from clover.measure import data, files
+from clover.model import traits
 from samples import (
     SPECIAL,
     TINY,

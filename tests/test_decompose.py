@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clover.decompose import decompose, square_root, weight_gram
+from clover.decomposition.decompose import decompose, square_root, weight_gram
 
 
 class Case(NamedTuple):

@@ -28,8 +28,8 @@ def adapter():
 
 DDP = """
 from pathlib import Path
-from clover.recipe import Recipe
-from clover.training import train
+from clover.tuning.recipe import Recipe
+from clover.tuning.training import train
 from transformers import trainer
 
 ids = 8 * torch.randint(64, (4, 12), generator=torch.Generator().manual_seed(0)).tolist()

@@ -21,10 +21,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 import families
-from clover import evaluate as ev
-from clover.data import text_tokens
 from clover.errors import CloverError
-from clover.files import Question, Utterance
+from clover.measure import evaluate as ev
+from clover.measure.data import text_tokens
+from clover.measure.files import Question, Utterance
 
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = "Question: Answer: Why? So. No. the correct answer is answer1 answer2 Ann Bob saw so hid _ long text"

@@ -14,7 +14,7 @@ import transformers
 
 import clover
 from clover import CloverError, UnsupportedModelError
-from clover.export import pad
+from clover.runtimes.export import pad
 from families import CASES, build, outputs, pruned
 from tiny import LM, VISION
 

@@ -10,10 +10,10 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 import clover
-from clover.attention import CloverAttention
-from clover.calibrate import Moments, calibrate
-from clover.latent import projections
-from clover.survey import blocks
+from clover.attention.attention import CloverAttention
+from clover.calibration.calibrate import Moments, calibrate
+from clover.model.mla import projections
+from clover.model.survey import blocks
 from families import CASES, COPIES, GENERATIVE, HYBRID, LATENT, NARROW, SEQ2SEQ, build, outputs, pruned
 from tiny import MLA, text, xglm
 

@@ -11,8 +11,8 @@ import pytest
 import soundfile
 import transformers as t
 
-from clover import data, files
 from clover.errors import CloverError
+from clover.measure import data, files
 from samples import ARC, clip, questions_file
 
 

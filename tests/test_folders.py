@@ -12,7 +12,7 @@ import torch
 
 import clover
 from clover.errors import CloverError
-from clover.folders import check_writable
+from clover.jobs.folders import check_writable
 from commands import refuse
 from families import build, outputs
 
@@ -42,9 +42,9 @@ def test_a_tokenizer_that_fails(command: list[Any], tmp_path: Path, monkeypatch:
     def fails(_: str) -> None:
         raise CloverError("an odd tokenizer")
 
-    monkeypatch.setattr("clover.options.found_beside", fails)
+    monkeypatch.setattr("clover.command.options.found_beside", fails)
     for name in ("load", "load_ready", "prune_folder"):
-        monkeypatch.setattr(f"clover.cli.{name}", lambda *_, **__: pytest.fail("work was begun"))
+        monkeypatch.setattr(f"clover.command.cli.{name}", lambda *_, **__: pytest.fail("work was begun"))
     first, *options = command
     assert "an odd tokenizer" in refuse(first, "somewhere", tmp_path / "out", *options)
 

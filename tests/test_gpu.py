@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 import clover
 from clover import CloverConfig, streaming
-from clover.cost import compare_throughput
+from clover.measure.cost import compare_throughput
 from commands import succeed
 from families import CASES, GENERATIVE, SEQ2SEQ, build, outputs, pruned
 from test_attention import greedy

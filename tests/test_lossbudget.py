@@ -14,11 +14,11 @@ import torch
 import transformers
 
 import clover
-from clover.answers import answer
-from clover.budget import Share, make_plan
-from clover.curve import loss_section
+from clover.command.curve import loss_section
 from clover.errors import CloverError
-from clover.lossbudget import (
+from clover.model.answers import answer
+from clover.planning.budget import Share, make_plan
+from clover.pruning.lossbudget import (
     Forecast,
     check_bound,
     compare,
@@ -30,7 +30,7 @@ from clover.lossbudget import (
     twin,
     within,
 )
-from clover.pruning import find_bases, plan_of
+from clover.pruning.prune import find_bases, plan_of
 from commands import TEXT, refuse, run, succeed
 from families import build, outputs
 from samples import tokenizer

@@ -16,8 +16,8 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import clover
 from clover import CloverError, onnx
-from clover.budget import Limits
-from clover.graphs import Graph, graphs
+from clover.planning.budget import Limits
+from clover.runtimes.graphs import Graph, graphs
 from commands import run
 from families import build
 from samples import tokenizer

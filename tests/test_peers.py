@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from clover.pruning import find_bases
-from clover.survey import blocks
+from clover.model.survey import blocks
+from clover.pruning.prune import find_bases
 from families import build
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"

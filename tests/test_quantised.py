@@ -125,7 +125,7 @@ import sys
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedCache
 import clover
-from clover.budget import Limits
+from clover.planning.budget import Limits
 
 kind, folder = sys.argv[1:]
 torch.manual_seed(0)

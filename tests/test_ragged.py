@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clover.ragged import LONG, as_heads, padded, weighted_sum
+from clover.attention.ragged import LONG, as_heads, padded, weighted_sum
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

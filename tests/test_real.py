@@ -12,15 +12,15 @@ import transformers
 from torch import Tensor
 
 import clover
-from clover.basis import find_basis
-from clover.budget import Share
-from clover.calibrate import calibrate
-from clover.data import calibration_batches, load_processor
-from clover.evaluate import perplexity
-from clover.files import read_text
-from clover.pruning import plan_ranks
-from clover.surgery import operate
-from clover.survey import blocks
+from clover.calibration.calibrate import calibrate
+from clover.measure.data import calibration_batches, load_processor
+from clover.measure.evaluate import perplexity
+from clover.measure.files import read_text
+from clover.model.survey import blocks
+from clover.planning.budget import Share
+from clover.pruning.basis import find_basis
+from clover.pruning.prune import plan_ranks
+from clover.pruning.surgery import operate
 
 PROMPT = "The history of mathematics is largely the history of"
 

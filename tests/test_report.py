@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from clover import report
+from clover.command import report
 from clover.errors import CloverError
-from clover.plan import BlockPlan, Group, Plan, Spectrum
+from clover.planning.plan import BlockPlan, Group, Plan, Spectrum
 
 SUMMARY = {
     "qk_removed": 0.5601,

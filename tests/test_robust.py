@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from transformers import StableLmConfig, StableLmForCausalLM
 
 import clover
-from clover.budget import Costs, Limits, Share, make_plan
 from clover.errors import CloverError, UnsupportedModelError
-from clover.files import read_manifest, read_questions
-from clover.heads import finite
-from clover.plan import Plan
-from clover.pruning import find_bases
-from clover.survey import blocks
+from clover.measure.files import read_manifest, read_questions
+from clover.model.heads import finite
+from clover.model.survey import blocks
+from clover.planning.budget import Costs, Limits, Share, make_plan
+from clover.planning.plan import Plan
+from clover.pruning.prune import find_bases
 from families import build, outputs
 from families import pruned as cut
 from test_budget import SEEDS, SHARES, costs

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from clover.rotary import RIDGE, by_energy, chosen, eliminate, features, fit_gains, gained, white_gram
+from clover.decomposition.rotary import RIDGE, by_energy, chosen, eliminate, features, fit_gains, gained, white_gram
 
 SEEDS = st.integers(0, 2**31)
 

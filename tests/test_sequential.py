@@ -13,15 +13,15 @@ import pytest
 import torch
 
 import clover
-from clover import layerwise
-from clover.crew import Crew
-from clover.draft import Draft, hidden
 from clover.errors import CloverError
-from clover.layerwise import stacks, walk
-from clover.pieces import Pieces
-from clover.sequential import Sample, inside, observe
-from clover.shards import Entry
-from clover.streaming import prune_folder
+from clover.jobs.crew import Crew
+from clover.jobs.draft import Draft, hidden
+from clover.streaming import layerwise
+from clover.streaming.layerwise import stacks, walk
+from clover.streaming.pieces import Pieces
+from clover.streaming.sequential import Sample, inside, observe
+from clover.streaming.shards import Entry
+from clover.streaming.stream import prune_folder
 from families import CASES, COPIES, build, outputs
 from test_streaming import python, same, tensors
 
@@ -51,7 +51,7 @@ def error(model: Any, reference: Any, batch: Any) -> float:
 
 def test_a_model_that_changes_hidden_states_between_layers(tmp_path: Path) -> None:
     model, batch = build("qwen3-vl")
-    order = stacks(model, clover.survey.blocks(model))
+    order = stacks(model, clover.model.survey.blocks(model))
     walk(model, order, [{"input_ids": batch["input_ids"]}], lambda name, _: model.get_submodule(name))
     with pytest.raises(CloverError, match=r"changes hidden states between the layers of model\.language_model\."):
         walk(model, order, [batch], lambda name, _: model.get_submodule(name))
@@ -61,7 +61,7 @@ def test_a_model_that_changes_hidden_states_between_layers(tmp_path: Path) -> No
 def test_a_walk_is_the_models_own_forward(name: str) -> None:
     """What comes out of each layer, and so what each layer was called with, is what the whole model makes of it."""
     model, batch = build(name)
-    order = stacks(model, clover.survey.blocks(model))
+    order = stacks(model, clover.model.survey.blocks(model))
     expected: dict[str, torch.Tensor] = {}
 
     def keep(layer: str) -> Any:
@@ -102,7 +102,7 @@ def test_attention_in_no_list_of_layers() -> None:
     model, _ = build("llama-gqa")
     model.model.layers = torch.nn.Sequential(*model.model.layers)
     with pytest.raises(CloverError, match=r"in no list of layers; calibrate the model in memory"):
-        stacks(model, clover.survey.blocks(model))
+        stacks(model, clover.model.survey.blocks(model))
 
 
 # --- what comes out ---
@@ -140,8 +140,8 @@ def test_who_reads_a_layer_beside_the_last_is_told(tmp_path: Path) -> None:
 def test_moments_are_those_of_the_path_in_memory(tmp_path: Path) -> None:
     """All but the gradient's: of the same tokens, where all queries are sampled."""
     model, batches, _ = prepared("llama-gqa", tmp_path / "dense")
-    found = clover.survey.blocks(model)
-    whole = clover.calibrate.calibrate(model, found, batches)
+    found = clover.model.survey.blocks(model)
+    whole = clover.calibration.calibrate.calibrate(model, found, batches)
     sample, mine = Sample.of(batches, model, Crew(), 0)
     seen: list[Any] = []
 
@@ -250,8 +250,8 @@ def test_never_more_than_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 RUN = """
 import os, signal, sys
 import torch
-from clover.draft import Draft
-from clover.streaming import prune_folder
+from clover.jobs.draft import Draft
+from clover.streaming.stream import prune_folder
 keep, left = Draft.keep, int(sys.argv[4])
 
 def dying(self, what, *rest):

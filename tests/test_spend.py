@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clover.budget import Limits, Share, Threshold, make_plan
-from clover.spend import Curve, spend
+from clover.planning.budget import Limits, Share, Threshold, make_plan
+from clover.planning.spend import Curve, spend
 from test_budget import SEEDS, costs, kept, model, ranks, size
 
 LARGE = [{"pairs": 0, "plain": 64}, {"pairs": 32, "plain": 0}, {"pairs": 16, "plain": 32}]

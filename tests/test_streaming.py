@@ -21,13 +21,13 @@ import torch
 from transformers import AutoModel
 
 import clover
-from clover import streaming
-from clover.crew import Crew
-from clover.draft import Draft, draft, hidden
+from clover.command.options import load_ready
 from clover.errors import CloverError
-from clover.options import load_ready
-from clover.shards import Entry, Shard
-from clover.streaming import prune_folder
+from clover.jobs.crew import Crew
+from clover.jobs.draft import Draft, draft, hidden
+from clover.streaming import stream as streaming
+from clover.streaming.shards import Entry, Shard
+from clover.streaming.stream import prune_folder
 from families import CASES, MERGED, build
 
 CUT: dict[str, Any] = {"qk": 0.3, "vo": 0.4}
@@ -207,9 +207,9 @@ def test_never_the_whole_model(llama: Path, tmp_path: Path, monkeypatch: pytest.
 
 KILLED = """
 import os, signal, sys, threading
-from clover.draft import Draft
-from clover.shards import Shard
-from clover.streaming import prune_folder
+from clover.jobs.draft import Draft
+from clover.streaming.shards import Shard
+from clover.streaming.stream import prune_folder
 kind, left = sys.argv[3], int(sys.argv[4])
 one_at_a_time = threading.Lock()
 keep, write = Draft.keep, Shard.write
@@ -310,7 +310,7 @@ def test_file_size_limit(llama: Path, tmp_path: Path) -> None:
     """Any error of the system while writing: one sentence, nothing under the name, and the rest can be gone on with."""
     code = """
 import resource, sys
-from clover.cli import main
+from clover.command.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 sys.argv = ["clover", "prune", sys.argv[1], sys.argv[2], "--qk", "0.3", "--vo", "0.4", "--stream"]
 main()
@@ -353,7 +353,7 @@ def test_full_disk(size: str, llama: Path, tmp_path: Path) -> None:
 
 def test_two_runs_on_one_output(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code = "import sys; from clover.streaming import prune_folder; prune_folder(*sys.argv[1:3], qk=0.3, vo=0.4)"
+    code = "import sys; from clover.streaming.stream import prune_folder; prune_folder(*sys.argv[1:3], qk=0.3, vo=0.4)"
     with draft(out, {"other": 1}, Crew(), kinds=("bases", "done")):
         run = python(code, llama, out)
         assert run.returncode

@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import clover
 from clover import CloverError, training
-from clover.recipe import METHODS, Recipe, adapter_config
-from clover.training import (
+from clover.tuning.recipe import METHODS, Recipe, adapter_config
+from clover.tuning.training import (
     IGNORED,
     collate,
     contiguous_head,
@@ -245,7 +245,7 @@ def test_two_runs_do_not_write_one_folder(
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr("clover.draft.sync", synced.append)
+    monkeypatch.setattr("clover.jobs.draft.sync", synced.append)
     refused: list[str] = []
 
     class Second(TrainerCallback):

@@ -18,10 +18,10 @@ import transformers as t
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 import clover
-from clover.attention import CloverAttention
-from clover.budget import Share
+from clover.attention.attention import CloverAttention
 from clover.errors import CloverError
-from clover.pruning import apply, find_bases, plan_ranks
+from clover.planning.budget import Share
+from clover.pruning.prune import apply, find_bases, plan_ranks
 from commands import run
 from families import build, outputs, pruned
 from tiny import LM

@@ -18,8 +18,8 @@ from torch import nn
 import families
 from adapters import config, disturb, fresh, tuned
 from clover import CloverConfig, CloverError, UnsupportedModelError
-from clover.linear import CloverLinear
-from clover.targets import find_slots
+from clover.tuning.linear import CloverLinear
+from clover.tuning.targets import find_slots
 from families import CASES, build, outputs, pruned
 
 EVERYTHING = ("qk", "q", "vo", "up", "gate")
@@ -163,7 +163,7 @@ def test_a_pickled_model_is_the_same_and_takes_another_adapter(copied: Any) -> N
 def test_loading_computes_no_decomposition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch, out = tuned()
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr("clover.targets.Slot.decompose", lambda *_: pytest.fail("decomposed while loading"))
+    monkeypatch.setattr("clover.tuning.targets.Slot.decompose", lambda *_: pytest.fail("decomposed while loading"))
     for low_cpu_mem_usage in (False, True):
         loaded = PeftModel.from_pretrained(fresh()[0], tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
         assert torch.equal(outputs(loaded, batch), out)

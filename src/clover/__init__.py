@@ -1,15 +1,17 @@
 """CLOVER: make the attention of trained transformers smaller and tunable in its own latent space (arXiv 2411.17426)."""
 
-from clover.budget import Limits
-from clover.checkpoint import load, save
 from clover.errors import CloverError, UnsupportedModelError
-from clover.plan import Plan
-from clover.pruning import inspect, orthogonalize, plan_of, prune, summary
-from clover.streaming import prune_folder
+from clover.measure.data import calibration_batches
+from clover.measure.evaluate import evaluate
+from clover.planning.budget import Limits
+from clover.planning.plan import Plan
+from clover.pruning.checkpoint import load, save
+from clover.pruning.prune import inspect, orthogonalize, plan_of, prune, summary
+from clover.streaming.stream import prune_folder
 
 try:  # peft then loads adapters of this method by their name
-    from clover.config import CloverConfig
-    from clover.tuner import register
+    from clover.tuning.config import CloverConfig
+    from clover.tuning.tuner import register
 except ImportError as error:
     _missing = str(error)
 
@@ -30,6 +32,8 @@ __all__ = [
     "Limits",
     "Plan",
     "UnsupportedModelError",
+    "calibration_batches",
+    "evaluate",
     "inspect",
     "load",
     "orthogonalize",

@@ -1,0 +1,1 @@
+"""The attention module of a rewritten model, and its cache."""

@@ -1,0 +1,1 @@
+"""Second moments of what flows through the heads, gathered on data."""

@@ -1,0 +1,1 @@
+"""The mathematics: one change of basis for two sides, pairs under rotation, the fit after a cut."""

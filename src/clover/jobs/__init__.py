@@ -1,0 +1,1 @@
+"""Work that ends whole or not at all, by one process or several."""

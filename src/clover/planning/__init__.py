@@ -1,0 +1,1 @@
+"""From what directions cost to which ranks every head keeps."""

@@ -1,0 +1,285 @@
+"""A block in its own latent space: the ordered directions of its heads, what each is worth, and the cut weights.
+
+Weights alone or calibrated, with or without RoPE, grouped queries or not: all differ only in the Grams that go in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from clover.attention.ragged import joined
+from clover.calibration.calibrate import Moments
+from clover.decomposition.decompose import Bases, decompose, square_root, weight_gram
+from clover.decomposition.refit import Layout, fit
+from clover.decomposition.rotary import by_energy, chosen, eliminate, fit_gains, gained, white_gram
+from clover.model.block import Block
+from clover.model.heads import Heads, energies
+from clover.planning.budget import Costs
+from clover.planning.plan import BlockPlan, Group, Spectrum
+
+PORTION = {False: 2**20, True: 2**26}
+"""Numbers of a query projection that are cut at once, off and on GPUs: a processor's cache holds few, a GPU is slow to
+be told of little work."""
+CALIBRATION_RIDGE = 1e-6
+"""Added to calibrated Grams, relative to their mean eigenvalue: keeps the change of basis invertible at full rank."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Ordered directions of every head of one block. float64; ``s`` unrotated Q-K columns, ``p`` rotary pairs."""
+
+    block: Block
+    heads: Heads
+    """The block's own weights, not copied, in their dtype; what is made of them is computed in float64."""
+    moments: Moments | None
+    pair_gram: Float[Tensor, "kv n r r"]
+    pair_order: Int[Tensor, "kv p"]
+    pair_cost: Float[Tensor, "kv p"]
+    plain: Bases
+    value: Bases
+
+    @property
+    def name(self) -> str:
+        return self.block.name
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether the output of a cut has a bias, be it for that of the values or for the mean of what was cut."""
+        return self.heads.o_bias is not None or self.heads.v_bias is not None or self.moments is not None
+
+    def costs(self) -> Costs:
+        """What cutting each direction costs, for the planner."""
+        heads = self.heads
+        half_square = 0.5 * self.block.scale**2 if self.moments else 1.0  # nats, or the published units
+        pair_norm, plain_norm, value_norm = self._norms()
+        on_cpu = {  # where plans are made, for blocks of any device
+            "pair_cost": half_square * self.pair_cost, "pair_norm": pair_norm.gather(1, self.pair_order),
+            "plain_cost": half_square * self.plain.values**2, "plain_norm": plain_norm,
+            "value_cost": self.value.values**2, "value_norm": value_norm,
+        }  # fmt: skip
+        return Costs(
+            name=self.name, part=self.block.part, queries=self.block.queries,
+            **{name: tensor.cpu() for name, tensor in on_cpu.items()},
+            output_bias=self.output_bias,
+            parameters=heads.parameters() + self.block.parameters_beside, fixed_qk=self.block.normed,
+            keeps_heads=self.block.normed and self.block.family.norm_spans_heads,
+        )  # fmt: skip
+
+    def _norms(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Norms of the two sides' weights, multiplied, float64.
+
+        Returns:
+            Those of pairs ``(kv, p)``, of plain directions ``(kv, s)`` and of value directions ``(kv, e)``.
+        """
+        heads, rotary = self.heads, self.heads.rotary
+        if self.moments is None and heads.q_bias is None:  # what was decomposed, see ``decompose`` and ``white_gram``
+            pair = 2 * self.pair_gram.diagonal(dim1=-2, dim2=-1)[..., : heads.pairs].sum(1)
+            return pair.sqrt(), self.plain.values.clone(), self.value.values.clone()
+        q, k = _energies(heads)
+        pair = (q[..., :rotary].unflatten(-1, (2, -1)).sum((1, -2))) * k[:, :rotary].unflatten(-1, (2, -1)).sum(-2)
+        q_plain = _row_energies(self.plain.t_a, weight_gram(_unrotated(heads)).sum(1))
+        k_plain = _row_energies(self.plain.t_b, weight_gram(heads.k[:, rotary:]))
+        v = _row_energies(self.value.t_a, weight_gram(heads.v))
+        o = _row_energies(self.value.t_b, weight_gram(heads.o.mT).sum(1))
+        return pair.sqrt(), (q_plain * k_plain).sqrt(), (v * o).sqrt()
+
+    def spectrum(self) -> Spectrum:
+        """Singular values beside the norms of the original directions, for people; none of Q-K behind a norm."""
+        q, k = _energies(self.heads)
+        v, o = energies(self.heads.v), energies(self.heads.o.mT).sum(1)
+        return Spectrum(
+            self.name, self.block.part,
+            qk=() if self.block.normed else _rows(torch.cat([self.pair_cost.sqrt(), self.plain.values], -1)),
+            vo=_rows(self.value.values),
+            qk_norms=_rows((q.sum(1) * k).sqrt()), vo_norms=_rows((v * o).sqrt()),
+        )  # fmt: skip
+
+    def cut(self, plan: BlockPlan) -> dict[str, Tensor]:
+        """The weights of the block at the ranks of ``plan``, in its dtype, and biases, see ``CloverAttention.fill``.
+
+        At full rank the block's function is unchanged. With moments, values and output projection are refitted over all
+        heads to the uncut block's output, and the output bias takes up the mean of what was cut.
+
+        Returns:
+            ``q``, ``k``, ``v`` and ``o``, those of ``q_bias``, ``k_bias``, ``v_bias`` (else in ``o_bias``) and
+            ``o_bias`` that there are, and under RoPE the ``frequencies``.
+        """
+        pieces = self._queries_and_keys(plan) | self._output(plan)
+        return pieces | ({"frequencies": self._frequencies(plan)} if self.heads.rotary else {})
+
+    def _queries_and_keys(self, plan: BlockPlan) -> dict[str, Tensor]:
+        """Their projections, and the biases that there are: pairs first, then what doesn't turn, head after head."""
+        heads, n, kept = self.heads, plan.queries, plan.qk_kept
+        made = {
+            "q": heads.q.new_empty(n * kept, heads.q.shape[-1]),
+            "k": heads.k.new_empty(kept, heads.k.shape[-1]),
+        }
+        if heads.q_bias is not None:
+            made["q_bias"] = heads.q_bias.new_empty(n * kept, dtype=torch.float64)
+        if heads.k_bias is not None:
+            made["k_bias"] = heads.k_bias.new_empty(kept, dtype=torch.float64)
+        for some, group, at in self._portions(plan):
+            queries, keys = self._cuts(some, group)
+            columns = slice(at, at + len(some) * group.qk)
+            rows = slice(n * columns.start, n * columns.stop)
+            made["q"][rows], made["k"][columns] = queries(heads.q[some]), keys(heads.k[some])
+            if heads.q_bias is not None:
+                made["q_bias"][rows] = queries(heads.q_bias[some].unsqueeze(-1)).squeeze(-1)
+            if heads.k_bias is not None:
+                made["k_bias"][columns] = keys(heads.k_bias[some].unsqueeze(-1)).squeeze(-1)
+        return made
+
+    def _portions(self, plan: BlockPlan) -> Iterator[tuple[Tensor, Group, int]]:
+        """Heads of one group, as many as are best worked on at once; their group; the Q-K columns before them."""
+        at_once = max(1, PORTION[self.heads.q.is_cuda] // self.heads.q[0].numel())
+        for group, at, _ in plan.spans():
+            for some in torch.tensor(group.heads, device=self.heads.q.device).split(at_once):
+                yield some, group, at
+                at += len(some) * group.qk
+
+    def _cuts(self, some: Tensor, group: Group) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """What takes queries ``(heads, n, d, x)`` and keys ``(heads, d, x)`` of some heads to their kept rows, flat."""
+        rotary, kept = self.heads.rotary, self._kept_pairs(some, group)
+        gains = fit_gains(self.pair_gram[some], kept)
+        plain = [bases[some, : group.plain] for bases in (self.plain.t_a, self.plain.t_b)]
+        if self.block.normed:
+            plain = [torch.eye(group.plain, dtype=torch.float64, device=some.device)] * 2
+
+        def queries(x: Tensor) -> Tensor:
+            rows = [gained(x[:, :, :rotary], gains, kept)] if rotary else []
+            if group.plain:
+                side = plain[0] if self.block.normed else plain[0].unsqueeze(1)
+                rows.append(side @ x[:, :, rotary:].double())
+            return joined(rows, 2).flatten(0, 2)
+
+        def keys(x: Tensor) -> Tensor:
+            rows = [chosen(x[:, :rotary], kept)] if rotary else []
+            if group.plain:
+                rows.append(plain[1] @ x[:, rotary:].double())
+            return joined(rows, 1).flatten(0, 1)
+
+        return queries, keys
+
+    def _kept_pairs(self, some: Tensor, group: Group) -> Tensor:
+        return self.pair_order[some, : group.pairs].sort(-1).values
+
+    def _frequencies(self, plan: BlockPlan) -> Tensor:
+        """Number of the frequency of each pair of flat columns; one past the last for columns that do not turn."""
+        keys, queries = [], []
+        for group in plan.groups:
+            kept = self._kept_pairs(torch.tensor(group.heads, device=self.pair_order.device), group)
+            pairs = torch.nn.functional.pad(kept, (0, group.plain // 2), value=self.heads.pairs)
+            keys.append(pairs.flatten())
+            queries.append(pairs.repeat_interleave(plan.queries, 0).flatten())
+        return torch.cat(queries + keys)
+
+    def _output(self, plan: BlockPlan) -> dict[str, Tensor]:
+        """Value projection ``(columns of the KV heads, C)``, output projection ``(M, columns)`` and its bias."""
+        heads, n, moments = self.heads, plan.queries, self.moments
+        ranks = [(h, g.value) for g in plan.groups for h in g.heads]
+        layout = Layout.of(ranks, n, heads.v.shape[1], len(heads.v), heads.v.device)
+        bases = torch.cat([self.value.t_a[h, :r] for h, r in ranks])
+        fits = moments is not None and plan.vo_kept < plan.kv_heads * plan.vo
+        exact = torch.float64 if fits or heads.v_bias is not None else heads.o.dtype  # if more is computed with it
+        cut = heads.o.new_empty(heads.o.shape[2], n * plan.vo_kept, dtype=exact)
+        each = [(h, i, r) for h, r in ranks for i in range(n)]
+        for columns, (h, i, r) in zip(cut.split([r for _, _, r in each], 1), each, strict=True):
+            columns.copy_(heads.o[h, i].double() @ self.value.t_b[h, :r].mT)
+        bias = bases.new_zeros(len(cut)) if heads.o_bias is None else heads.o_bias.double()
+        if moments is not None and fits:
+            whole = heads.o.permute(2, 0, 1, 3).flatten(1).double()
+            cut, bases = fit(whole @ moments.output, cut, bases, layout, moments.output, moments.gradient)
+            bias = bias + whole @ moments.mean - cut @ layout.times(bases, moments.mean.unsqueeze(1)).squeeze(1)
+        rows = list(zip(bases.split([r for _, r in ranks]), (h for h, _ in ranks), strict=True))
+        values = heads.v.new_empty(plan.vo_kept, heads.v.shape[-1])
+        for kept, (basis, h) in zip(values.split([r for _, r in ranks]), rows, strict=True):
+            kept.copy_(basis @ heads.v[h].double())
+        found = {"v": values, "o": cut.to(heads.o.dtype)}
+        v_bias = None if heads.v_bias is None else heads.v_bias.double()
+        if v_bias is not None and self.block.sinks is not None:  # the weights of the values don't sum to 1
+            found["v_bias"] = torch.cat([basis @ v_bias[h] for basis, h in rows])
+        elif v_bias is not None:
+            flat = v_bias.unsqueeze(1).expand(-1, n, -1).reshape(-1, 1)
+            bias = bias + cut @ layout.times(bases, flat).squeeze(1)
+        return found | ({"o_bias": bias} if plan.output_bias else {})
+
+
+@torch.no_grad()
+def find_basis(block: Block, moments: Moments | None = None) -> Basis:
+    """Decompose one block.
+
+    Args:
+        block: of finite weights, see ``Heads.check_finite``.
+        moments: activation statistics; without them the metric is the paper's, weights only.
+
+    Raises:
+        CloverError: shapes that contradict the config.
+    """
+    heads = block.heads().map(Tensor.detach)
+    moments = moments and moments.to(heads.q.device)
+    kv, n, _, _ = heads.q.shape
+    rotary, e = heads.rotary, heads.v.shape[1]
+    if moments is None:
+        query, key, pair = _weight_grams(heads)
+        value = weight_gram(heads.v)
+    else:
+        query, key, pair = _ridged(moments.query), _ridged(moments.key), moments.pair
+        per_head = moments.output.unflatten(0, (kv, n, e)).unflatten(-1, (kv, n, e))
+        value = _ridged(torch.einsum("gnagnb->gab", per_head))
+    weight = heads.o.double()
+    if moments is not None:
+        weight = square_root(_ridged(moments.gradient)).mT @ weight
+    output = torch.einsum("gnme,gnmf->gef", weight, weight)
+    if block.normed:  # nothing may be mixed or reordered in front of a norm; pairs keep their order
+        order = torch.arange(heads.pairs, device=heads.q.device).expand(kv, -1)
+        cost = torch.ones(kv, heads.pairs, dtype=torch.float64, device=heads.q.device)
+        pair = torch.eye(rotary, dtype=torch.float64, device=heads.q.device).expand(kv, n, -1, -1)
+    else:
+        order, cost = by_energy(pair) if moments is None else eliminate(pair)
+    return Basis(block, heads, moments, pair, order, cost, decompose(query, key), decompose(value, output))
+
+
+def _weight_grams(heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """Q-K Grams under white input: of queries, of keys, of rotary features."""
+    rotary, q = heads.rotary, _unrotated(heads)
+    query = torch.einsum("gnax,gnbx->gab", q, q)
+    return query, weight_gram(heads.k[:, rotary:]), white_gram(heads.q[:, :, :rotary], heads.k[:, :rotary])
+
+
+def _unrotated(heads: Heads) -> Float[Tensor, "kv n s x"]:
+    """Query rows that do not turn, float64, with the bias as the weight of an input that is always 1: ``[W | b]``."""
+    weight, bias = heads.q[:, :, heads.rotary :].double(), heads.q_bias
+    return weight if bias is None else torch.cat([weight, bias[:, :, heads.rotary :, None].double()], -1)
+
+
+def _energies(heads: Heads) -> tuple[Tensor, Tensor]:
+    """Squared row norms of the query ``(kv, n, d)`` and key ``(kv, d)`` projections."""
+    q = energies(heads.q)
+    return q if heads.q_bias is None else q + heads.q_bias.double() ** 2, energies(heads.k)
+
+
+def _row_energies(transform: Float[Tensor, "kv r d"], gram: Float[Tensor, "kv d d"]) -> Float[Tensor, "kv r"]:
+    """Squared row norms of ``transform @ weight``, from the weight's Gram."""
+    return (transform @ gram * transform).sum(-1).clamp_min(0)
+
+
+def _ridged(gram: Tensor) -> Tensor:
+    """A moment of positive definite form; sums in float32 may leave one that is not. If nothing moved, all counts."""
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1) if gram.shape[-1] else gram.new_zeros(gram.shape[:-2])
+    ridge, eye = (
+        torch.where(mean > 0, CALIBRATION_RIDGE * mean, 1.0),
+        torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device),
+    )
+    failed = torch.linalg.cholesky_ex(gram + ridge[..., None, None] * eye).info > 0
+    if failed.any():
+        ridge = torch.where(failed, ridge - torch.linalg.eigvalsh(gram)[..., 0].clamp_max(0), ridge)
+    return gram + ridge[..., None, None] * eye
+
+
+def _rows(values: Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in values.sort(-1, descending=True).values.tolist())

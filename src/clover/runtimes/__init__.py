@@ -1,0 +1,1 @@
+"""Rewritten models in places that don't know this project."""

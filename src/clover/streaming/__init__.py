@@ -1,0 +1,1 @@
+"""The same from file to file, for models larger than memory."""

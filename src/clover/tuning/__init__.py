@@ -1,0 +1,1 @@
+"""Fine-tuning of the singular values, as a method of peft and from the command line."""
