@@ -71,7 +71,7 @@ def test_a_threshold_keeps_what_it_says_whatever_the_tiles() -> None:
 @pytest.mark.parametrize("columns", [100, 50])
 def test_what_is_whole_is_not_brought_to_tiles(columns: int) -> None:
     """Two heads of 100 columns fill no whole tiles of 16, and with the budget for all of them nothing may go."""
-    curves = [Curve(((0, h),), 1, tuple(range(columns + 1)), (1.0,) * columns, 0) for h in range(2)]
+    curves = [Curve(((0, h),), "value", 1, tuple(range(columns + 1)), (1.0,) * columns, 0) for h in range(2)]
     assert spend(curves, 2 * columns, True, {0: 16}) == [columns] * 2
     less = spend(curves, 2 * columns - 1, True, {0: 16})
     assert sum(less) <= 2 * columns - 1 and sum(less) % 16 == 0

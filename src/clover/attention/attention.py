@@ -26,9 +26,9 @@ from clover.model.block import Block, arguments, growth_at, head_bias, norm_entr
 from clover.model.mla import read, turned
 from clover.planning.plan import BlockPlan
 
-SHORT = 2**16, 2**24
-"""Up to this many logits a head, on a CPU and elsewhere, heads of unequal sizes are padded into one call: launches cost
-more than zeros, and a few heads leave most of a GPU idle."""
+SHORT, SHORT_ON_GPU = 2**16, 2**24
+"""Up to this many logits a head, heads of unequal sizes are padded into one call: launches cost more than zeros, and a
+few heads leave most of a GPU idle."""
 
 
 class CloverAttention(nn.Module):
@@ -313,7 +313,7 @@ class CloverAttention(nn.Module):
         plainly = interface is eager_attention
         dropout = self.attention_dropout if self.training else 0.0
         options |= {"scaling": self.scaling, "sliding_window": self.sliding_window, "dropout": dropout}
-        short = SHORT[queries.device.type != "cpu"]
+        short = SHORT if queries.device.type == "cpu" else SHORT_ON_GPU
         if self.uneven and not plainly and queries.shape[1] * keys.shape[1] <= short:
             options |= {} if self.plain_softmax else self._softmax_options(slice(None))
             return self._attend_padded(partial(interface, self, **options), queries, keys, values, mask), [None]

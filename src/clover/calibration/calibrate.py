@@ -227,8 +227,8 @@ class Watcher:
             if "flash" in str(self.block.config._attn_implementation) and mask is None and self.block.part != "cross":
                 hidden = hidden | in_other_texts(call.get("position_ids"), b, rows)
             bias = bias_of(mask, by_head, b, rows, hidden).to(q.device)
-            self._observe(q, k, bias.expand(self.heads.q.shape[0], self.heads.q.shape[1], -1, -1) if bias.shape[0] == 1
-                          else bias.unflatten(0, self.heads.q.shape[:2]))  # fmt: skip
+            kv, n = self.heads.q.shape[:2]
+            self._observe(q, k, bias.expand(kv * n, -1, -1).unflatten(0, (kv, n)))
             self.rows += len(rows)
 
     def _beside(self, x: Tensor, key: Tensor, rows: Tensor, turns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -18,10 +18,9 @@ from torch import Tensor
 
 from clover.errors import CloverError
 from clover.planning.plan import BlockPlan, Group, Plan
-from clover.planning.spend import Curve, Head, spend
+from clover.planning.spend import Curve, Head, Kind, spend
 
 Granularity = Literal["head", "layer", "model"]
-Kind = Literal["pair", "plain", "value"]
 TILES = 8
 """In a block with fewer, a whole tile would be too coarse a step."""
 
@@ -30,9 +29,10 @@ TILES = 8
 class Costs:
     """What cutting costs in one block: a row per KV head, directions best first.
 
-    ``*_cost[h, i]`` is the price of cutting direction ``i`` of head ``h`` once all after it are cut: nats of the
-    attention distribution for Q-K, squared error of the block's output for V-O. ``*_norm`` is the paper's product of
-    row norms after the change of basis.
+    ``*_cost[h, i]`` is the price of cutting direction ``i`` of head ``h`` once all after it are cut. Calibrated: for
+    Q-K nats of the attention distribution, for V-O twice the nats of what the model says (streamed: squared error,
+    relative to the size of what it goes to). By the weights: squared singular values. ``*_norm`` is the paper's product
+    of row norms after the change of basis.
     """
 
     name: str
@@ -55,9 +55,17 @@ class Costs:
     def kv_heads(self) -> int:
         return self.value_cost.shape[0]
 
+    def cost(self, kind: Kind) -> Float[Tensor, "kv i"]:
+        """What the directions of a kind cost."""
+        return getattr(self, f"{kind}_cost")
+
+    def norm(self, kind: Kind) -> Float[Tensor, "kv i"]:
+        """The paper's norm products of the directions of a kind."""
+        return getattr(self, f"{kind}_norm")
+
     def count(self, kind: Kind) -> int:
         """Directions of a kind in each head."""
-        return getattr(self, f"{kind}_cost").shape[1]
+        return self.cost(kind).shape[1]
 
     @property
     def qk(self) -> int:
@@ -217,19 +225,20 @@ def _cluster(sizes: dict[Head, _Size], count: int) -> list[tuple[Head, ...]]:
 def _ranks(
     costs: Sequence[Costs], parties: Sequence[tuple[Head, ...]], qk: Rule, vo: Rule, limits: Limits
 ) -> dict[Head, _Size]:
-    values: list[Kind] = ["value"] * len(parties)
-    value = _choose(costs, [_curve(costs, p, "value", limits) for p in parties], values, vo, limits.tile)
-    alive = {head for p, kept in zip(parties, value, strict=True) if kept for head in p}
-    kinds: list[Kind] = [kind for kind in get_args(Kind)[:2] for _ in parties]
+    value = _choose(costs, [_curve(costs, party, "value", limits) for party in parties], vo, limits)
+    qk_kinds: tuple[Kind, ...] = ("pair", "plain")
     curves = [
-        _curve(costs, p, kind, limits, gone=p[0] not in alive) for p, kind in zip([*parties] * 2, kinds, strict=True)
+        _curve(costs, party, kind, limits, gone=not kept)
+        for kind in qk_kinds
+        for party, kept in zip(parties, value, strict=True)
     ]
-    both = _choose(costs, curves, kinds, qk, limits.tile)
+    both = _choose(costs, curves, qk, limits)
     pairs, plain = both[: len(parties)], both[len(parties) :]
     return {head: _Size(p, s, e) for party, p, s, e in zip(parties, pairs, plain, value, strict=True) for head in party}
 
 
 def _curve(costs: Sequence[Costs], party: tuple[Head, ...], kind: Kind, limits: Limits, gone: bool = False) -> Curve:
+    """What a party's directions of a kind are worth; none are for sale where its values are gone."""
     first = costs[party[0][0]]
     columns, count, rotary = 2 if kind == "pair" else 1, 0 if gone else first.count(kind), first.count("pair") > 0
     # Beside rotary pairs the plain columns come in twos, so that pairs stay aligned in the flat layout.
@@ -237,42 +246,49 @@ def _curve(costs: Sequence[Costs], party: tuple[Head, ...], kind: Kind, limits: 
     step = math.lcm(grain, limits.multiple // math.gcd(limits.multiple, columns))
     start = math.ceil(limits.minimum / columns / step) * step
     bounds = [0, *range(start, count, step), count] if count else [0]
-    mean = torch.stack([getattr(costs[b], f"{kind}_cost")[h] for b, h in party]).mean(0).tolist()
+    mean = torch.stack([costs[b].cost(kind)[h] for b, h in party]).mean(0).tolist()
     prices = [sum(mean[i:j]) / ((j - i) * columns) for i, j in pairwise(bounds)]
     for i in range(1, len(prices)):
         prices[i] = min(prices[i], prices[i - 1])
-    drops = limits.drop_heads and not first.keeps_heads
-    must = not drops if kind == "value" else kind == "pair" or not rotary
-    least = len(prices) if kind != "value" and first.fixed_qk else min(int(must), len(prices))
-    return Curve(party, columns, tuple(bounds), tuple(prices), least)
+    return Curve(party, kind, columns, tuple(bounds), tuple(prices), _unsold(first, kind, limits, len(prices)))
 
 
-def _choose(costs: Sequence[Costs], curves: Sequence[Curve], kinds: Sequence[Kind], rule: Rule, tile: int) -> list[int]:
-    """Directions of each curve that the rule keeps."""
-    if isinstance(rule, Share):
-        whole = sum(
-            c.count("value") * c.kv_heads if "value" in kinds else c.qk * c.kv_heads * (not c.fixed_qk) for c in costs
-        )
-        fixed = sum(
-            sum(map(c.size, range(c.least))) for c in curves if costs[c.party[0][0]].fixed_qk and "value" not in kinds
-        )
-        tiles = _tiles(costs, "value" in kinds, tile)
-        return spend(curves, fixed + (1 - rule.share) * whole, "value" in kinds, tiles)
-    wanted = [
-        max(_rank(costs[b], h, kind, rule) for b, h in curve.party) if len(curve.bounds) > 1 else 0
-        for curve, kind in zip(curves, kinds, strict=True)
-    ]
-    return [
-        next(bound for bound in c.bounds[c.least :] if bound >= min(want, c.bounds[-1]))
-        for c, want in zip(curves, wanted, strict=True)
-    ]
+def _unsold(costs: Costs, kind: Kind, limits: Limits, steps: int) -> int:
+    """Steps of a party that it keeps in any case."""
+    if kind == "value":
+        return min(int(costs.keeps_heads or not limits.drop_heads), steps)
+    if costs.fixed_qk:
+        return steps
+    return min(int(kind == "pair" or not costs.count("pair")), steps)
+
+
+def _choose(costs: Sequence[Costs], curves: Sequence[Curve], rule: Rule, limits: Limits) -> list[int]:
+    """Directions that the rule keeps of each curve; all are of values, or all of Q-K."""
+    if curves and isinstance(rule, Share):
+        value = curves[0].kind == "value"
+        left = (1 - rule.share) * sum(_columns(c, value) for c in costs)
+        fixed = (c for c in curves if not value and costs[c.party[0][0]].fixed_qk)
+        left += sum(c.size(step) for c in fixed for step in range(c.least))
+        return spend(curves, left, value, _tiles(costs, value, limits.tile))
+    found = []
+    for curve in curves:
+        wanted = 0 if len(curve.bounds) == 1 else max(_rank(costs[b], h, curve.kind, rule) for b, h in curve.party)
+        found.append(next(bound for bound in curve.bounds[curve.least :] if bound >= min(wanted, curve.bounds[-1])))
+    return found
+
+
+def _columns(costs: Costs, value: bool) -> int:
+    """Columns of a block that can be cut."""
+    if value:
+        return costs.kv_heads * costs.count("value")
+    return 0 if costs.fixed_qk else costs.kv_heads * costs.qk
 
 
 def _rank(costs: Costs, head: int, kind: Kind, rule: Threshold | Energy) -> int:
     """Directions of one head that a rule keeps."""
     if isinstance(rule, Threshold):
-        return int((getattr(costs, f"{kind}_norm")[head] > rule.value).sum())
-    energy = getattr(costs, f"{kind}_cost")[head].cumsum(0)
+        return int((costs.norm(kind)[head] > rule.value).sum())
+    energy = costs.cost(kind)[head].cumsum(0)
     if not len(energy):
         return 0
     return int((energy < rule.share * energy[-1]).sum()) + 1 if rule.share < 1 else len(energy)
@@ -285,6 +301,6 @@ def _tiles(costs: Sequence[Costs], value: bool, tile: int) -> dict[int, int]:
     """
     found = {}
     for b, c in enumerate(costs):
-        if c.kv_heads * (c.count("value") if value else c.qk) >= TILES * tile and (value or not c.fixed_qk):
+        if _columns(c, value) >= TILES * tile:
             found[b] = tile if value else max(tile // math.gcd(tile, c.queries + 1), tile // 2)
     return found

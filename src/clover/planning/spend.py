@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 PART = 8
 """One of so many columns of a block may move for the sake of tiles, where two tiles don't do."""
+Kind = Literal["pair", "plain", "value"]
+"""Of directions: rotary pairs and others of Q-K, and those of V-O."""
 Head = tuple[int, int]
 """Number of the block, number of the KV head in it."""
 
@@ -18,6 +20,7 @@ class Curve:
     """Directions of one kind that a party keeps or loses together, in steps."""
 
     party: tuple[Head, ...]
+    kind: Kind
     columns: int
     """Columns of a direction: 2 for a rotary pair, else 1."""
     bounds: tuple[int, ...]
@@ -162,7 +165,10 @@ def _choices(curve: Curve, now: int, least: int, reach: int) -> list[_Choice]:
 
 
 def _ways(choices: Mapping[int, Sequence[_Choice]], reach: int) -> dict[int, _Move]:
-    """For each number of columns that a block can gain or lose, up to ``reach``, the way that leaves it worth most."""
+    """For each number of columns that a block can gain or lose, up to ``reach``, the way that leaves it worth most.
+
+    A knapsack with one choice a curve, by dynamic programming.
+    """
     ways = {0: _Move(0.0, 0, {})}
     for i, of_curve in choices.items():
         longer: dict[int, _Move] = {}

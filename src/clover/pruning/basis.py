@@ -22,9 +22,8 @@ from clover.model.heads import Heads, energies
 from clover.planning.budget import Costs
 from clover.planning.plan import BlockPlan, Group, Spectrum
 
-PORTION = {False: 2**20, True: 2**26}
-"""Numbers of a query projection that are cut at once, off and on GPUs: a processor's cache holds few, a GPU is slow to
-be told of little work."""
+PORTION, PORTION_ON_GPU = 2**20, 2**26
+"""Numbers of a query projection that are cut at once: a processor's cache holds few, launching little work is slow."""
 CALIBRATION_RIDGE = 1e-6
 """Added to calibrated Grams, relative to their mean eigenvalue: keeps the change of basis invertible at full rank."""
 
@@ -136,7 +135,8 @@ class Basis:
 
     def _portions(self, plan: BlockPlan) -> Iterator[tuple[Tensor, Group, int]]:
         """Heads of one group, as many as are best worked on at once; their group; the Q-K columns before them."""
-        at_once = max(1, PORTION[self.heads.q.is_cuda] // self.heads.q[0].numel())
+        portion = PORTION_ON_GPU if self.heads.q.is_cuda else PORTION
+        at_once = max(1, portion // self.heads.q[0].numel())
         for group, at, _ in plan.spans():
             for some in torch.tensor(group.heads, device=self.heads.q.device).split(at_once):
                 yield some, group, at
@@ -179,34 +179,42 @@ class Basis:
         return torch.cat(queries + keys)
 
     def _output(self, plan: BlockPlan) -> dict[str, Tensor]:
-        """Value projection ``(columns of the KV heads, C)``, output projection ``(M, columns)`` and its bias."""
-        heads, n, moments = self.heads, plan.queries, self.moments
-        ranks = [(h, g.value) for g in plan.groups for h in g.heads]
-        layout = Layout.of(ranks, n, heads.v.shape[1], len(heads.v), heads.v.device)
-        bases = torch.cat([self.value.t_a[h, :r] for h, r in ranks])
+        """Value projection ``(columns of the KV heads, C)``, output projection ``(M, columns)`` and their biases.
+
+        ``down`` and ``up`` are ``D`` and ``U`` of docs/mathematics.md: the rows that take each KV head to the
+        directions that it keeps, and the output projection behind them.
+        """
+        heads, moments = self.heads, self.moments
+        kept = [(head, group.value) for group in plan.groups for head in group.heads]
+        layout = Layout.of(kept, plan.queries, heads.v.shape[1], len(heads.v), heads.v.device)
         fits = moments is not None and plan.vo_kept < plan.kv_heads * plan.vo
-        exact = torch.float64 if fits or heads.v_bias is not None else heads.o.dtype  # if more is computed with it
-        cut = heads.o.new_empty(heads.o.shape[2], n * plan.vo_kept, dtype=exact)
-        each = [(h, i, r) for h, r in ranks for i in range(n)]
-        for columns, (h, i, r) in zip(cut.split([r for _, _, r in each], 1), each, strict=True):
-            columns.copy_(heads.o[h, i].double() @ self.value.t_b[h, :r].mT)
-        bias = bases.new_zeros(len(cut)) if heads.o_bias is None else heads.o_bias.double()
+        down, up = torch.cat([self.value.t_a[head, :rank] for head, rank in kept]), self._up(plan, kept, fits)
+        bias = down.new_zeros(len(up)) if heads.o_bias is None else heads.o_bias.double()
         if moments is not None and fits:
             whole = heads.o.permute(2, 0, 1, 3).flatten(1).double()
-            cut, bases = fit(whole @ moments.output, cut, bases, layout, moments.output, moments.gradient)
-            bias = bias + whole @ moments.mean - cut @ layout.times(bases, moments.mean.unsqueeze(1)).squeeze(1)
-        rows = list(zip(bases.split([r for _, r in ranks]), (h for h, _ in ranks), strict=True))
+            up, down = fit(whole @ moments.output, up, down, layout, moments.output, moments.gradient)
+            bias = bias + whole @ moments.mean - up @ layout.times(down, moments.mean.unsqueeze(1)).squeeze(1)
+        each = list(zip([head for head, _ in kept], down.split([rank for _, rank in kept]), strict=True))
         values = heads.v.new_empty(plan.vo_kept, heads.v.shape[-1])
-        for kept, (basis, h) in zip(values.split([r for _, r in ranks]), rows, strict=True):
-            kept.copy_(basis @ heads.v[h].double())
-        found = {"v": values, "o": cut.to(heads.o.dtype)}
-        v_bias = None if heads.v_bias is None else heads.v_bias.double()
-        if v_bias is not None and self.block.sinks is not None:  # the weights of the values don't sum to 1
-            found["v_bias"] = torch.cat([basis @ v_bias[h] for basis, h in rows])
-        elif v_bias is not None:
-            flat = v_bias.unsqueeze(1).expand(-1, n, -1).reshape(-1, 1)
-            bias = bias + cut @ layout.times(bases, flat).squeeze(1)
+        for rows, (head, basis) in zip(values.split([rank for _, rank in kept]), each, strict=True):
+            rows.copy_(basis @ heads.v[head].double())
+        found = {"v": values, "o": up.to(heads.o.dtype)}
+        if heads.v_bias is not None and self.block.sinks is not None:  # the weights of the values don't sum to 1
+            found["v_bias"] = torch.cat([basis @ heads.v_bias[head].double() for head, basis in each])
+        elif heads.v_bias is not None:
+            flat = heads.v_bias.double().unsqueeze(1).expand(-1, plan.queries, -1).reshape(-1, 1)
+            bias = bias + up @ layout.times(down, flat).squeeze(1)
         return found | ({"o_bias": bias} if plan.output_bias else {})
+
+    def _up(self, plan: BlockPlan, kept: list[tuple[int, int]], fits: bool) -> Tensor:
+        """The output projection before the fit, ``(M, columns)``; float64 if more is computed with it."""
+        heads = self.heads
+        dtype = torch.float64 if fits or heads.v_bias is not None else heads.o.dtype
+        up = heads.o.new_empty(heads.o.shape[2], plan.queries * plan.vo_kept, dtype=dtype)
+        each = [(head, query, rank) for head, rank in kept for query in range(plan.queries)]
+        for columns, (head, query, rank) in zip(up.split([rank for *_, rank in each], 1), each, strict=True):
+            columns.copy_(heads.o[head, query].double() @ self.value.t_b[head, :rank].mT)
+        return up
 
 
 @torch.no_grad()
