@@ -16,7 +16,7 @@ def reason(error: BaseException) -> str:
 
 
 class UnsupportedModelError(CloverError):
-    """No attention block of the model belongs to a known family."""
+    """What a model is made of is not known, or has no place in a format or a runtime."""
 
 
 def warn(text: str) -> None:

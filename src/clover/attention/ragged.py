@@ -193,7 +193,7 @@ def attend_one(
 
 
 def by_head(mask: Any, heads: Callable[[torch.device], Tensor]) -> Any:
-    """A mask with its heads in this order, asked for if it matters; one for all, or of a kind of its own, as it is."""
+    """A mask of each head with its heads in this order; any other as it is."""
     return mask.index_select(1, heads(mask.device)) if is_by_head(mask) else mask
 
 

@@ -1,17 +1,21 @@
-"""The curve of loss over what is removed, predicted and measured, as a drawing for the report."""
+"""The curve of loss over what is removed, predicted and measured, as a section of the report."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import base64
+import io
+from collections.abc import Mapping
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-WIDTH, HEIGHT = 480, 290
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40
+from clover.measure.files import extra
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PREDICTED, BOUND, MEASURED = "#2563eb", "#d97706", "#6b7280"
 SPAN = 30
 """Losses are drawn from the bound over this to the bound times this."""
-TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 
 
 def loss_section(loss: Mapping[str, Any]) -> str:
@@ -19,6 +23,9 @@ def loss_section(loss: Mapping[str, Any]) -> str:
 
     Args:
         loss: what ``clover.pruning.lossbudget.Outcome.to_dict`` gives.
+
+    Raises:
+        CloverError: matplotlib is not installed.
     """
     chosen, bound = loss["chosen"], loss["max_loss"]
     if chosen:
@@ -34,9 +41,16 @@ def loss_section(loss: Mapping[str, Any]) -> str:
         "of such data is below 19 times in 20 (Student's t). Hollow dots cut one of Q&#8209;K and V&#8209;O alone. "
         "The filled square is the cut that was taken."
     )
+    drawing = io.BytesIO()
+    _figure(loss).savefig(drawing, format="svg", transparent=True, bbox_inches="tight")
+    what = escape(
+        f"Loss over the share of directions removed: {len(loss['measured'])} measured cuts, the predicted curve and "
+        "the bound."
+    )
+    image = f"data:image/svg+xml;base64,{base64.b64encode(drawing.getvalue()).decode()}"
     return (
-        f'<section><h2>What a cut costs</h2><p class="note">{found}</p><figure>{_drawing(loss)}</figure>'
-        f'<p class="note">{note}</p></section>'
+        f'<section><h2>What a cut costs</h2><p class="note">{found}</p>'
+        f'<figure><img class="loss" src="{image}" alt="{what}"></figure><p class="note">{note}</p></section>'
     )
 
 
@@ -44,56 +58,33 @@ def _percent(share: float) -> str:
     return f"{100 * share:.3g}&nbsp;%"
 
 
-def _drawing(loss: Mapping[str, Any]) -> str:
+def _figure(loss: Mapping[str, Any]) -> Figure:
+    extra("matplotlib", "report")
+    from matplotlib.figure import Figure  # no pyplot: no global state is touched, and no display asked for
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     bound, points, curve = loss["max_loss"], loss["measured"], loss["predicted"]
-    low, high = bound / SPAN, bound * SPAN
-    widest = max([0.3, *(p["removed"] for p in points)]) * 1.08
-
-    def x(removed: float) -> float:
-        return LEFT + min(removed / widest, 1.0) * (WIDTH - LEFT - RIGHT)
-
-    def y(value: float) -> float:
-        part = math.log(min(max(value, low), high) / low) / math.log(high / low)
-        return HEIGHT - BOTTOM - part * (HEIGHT - TOP - BOTTOM)
-
-    line = [(x(c["removed"]), y(c["loss"])) for c in curve if c["removed"] <= widest and low < c["loss"] < high]
-    parts = [*_axes(x, y, low, high, widest), _line(line), _bound(y(bound), bound)]
-    parts += [_dot(p, x(p["removed"]), y(p["measured"]), y(p["ceiling"]), p == loss["chosen"]) for p in points]
-    what = escape(
-        f"Loss over the share of directions removed: {len(points)} measured cuts, the predicted curve and the bound."
-    )
-    return f'<svg class="loss" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{what}">{"".join(parts)}</svg>'
-
-
-def _axes(x: Any, y: Any, low: float, high: float, widest: float) -> list[str]:
-    parts = []
-    for tick in (t for t in TICKS if low <= t <= high):
-        parts.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{100 * tick:g} %</text>')
-    step = 0.1 if widest > 0.35 else 0.05
-    for i in range(int(widest / step) + 1):
-        parts.append(
-            f'<text x="{x(i * step):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{100 * i * step:.0f}</text>'
-        )
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">directions removed, %</text>')
-    return parts
-
-
-def _line(points: Sequence[tuple[float, float]]) -> str:
-    return f'<polyline class="predicted" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in points)}"/>'
-
-
-def _bound(at: float, bound: float) -> str:
-    label = f'<text class="bound" x="{WIDTH - RIGHT}" y="{at - 5:.1f}" text-anchor="end">bound {100 * bound:g} %</text>'
-    return f'<path class="bound" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>{label}'
-
-
-def _dot(point: Mapping[str, float], at: float, measured: float, ceiling: float, chosen: bool) -> str:
-    title = f"Q-K {point['qk']:.1%}, V-O {point['vo']:.1%}: {point['measured']:.2%}"
-    bar = f'<path class="bar" d="M{at:.1f} {measured:.1f}V{ceiling:.1f}"/>'
-    if chosen:
-        mark = f'<rect class="chosen" x="{at - 5:.1f}" y="{measured - 5:.1f}" width="10" height="10">'
-        return f"{bar}{mark}<title>{title}</title></rect>"
-    kind = "dot" if point["qk"] > 0 < point["vo"] else "dot alone"
-    return f'{bar}<circle class="{kind}" cx="{at:.1f}" cy="{measured:.1f}" r="4"><title>{title}</title></circle>'
+    figure = Figure(figsize=(6, 3.6))
+    axes = figure.subplots()
+    axes.plot([c["removed"] for c in curve], [c["loss"] for c in curve], color=PREDICTED, lw=1.8)
+    axes.axhline(bound, color=BOUND, lw=1.4, ls=(0, (4, 2.5)))
+    axes.annotate(f"bound {100 * bound:g} %", (1, bound), xycoords=("axes fraction", "data"), xytext=(-2, 4),
+                  textcoords="offset points", ha="right", color=BOUND, fontsize=9)  # fmt: skip
+    for point in points:
+        taken, both = point == loss["chosen"], point["qk"] > 0 < point["vo"]
+        axes.errorbar(
+            point["removed"], point["measured"], yerr=[[0], [max(0.0, point["ceiling"] - point["measured"])]],
+            fmt="s" if taken else "o", ms=8 if taken else 5.5, mew=1.4, elinewidth=1, color=MEASURED,
+            mfc=PREDICTED if taken else MEASURED if both else "none",
+        )  # fmt: skip
+    axes.set(yscale="log", ylim=(bound / SPAN, bound * SPAN), xlabel="directions removed")
+    axes.set_xlim(0, 1.08 * max([0.3, *(point["removed"] for point in points)]))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.tick_params(labelsize=9, color=MEASURED, labelcolor=MEASURED)
+    axes.xaxis.label.set(color=MEASURED, fontsize=9)
+    axes.grid(color=MEASURED, alpha=0.25, lw=0.5)
+    axes.spines[:].set_visible(False)
+    return figure

@@ -120,7 +120,7 @@ def draft(
             for kind in kinds:
                 (made.folder / kind).mkdir(exist_ok=True)
             lock = _lock(made.folder / "lock", target)
-            if not (made.folder / "request.json").exists():  # what lies here then is the rest of nobody knows what
+            if not (made.folder / "request.json").exists():  # what lies here then was left by an unknown run
                 for kind in kinds:
                     made.forget(kind)
             _agree(made.folder / "request.json", request)

@@ -68,16 +68,17 @@ def perplexity(
             with it, and it is never scored.
 
     Raises:
-        ValueError: fewer than two tokens, a stride outside ``1..window``, or logits that are NaN.
+        CloverError: fewer than two tokens, a stride outside ``1..window``, or logits that are NaN.
     """
     front = tokens.new_tensor([] if start is None else [start])
     room = window - len(front)
     stride = room if stride is None else stride
     if not 1 <= stride <= room:
-        raise ValueError(f"stride is {stride}; it must lie between 1 and the window, {room}")
+        whole = f"the window, {room}" if start is None else f"the window less its first token, {room}"
+        raise CloverError(f"stride is {stride}; it must lie between 1 and {whole}")
     tokens, front = (t.to(next(model.parameters()).device) for t in (tokens[:limit], front))
     if len(tokens) < 2:
-        raise ValueError(f"perplexity needs at least 2 tokens, got {len(tokens)}")
+        raise CloverError(f"perplexity needs at least 2 tokens, got {len(tokens)}")
     check_words(tokens, model)
     body, total, count, scored = _body(model), 0.0, 0, 0
     for at in track(range(0, len(tokens) - 1, stride), "perplexity"):

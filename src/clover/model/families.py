@@ -1,4 +1,4 @@
-"""The only home of Hugging Face names: a row for every attention class of transformers, shared by those that are alike.
+"""A row for every attention class of transformers that can be rewritten, shared by those that are alike.
 
 A row (see ``clover.model.family.Family``) says where a block keeps its projections, sizes and dropouts, and how its
 ``forward`` is called. The algorithm knows nothing of it. To add a family, add a class to a row, or a row of its own
@@ -77,7 +77,7 @@ _CLIP_QKV = {"config.clip_qkv": "values are clipped (clip_qkv), and what is clip
 
 _ROWS: dict[str, Family] = {
     # language
-    # the first pass no window on, though Qwen2-MoE has one
+    # these pass no window on, though Qwen2-MoE has one
     "LlamaAttention ArceeAttention EuroBertAttention GemmaAttention GraniteAttention GraniteMoeAttention "
     "GraniteMoeSharedAttention HyperCLOVAXAttention PhimoeAttention "
     "Qwen2MoeAttention": replace(_LLAMA, window=_no_window),

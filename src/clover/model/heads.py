@@ -65,7 +65,7 @@ class Heads:
 
 
 def energies(rows: Float[Tensor, "kv *n d D"]) -> Float[Tensor, "kv *n d"]:
-    """Squared norms of rows, float64; by heads, for to copy all weights takes longer than the sums."""
+    """Squared norms of rows, float64; head by head, since copying all weights takes longer than the sums."""
     return torch.stack([torch.einsum("...dn,...dn->...d", head, head) for head in map(Tensor.double, rows)])
 
 

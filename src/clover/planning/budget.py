@@ -264,7 +264,9 @@ def _unsold(costs: Costs, kind: Kind, limits: Limits, steps: int) -> int:
 
 def _choose(costs: Sequence[Costs], curves: Sequence[Curve], rule: Rule, limits: Limits) -> list[int]:
     """Directions that the rule keeps of each curve; all are of values, or all of Q-K."""
-    if curves and isinstance(rule, Share):
+    if not curves:
+        return []
+    if isinstance(rule, Share):
         value = curves[0].kind == "value"
         left = (1 - rule.share) * sum(_columns(c, value) for c in costs)
         fixed = (c for c in curves if not value and costs[c.party[0][0]].fixed_qk)

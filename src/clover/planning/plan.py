@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from clover.errors import CloverError
 
 FORMAT = 1
-"""Of plans, and of how the columns of a saved model lie; counts up when either changes."""
+"""Version of plans, and of how the columns of a saved model lie; counts up when either changes."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Spectrum:
     name: str
     part: str
     qk: tuple[tuple[float, ...], ...]
-    """Singular values of ``W_q^T W_k`` in the metric in use (under RoPE: the energy of each pair)."""
+    """Singular values of ``W_q^T W_k`` in the metric in use (under RoPE: the root of what each pair costs)."""
     vo: tuple[tuple[float, ...], ...]
     qk_norms: tuple[tuple[float, ...], ...]
     """``||w_q|| ||w_k||`` of each original head dimension: vanilla pruning's view (Figure 2 of the paper)."""

@@ -27,7 +27,7 @@ CHUNK = 2**20
 BINARY = getattr(os, "O_BINARY", 0)
 """Windows otherwise turns every byte that looks like the end of a line into two."""
 HANDED = 2**27
-"""Bytes that the system is asked to copy at once: it must not be deaf to being stopped for long."""
+"""Bytes that the system is asked to copy at once: few enough that Ctrl-C is noticed soon."""
 UNABLE = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 """What a system says that can't copy between these files."""
 DTYPES = {
@@ -49,7 +49,7 @@ class Entry:
     size: int
 
     def expect(self) -> None:
-        """Tell the system that the bytes will be read; says nothing where it can't be told, or the file is gone."""
+        """Tell the system that the bytes will be read; does nothing where it has no such call, or the file is gone."""
         if hasattr(os, "posix_fadvise") and self.file.exists():
             with open(self.file, "rb", buffering=0) as handle:
                 os.posix_fadvise(handle.fileno(), self.start, self.size, os.POSIX_FADV_WILLNEED)

@@ -361,7 +361,7 @@ def merge(model: str, adapter: str | Path, out: str | Path) -> Path:
 
 
 def _check_complete(adapted: Any, adapter: str | Path, model: str) -> None:
-    """Refuse an adapter, whatever its method, of which a part has no place: peft tells that only to who loads again."""
+    """Refuse an adapter, whatever its method, of which a part has no place: peft reports it only on a second load."""
     again = adapted.load_adapter(str(adapter), adapted.active_adapter, local_files_only=True)
     if lost := sorted(again.unexpected_keys):
         raise CloverError(
