@@ -17,7 +17,8 @@ from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import clover
-from clover import CloverError, training
+from clover import CloverError
+from clover.tuning import training
 from clover.tuning.recipe import METHODS, Recipe, adapter_config
 from clover.tuning.training import (
     IGNORED,

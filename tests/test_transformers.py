@@ -43,7 +43,7 @@ def test_a_pruned_model_can_be_pickled(name: str) -> None:
 
 def test_names_that_no_class_has() -> None:
     with pytest.raises(AttributeError):
-        pickle.loads(b"cclover.classes\nCloverNothing\n.")
+        pickle.loads(b"cclover.pruning.classes\nCloverNothing\n.")
 
 
 def test_a_layer_keeps_the_original_class_among_its_own() -> None:
