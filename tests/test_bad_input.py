@@ -536,3 +536,19 @@ def test_a_plan_that_cuts_what_a_norm_fixes() -> None:
     wrong = replace(plan.blocks[0], groups=(replace(first, pairs=first.pairs - 1),))
     with refused(model, batch, "keeps 7 pairs .* has 8 and 0, none of which can go; make it"):
         pruning.apply(model, bases, Plan((wrong, *plan.blocks[1:])))
+
+
+def test_an_attention_module_under_two_names() -> None:
+    model, _ = build("llama-gqa")
+    model.model.layers[1].self_attn = model.model.layers[0].self_attn
+    with pytest.raises(UnsupportedModelError, match=r"it is also model\.layers\.1\.self_attn"):
+        clover.prune(model, vo=0.3)
+
+
+def test_a_model_that_was_compiled_before() -> None:
+    model, _ = build("gpt2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch itself, at its first import of the compiler
+        model.compile()
+    with pytest.raises(CloverError, match="was compiled; compile what comes out"):
+        clover.prune(model, vo=0.3)

@@ -125,3 +125,12 @@ def test_a_pruned_model_fills_it() -> None:
     with torch.no_grad():
         cache = model(**batch, use_cache=True).past_key_values
     assert all(isinstance(layer, GrowingLayer) for layer in cache.layers)
+
+
+def test_copies_of_a_layer_go_on_apart() -> None:
+    layer = GrowingLayer()
+    layer.update(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2))
+    other = copy.copy(layer)
+    keys, _ = layer.update(torch.full((1, 1, 1, 2), 2.0), torch.zeros(1, 1, 1, 2))
+    twin, _ = other.update(torch.full((1, 1, 1, 2), 3.0), torch.zeros(1, 1, 1, 2))
+    assert keys[0, 0, -1, 0] == 2 and twin[0, 0, -1, 0] == 3

@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 import clover
 from clover.errors import CloverError
+from clover.jobs.folders import check_writable
 from families import CASES, build, outputs, pruned
-from samples import tokenizer
+from samples import tokenizer, whisper_processor
 
 NEW_PROCESS = ["llama-gqa", "qwen3", "phi3-partial", "gpt-neox", "gpt2", "bloom", "bert", "clip", "whisper"]
 
@@ -463,3 +464,16 @@ def test_a_frozen_model_stays_frozen() -> None:
     model.requires_grad_(False)
     clover.prune(model, vo=0.3, calibration=[batch])
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_the_spellings_of_whisper_are_saved_with_it(tmp_path: Path) -> None:
+    processor = whisper_processor()
+    processor.tokenizer.english_spelling_normalizer = {"colour": "color"}
+    clover.save(build("whisper", torch.float32)[0], tmp_path / "m", beside=(processor,))
+    assert json.loads((tmp_path / "m/normalizer.json").read_text()) == {"colour": "color"}
+
+
+def test_nothing_is_made_of_a_folder_that_is_only_asked_for(tmp_path: Path) -> None:
+    assert check_writable(tmp_path / "a/b/c") == tmp_path / "a/b/c" and not (tmp_path / "a").exists()
+    clover.save(build("gpt2", torch.float32)[0], tmp_path / "a/b/c")
+    assert (tmp_path / "a/b/c/config.json").exists()

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from clover.command import cli, demo
+from clover.jobs.crew import is_first, started_together
 from commands import refuse, run, succeed
 from families import build
 from samples import tokenizer, whisper_processor
@@ -285,3 +286,25 @@ def test_exit_code_of_the_process(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     *others, sentence = done.stderr.splitlines()  # some packages chat while they are imported
     assert sentence.startswith("error: --vo: the share to remove is 2.0;") and "Traceback" not in done.stderr, others
+
+
+def test_several_processes_do_not_do_the_same_work_side_by_side(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "several processes share the work of prune and tune alone" in refuse("inspect", tmp_path)
+
+
+def test_a_process_that_a_scheduler_numbered_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert is_first() and not started_together()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert started_together() and not is_first()
+
+
+def test_a_page_is_no_text_file(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("kept")
+    said = refuse("prune", tmp_path / "m", tmp_path / "out", "--vo", 0.5, "--report", tmp_path / "text.txt")
+    assert "its suffix must be one of .html, .htm" in said and (tmp_path / "text.txt").read_text() == "kept"

@@ -434,3 +434,19 @@ def test_a_tokenizer_in_plain_python_gives_all_windows(tmp_path: Path, long: boo
     rows = torch.cat([batch["input_ids"] for batch in batches])
     assert rows.shape == (6 if long else 5, 32)
     assert (rows[:, -1] == 1).all()  # the end of the sentence, as the tokenizer puts it
+
+
+def test_of_a_long_text_no_more_is_taken_apart_than_is_wanted() -> None:
+    words, read = tokenizer(), []
+
+    class Watched:
+        bos_token_id = words.bos_token_id
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            read.append(len(text))
+            return words(text, **options)
+
+    text = "w1 w2 w3 " * 40_000
+    whole, _ = data.text_tokens(text, words)
+    some, _ = data.text_tokens(text, Watched(), 50)
+    assert torch.equal(some[:50], whole[:50]) and max(read) < len(text) / 50

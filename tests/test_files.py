@@ -152,3 +152,12 @@ def test_file_without_questions(tmp_path: Path, content: str, said: str) -> None
     (tmp_path / "q.jsonl").write_text(content)
     with pytest.raises(CloverError, match=said):
         files.read_questions(tmp_path / "q.jsonl")
+
+
+def test_sound_without_texts(manifest: Path) -> None:
+    rows = [line.split("\t") for line in manifest.read_text().splitlines()]
+    at = rows[0].index("text")
+    manifest.write_text("\n".join("\t".join(c for i, c in enumerate(row) if i != at) for row in rows))
+    with pytest.raises(CloverError, match="no column 'text'"):
+        files.read_manifest(manifest)
+    assert len(files.read_manifest(manifest, spoken=False)) == len(rows) - 1

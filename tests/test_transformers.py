@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
 import subprocess
 import sys
@@ -274,3 +275,15 @@ def test_tensors_that_stay_wide(name: str, dtype: torch.dtype, wide: str, tmp_pa
     assert set(dtypes["whole"].values()) - {torch.int64} == {dtype, torch.float32}
     loaded = clover.load(tmp_path / "whole").state_dict()
     assert {value.dtype for key, value in loaded.items() if key.endswith(wide)} == {torch.float32}
+
+
+def test_a_generation_config_that_transformers_would_not_let_anyone_change_is_saved(tmp_path: Path) -> None:
+    model, _ = build("whisper", torch.float32)
+    model.generation_config.alignment_heads = [[0, 0]]
+    file = tmp_path / "told" / "generation_config.json"
+    model.generation_config.save_pretrained(file.parent)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.5}))
+    model.generation_config = t.GenerationConfig.from_pretrained(file.parent)
+    clover.prune(model, vo=0.3, part="cross")
+    clover.save(model, tmp_path / "m")
+    assert json.loads((tmp_path / "m" / file.name).read_text())["temperature"] == 0.5
