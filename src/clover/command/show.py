@@ -23,6 +23,8 @@ from clover.planning.plan import Spectrum
 from clover.progress import console
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
+WIDE = 160
+"""Columns of a file or a pipe."""
 SHARED = ("prune", "tune")
 """Commands whose work several processes share."""
 
@@ -86,7 +88,7 @@ def show(rows: Iterable[Row]) -> None:
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    _print(table)
 
 
 def show_blocks(blocks: Iterable[dict[str, Any]]) -> None:
@@ -101,7 +103,7 @@ def show_blocks(blocks: Iterable[dict[str, Any]]) -> None:
             for side in ("qk", "vo")
         ]
         table.add_row(block["name"], block["part"], str(block["query_heads"]), str(block["kv_heads"]), *counts)
-    Console().print(table)
+    _print(table)
 
 
 def show_hints(hints: Iterable[dict[str, float]]) -> None:
@@ -123,7 +125,12 @@ def show_runtime(result: dict[str, Any]) -> None:
             figures = ("" if value is None else f"{value / scale:,.2f}" for value in (dense, pruned))
             ratio = result["ratios"][context].get(key) or (pruned / dense if dense and pruned else None)
             table.add_row(context, title, *figures, f"{ratio:.3f}" if ratio else "")
-    Console().print(table)
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    """On standard output; where that is no terminal, whose width is known, names need not be folded."""
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
 
 
 def _large(rows: tuple[tuple[float, ...], ...]) -> float:
