@@ -16,8 +16,9 @@ from peft import PeftModel, get_peft_model
 from transformers import DynamicCache
 
 import clover
-from clover import CloverConfig, streaming
+from clover import CloverConfig
 from clover.measure.cost import compare_throughput
+from clover.streaming import stream as streaming
 from commands import succeed
 from families import CASES, GENERATIVE, SEQ2SEQ, build, outputs, pruned
 from test_attention import greedy

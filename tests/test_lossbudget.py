@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import clover
+from clover.command import curve
 from clover.command.curve import loss_section
 from clover.errors import CloverError
 from clover.model.answers import answer
@@ -292,7 +293,8 @@ def test_prune_within_a_loss(folder: Path, tmp_path: Path) -> None:
     assert "loss on data kept out of the calibration" in said
     shown = page.read_text()
     assert "What a cut costs" in shown
-    assert shown.count("<circle") + shown.count("<rect") == len(loss["measured"])
+    assert f"{len(loss['measured'])} measured cuts" in shown and 'class="loss"' in shown
+    assert len(curve._figure(loss).axes[0].containers) == len(loss["measured"])
     assert isinstance(clover.load(tmp_path / "out"), transformers.PreTrainedModel)
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
 import clover
-from clover import CloverError, onnx
+from clover import CloverError
 from clover.planning.budget import Limits
+from clover.runtimes import onnx
 from clover.runtimes.graphs import Graph, graphs
 from commands import run
 from families import build
