@@ -86,7 +86,7 @@ class CloverAttention(nn.Module):
             return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, dtype=dtype, device=device)
 
         if self.apart:
-            self.q_proj = linear(width, self.sizes[0] + n * plan.heads_kept * self.beside, "q" in self.biased)
+            self.q_proj = linear(width, self.sizes[0] + len(plan.query_order) * self.beside, "q" in self.biased)
             self.kv_proj = linear(source, sum(self.sizes[1:]), not self.biased.isdisjoint("kv"))
         else:
             self.qkv_proj = linear(width, sum(self.sizes), bool(self.biased))

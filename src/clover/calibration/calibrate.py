@@ -331,8 +331,8 @@ def _apply(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn pairs, real parts in the first half of the leading columns and imaginary parts in the second."""
-    re, im, rest = x.tensor_split([cos.shape[-1], 2 * cos.shape[-1]], -1)
-    return torch.cat([re * cos - im * sin, im * cos + re * sin, rest], -1)
+    pairs, rest = x.tensor_split([2 * cos.shape[-1]], -1)
+    return torch.cat([turned(pairs, cos, sin, neighbours=False), rest], -1)
 
 
 def _feature_covariance(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ _T5 = Family(
 )  # fmt: skip
 _MLA = Family(
     q="q_b_proj q_proj", fused="kv_b_proj", interleaved=True, head_dim="qk_nope_head_dim", value_dim="v_head_dim",
-    latent=Latent(), kept=("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm", "qk_rope_head_dim"),
+    latent=Latent(), kept=Latent().kept,
 )  # fmt: skip
 _CLIP_QKV = {"config.clip_qkv": "values are clipped (clip_qkv), and what is clipped can't be rotated"}
 

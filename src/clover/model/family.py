@@ -31,6 +31,11 @@ class Latent:
     neighbours: bool | Callable[[Any], Any] = True
     """As in ``Family``; or what says so of each block, given its core."""
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """What the rewritten block takes over."""
+        return *self.queries, self.keys, self.norm, self.beside
+
 
 def own_window(core: Any) -> int | None:
     """The sliding window that a module says it has."""

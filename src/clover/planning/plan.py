@@ -59,11 +59,6 @@ class BlockPlan:
         return sum(len(g.heads) * g.value for g in self.groups)
 
     @property
-    def heads_kept(self) -> int:
-        """KV heads that are not gone whole."""
-        return sum(len(g.heads) for g in self.groups)
-
-    @property
     def query_order(self) -> list[int]:
         """The query heads that are kept, by their numbers in the original, as they lie: group by group."""
         return [h * self.queries + i for group in self.groups for h in group.heads for i in range(self.queries)]
