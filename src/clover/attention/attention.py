@@ -292,7 +292,7 @@ class CloverAttention(nn.Module):
         x = qk.float() if half else qk
         if x.stride(-2) % 2:
             x = x.clone(memory_format=torch.contiguous_format)
-        turned = torch.view_as_real(torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)) * table).flatten(-2)
+        turned = torch.view_as_real(torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)) * table).view(qk.shape)
         return turned.to(qk.dtype) if half else turned
 
     def _angles(self, position_embeddings: Any, tokens: Any, idle: bool) -> tuple[Tensor, Tensor]:

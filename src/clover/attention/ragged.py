@@ -97,7 +97,9 @@ class Span(NamedTuple):
             spread = queries.index_select(1, self.query).view(-1, *self.own.shape)
         else:
             spread = queries.unsqueeze(1)
-        if queries.dtype == self.own.dtype or queries.requires_grad or torch.compiler.is_compiling():
+        if queries.dtype == self.own.dtype:
+            return spread * self.own
+        if queries.requires_grad or torch.compiler.is_compiling():
             return (spread * self.own).to(queries.dtype)
         rows = torch.empty(len(queries), *self.own.shape, dtype=queries.dtype, device=queries.device)
         return torch.mul(spread, self.own, out=rows)  # computed wide, rounded as it is written
@@ -156,11 +158,11 @@ def attend_one(
     wide as all keys, zero outside its own head's columns, and of each row of results only its own head's columns
     are taken.
     """
-    n, results, dtype, cpu = tables.n, [], queries.dtype, queries.device.type == "cpu"
+    results, dtype, cpu = [], queries.dtype, queries.device.type == "cpu"
     if isinstance(mask, Tensor) and mask.dim() == 2:  # flash attention's: what of the tokens so far is padding
         tokens = min(tokens, mask.shape[1])
         keys, values, mask = keys[:, :tokens], values[:, :tokens], mask[:, None, None, -tokens:].bool()
-    mask, (_, spans) = by_head(mask, tables.heads), tables.at(queries)
+    _, spans = tables.at(queries)
     # Products that end in rows of logits of no whole 16 bytes take GPUs several times as long; so do those that
     # begin with them.
     turned = keys.shape[1] > FEW if cpu else keys.shape[1] * keys.itemsize % 16 != 0
@@ -168,8 +170,10 @@ def attend_one(
         # oneDNN compiles a half-precision product anew for each length of the cache: milliseconds a token.
         queries, keys, values = queries.float(), keys.float(), values.float()
     least, spare = max(LEAST, torch.finfo(queries.dtype).min), keys.shape[1] - tokens
-    if mask is not None and spare:
-        mask = nn.functional.pad(mask, (0, spare), value=False if mask.dtype == torch.bool else least)
+    if mask is not None:
+        mask = by_head(mask, tables.heads)
+        if spare:
+            mask = nn.functional.pad(mask, (0, spare), value=False if mask.dtype == torch.bool else least)
     for span in spans:
         q, k, v = queries, keys, values
         if len(spans) > 1:
@@ -178,18 +182,20 @@ def attend_one(
         # Over many keys rows @ k.mT takes CPUs twice as long; it takes GPUs a copy less in what follows.
         logits = torch.bmm(k, rows.mT).mT if turned else torch.bmm(rows, k.mT)
         if mask is not None:
-            m = mask[:, :, 0] if mask.shape[1] == 1 else mask[:, span.first * n : (span.first + span.heads) * n, 0]
-            logits = torch.where(m, logits, least) if m.dtype == torch.bool else logits + m
+            m = mask[:, :, 0]
+            if mask.shape[1] > 1:
+                m = m.narrow(1, span.first * tables.n, span.heads * tables.n)
+            logits = torch.where(m, logits, least) if m.dtype == torch.bool else (logits + m).to(logits.dtype)
         elif spare:
             logits[..., tokens:] = least
-        weights = logits.softmax(-1, dtype=torch.float32 if cpu else None)  # GPUs compute in float32 by themselves
+        weights = logits.softmax(-1)  # GPUs compute that in float32 by themselves
         if weights.shape[-1] > FEW and cpu:
             weights = nn.functional.threshold(weights, NOTHING, 0.0, inplace=not weights.requires_grad)
         if turned and not cpu:
             weights = weights.mT.contiguous().mT
-        summed = weighted_sum(weights.to(v.dtype), v)
-        results.append(summed.flatten(1).index_select(1, span.from_rows))
-    return joined(results).unsqueeze(1).to(dtype)
+        results.append(weighted_sum(weights, v).flatten(1).index_select(1, span.from_rows))
+    z = joined(results).unsqueeze(1)
+    return z if z.dtype == dtype else z.to(dtype)
 
 
 def by_head(mask: Any, heads: Callable[[torch.device], Tensor]) -> Any:

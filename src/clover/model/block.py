@@ -281,8 +281,10 @@ def arguments(
     Raises:
         CloverError: a block read as self-attention is given another sequence.
     """
-    names = dict(zip(positional, args, strict=False)) | kwargs
-    call: dict[str, Any] = {family.rename.get(name, name): value for name, value in names.items()}
+    call: dict[str, Any] = dict(zip(positional, args, strict=False)) | kwargs
+    for name, ours in family.rename.items():
+        if name in call:
+            call[ours] = call.pop(name)
     if not cross and call.pop("key_value_states", None) is not None:
         raise CloverError(
             "an attention block that clover reads as self-attention was given key_value_states, another sequence; "
