@@ -36,7 +36,8 @@ from transformers import AutoTokenizer
 import clover
 from clover.measure.evaluate import continuations, multiple_choice, perplexity
 from clover.measure.files import Question, read_questions
-from clover.tuning.recipe import METHODS, Recipe, adapter_config
+from clover.tuning.methods import adapter_config
+from clover.tuning.recipe import METHODS, Recipe
 from clover.tuning.training import answered, train
 from common import DATA, MODELS, RESULTS, record, text, timed
 

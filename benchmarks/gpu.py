@@ -29,7 +29,8 @@ import clover
 from clover.measure.cost import compare_throughput, sizes
 from clover.planning.budget import Share
 from clover.pruning.prune import apply, find_bases, plan_ranks
-from clover.tuning.recipe import Recipe, adapter_config
+from clover.tuning.methods import adapter_config
+from clover.tuning.recipe import Recipe
 from common import SEED, chosen, in_turns, record
 from giants import SEVEN
 

@@ -29,7 +29,8 @@ import clover
 import language
 from clover.attention.attention import CloverAttention
 from clover.measure.evaluate import perplexity
-from clover.tuning.recipe import Recipe, adapter_config
+from clover.tuning.methods import adapter_config
+from clover.tuning.recipe import Recipe
 from clover.tuning.training import mean_loss, train
 from common import MODELS, SEED, record, text
 

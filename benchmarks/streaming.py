@@ -40,6 +40,7 @@ from clover import load, prune
 from clover.jobs.draft import hidden
 from clover.measure.data import calibration_batches
 from clover.measure.evaluate import perplexity
+from clover.model.survey import blocks
 from clover.planning.budget import Share
 from clover.pruning.basis import find_basis
 from clover.pruning.prune import plan_ranks
@@ -111,7 +112,7 @@ def clover(*arguments: object) -> list[str]:
 def some_blocks(folder: Path) -> dict[str, float]:
     """Seconds a block, in memory: decomposed, and cut to half of its directions' share."""
     pieces = Pieces.open(folder)
-    found = [pieces.real(block) for block in pieces.blocks("all")[:SOME]]
+    found = [pieces.real(block) for block in blocks(pieces.model, "all")[:SOME]]
     runs = []
     for block in found:
         basis, finding = timed(lambda b=block: find_basis(b))

@@ -22,7 +22,8 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from clover import CloverConfig
-from clover.tuning.recipe import METHODS, Recipe, adapter_config
+from clover.tuning.methods import adapter_config
+from clover.tuning.recipe import METHODS, Recipe
 from common import MODELS, SEED, chosen, in_turns, isolated, peak_memory, record, reset_peak_memory, timed
 
 SHAPES = ((8, 128), (2, 512))

@@ -271,7 +271,7 @@ def test_demo_of_a_model_that_writes_no_text(tmp_path: Path) -> None:
     tokenizer(brackets=True).save_pretrained(tmp_path / "bert")
     result = run("demo", "--model", tmp_path / "bert", "--out", tmp_path / "out")
     assert result.code == 2
-    assert "needs a causal language model" in result.said
+    assert "is a BertModel, not a causal language model; choose one" in result.said
 
 
 def test_exit_code_of_the_process(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ ORDER = [
     "streaming.shards", "streaming.pieces", "streaming.packed", "streaming.layout", "streaming.layerwise",
     "streaming.sequential", "streaming.stream",
     "measure.files", "measure.data", "measure.cost", "measure.bench", "measure.evaluate",
-    "tuning.targets", "tuning.config", "tuning.cores", "tuning.linear", "tuning.tuner", "tuning.recipe",
-    "tuning.training",
+    "tuning.recipe", "tuning.targets", "tuning.config", "tuning.methods", "tuning.cores", "tuning.linear",
+    "tuning.tuner", "tuning.training",
     "runtimes.export", "runtimes.graphs", "runtimes.onnx",
     "command.curve", "command.report", "command.demo", "command.show", "command.options", "command.cli",
 ]  # fmt: skip

@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 import clover
 from clover import CloverError
 from clover.tuning import training
-from clover.tuning.recipe import METHODS, Recipe, adapter_config
+from clover.tuning.methods import adapter_config
+from clover.tuning.recipe import METHODS, Recipe
 from clover.tuning.training import (
     IGNORED,
     collate,

@@ -52,6 +52,7 @@ from clover.runtimes.export import pad
 from clover.runtimes.onnx import check_installed
 from clover.runtimes.onnx import export as write_onnx
 from clover.streaming.stream import prune_folder
+from clover.tuning.recipe import METHODS, Recipe
 
 app = typer.Typer(
     cls=Commands,
@@ -222,19 +223,25 @@ def tune(
     data: Annotated[
         Path, typer.Option(metavar="FILE", help="A .jsonl of instruction and output, or a .txt; each may be .gz.")
     ],
-    method: Annotated[str, typer.Option(help="clover, lora, dora or pissa, all on the same modules.")] = "clover",
-    steps: Annotated[int, typer.Option(metavar="N", help="Optimiser steps.")] = 100,
+    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}, all on the same modules.")] = Recipe.method,
+    steps: Annotated[int, typer.Option(metavar="N", help="Optimiser steps.")] = Recipe.steps,
     lr: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Largest learning rate.", show_default="3e-4; LoRA, DoRA 1e-3; PiSSA 1e-4"),
-    ] = None,
-    batch: Annotated[int, typer.Option(metavar="N", help="Examples a step.")] = 8,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the order of the data and of LoRA's start.")] = 0,
-    length: Annotated[int, typer.Option(metavar="N", help="Tokens at most in an example.")] = 512,
+        typer.Option(
+            metavar="X",
+            help="Largest learning rate.",
+            show_default=", ".join(f"{m} {lr:g}" for m, lr in METHODS.items()),
+        ),
+    ] = Recipe.lr,
+    batch: Annotated[int, typer.Option(metavar="N", help="Examples a step.")] = Recipe.batch,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the order of the data and of LoRA's start.")] = Recipe.seed,
+    length: Annotated[int, typer.Option(metavar="N", help="Tokens at most in an example.")] = Recipe.length,
     core: Annotated[
         Literal["full", "diagonal"], typer.Option(help="A matrix a head, or its singular values.")
-    ] = "full",
-    block_size: Annotated[int, typer.Option(metavar="N", help="Rows in a block of an MLP; must divide them.")] = 64,
+    ] = Recipe.core,  # type: ignore[assignment]
+    block_size: Annotated[
+        int, typer.Option(metavar="N", help="Rows in a block of an MLP; must divide them.")
+    ] = Recipe.block_size,
     rank: Annotated[
         int | None, typer.Option(metavar="R", help="Of the LoRA methods.", show_default="as many parameters as clover")
     ] = None,
@@ -245,7 +252,6 @@ def tune(
 ) -> None:
     """Tune a language model by an adapter. A run that was killed goes on when it is called again."""
     extra("peft", "tune")
-    from clover.tuning.recipe import Recipe
     from clover.tuning.training import tune as run  # seconds to import
 
     quiet()

@@ -65,7 +65,7 @@ def run(model: str | None = None, out: str | os.PathLike[str] = "clover-demo") -
     _say(f"1/4 loading {name}")
     source, tokenizer = _smollm2() if model is None else (load(model), load_processor(model, "AutoTokenizer"))
     if not writes_text(source):
-        raise CloverError(f"the demonstration needs a causal language model, but {model} is a {type(source).__name__}")
+        raise CloverError(f"{model} is a {type(source).__name__}, not a causal language model; choose one for this")
     dense, restore = ready(source)
     with fresh_folder(target) as folder:
         calibration, held_out = (folder / f"{part}.txt" for part in ("calibration", "held-out"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
 import math
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clover.command.curve import loss_section
 from clover.errors import CloverError
+from clover.jobs.folders import whole_file
 from clover.measure.files import extra
 from clover.planning.plan import BlockPlan, Plan, Spectrum
 
@@ -179,16 +179,11 @@ def _labels(blocks: Sequence[Spectrum | BlockPlan]) -> list[tuple[str, str]]:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Write under a temporary name in the same folder, then rename: readers see the old file or the new one."""
-    partial = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
-        partial.write_bytes(data)
-        partial.replace(path)
+        with whole_file(path) as part:
+            part.write_bytes(data)
     except OSError as error:
         raise _unwritable(path) from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def _unwritable(path: Path) -> CloverError:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from clover.errors import CloverError
 from clover.jobs.crew import Crew
-from clover.jobs.folders import SYNCED, check_writable, sync
+from clover.jobs.folders import check_writable, sync, whole_file
 
 try:
     import fcntl
@@ -47,12 +47,8 @@ class Draft:
 
     def keep(self, kind: str, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Finish a piece with what must be remembered of it; it then is on disk, or wasn't finished."""
-        path = self._path(kind, name)
-        part = path.with_suffix(".part")
-        save_file({key: value.contiguous() for key, value in tensors.items()}, part)
-        with open(part, SYNCED) as handle:
-            os.fsync(handle.fileno())
-        part.replace(path)
+        with whole_file(self._path(kind, name)) as part:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, part)
 
     def load(self, kind: str, name: str) -> dict[str, Tensor]:
         """What ``keep`` kept."""
@@ -130,7 +126,7 @@ def draft(
         number = getattr(error, "errno", None)
         reason = str(getattr(error, "strerror", None) or error)  # the error itself would keep its frames alive
         full = number in FULL or any(word in reason for word in ("space", "quota", "too large"))
-        remedy = "free space" if full else "mend that"
+        remedy = "free space" if full else "make the place writable"
         raise CloverError(
             f"{target} can't be written: {reason}; {remedy} and give the same command again, what was done is kept"
         ) from error
@@ -157,12 +153,8 @@ def _lock(file: Path, target: Path) -> int:
 def _agree(file: Path, request: Mapping[str, Any]) -> None:
     request = json.loads(json.dumps(request, default=str))  # as it will be read again
     if not file.exists():
-        part = file.with_suffix(".part")
-        with open(part, "w") as handle:
-            json.dump(request, handle, indent=1)
-            handle.flush()
-            os.fsync(handle.fileno())
-        part.rename(file)
+        with whole_file(file) as part:
+            part.write_text(json.dumps(request, indent=1))
         return
     try:
         there = dict(json.loads(file.read_text()))

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -49,6 +49,23 @@ def fresh_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A hidden file to write, which then is on disk under its name, or was never there: readers see the old or the new.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    part = path.parent / f".{path.name}.{os.getpid()}.part"
+    try:
+        yield part
+        _force(part)
+        part.replace(path)
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
 def check_writable(path: str | os.PathLike[str]) -> Path:
     """The path of a folder that can be made.
 
@@ -72,5 +89,9 @@ def sync(folder: Path) -> None:
     """Force the files to disk, so that the rename is never ahead of what it names."""
     for file in folder.rglob("*"):
         if file.is_file():
-            with open(file, SYNCED) as handle:
-                os.fsync(handle.fileno())
+            _force(file)
+
+
+def _force(file: Path) -> None:
+    with open(file, SYNCED) as handle:
+        os.fsync(handle.fileno())

@@ -257,7 +257,9 @@ def _windows(text: str, tokenizer: Any, length: int, sequences: int, path: Path)
     windows = _in_windows(pieces, tokenizer, length)
     full = [window for window in windows if len(window) == length] or windows[:1]
     if not text.strip() or len(full[0]) < 2:
-        raise CloverError(f"{path} is no calibration data: it holds {'too little' if text.strip() else 'no'} text")
+        raise CloverError(
+            f"{path} is no calibration data: it holds {'too little' if text.strip() else 'no'} text; give more"
+        )
     return _spread(full, sequences)
 
 
@@ -335,7 +337,7 @@ def _image_batches(
     found = (f for f in path.rglob("*") if f.suffix.lower() in IMAGES and not f.name.startswith("._"))
     files = sorted(f for f in found if f.is_file())
     if not files:
-        raise CloverError(f"{path} is no calibration data: it holds no images ({', '.join(IMAGES)})")
+        raise CloverError(f"{path} is no calibration data: it holds no images ({', '.join(IMAGES)}); name their folder")
     images = processor or load_processor(model, "AutoImageProcessor")
     images = getattr(images, "image_processor", images)
     reads = accepts(model)

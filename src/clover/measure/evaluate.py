@@ -78,7 +78,9 @@ def perplexity(
         raise CloverError(f"stride is {stride}; it must lie between 1 and {whole}")
     tokens, front = (t.to(next(model.parameters()).device) for t in (tokens[:limit], front))
     if len(tokens) < 2:
-        raise CloverError(f"perplexity needs at least 2 tokens, got {len(tokens)}")
+        raise CloverError(
+            f"perplexity needs at least 2 tokens, got {len(tokens)}; give a longer text, or a higher limit"
+        )
     check_words(tokens, model)
     body, total, count, scored = _body(model), 0.0, 0, 0
     for at in track(range(0, len(tokens) - 1, stride), "perplexity"):
@@ -349,8 +351,6 @@ def evaluate(
     if task == "choice":
         return multiple_choice(model, tokenizer, content, limit)
     tokens, start = text_tokens(content, tokenizer, limit)
-    if len(tokens) < 2:
-        raise CloverError(f"{data} holds {len(tokens)} tokens; perplexity needs at least 2")
     return perplexity(model, tokens, window=min(1024, max_positions(model) or 1024), limit=limit, start=start)
 
 
@@ -395,5 +395,5 @@ def _load(name: str | Path, task: str) -> Any:
     model, _ = ready(load(str(name)))
     if not (is_whisper(model) and model.can_generate() if task == "wer" else writes_text(model)):
         wanted = "a Whisper model" if task == "wer" else "a causal language model"
-        raise CloverError(f"{task} needs {wanted}, but {name} is a {type(model).__name__}")
+        raise CloverError(f"{task} needs {wanted}, but {name} is a {type(model).__name__}; choose another model")
     return model.eval()

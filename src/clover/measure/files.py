@@ -179,10 +179,14 @@ def _question(record: dict[str, Any], where: str) -> Question:
     instruction, answer = record["instruction"], record.get("answer")
     ending = re.search(r"\s*Answer format: (\S+/\S+)\s*$", instruction)
     if not ending:
-        raise CloverError(f"{where}: the instruction does not end in 'Answer format: a/b/...', which names the choices")
+        raise CloverError(
+            f"{where}: the instruction does not end in 'Answer format: a/b/...', which names the choices; add it"
+        )
     labels = tuple(ending[1].split("/"))
     if answer not in labels:
-        raise CloverError(f"{where}: the answer is '{answer}', which is none of the choices {list(labels)}")
+        raise CloverError(
+            f"{where}: the answer is '{answer}', which is none of the choices {list(labels)}; correct one"
+        )
     body = instruction[: ending.start()]
     choices = "".join(rf"\s+{re.escape(label.capitalize())}:\s*(.+?)" for label in labels)
     spelled = re.search(choices + r"\s*$", body, re.DOTALL)

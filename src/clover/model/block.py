@@ -288,7 +288,7 @@ def arguments(
     if not cross and call.pop("key_value_states", None) is not None:
         raise CloverError(
             "an attention block that clover reads as self-attention was given key_value_states, another sequence; "
-            "add the name under which its layer holds it to CROSS in clover/families.py"
+            "add the name under which its layer holds it to CROSS in clover/model/families.py"
         )
     mask = call.pop("encoder_attention_mask", None)
     if cross and "encoder_attention_mask" in positional:  # then the other mask is that of its own sequence

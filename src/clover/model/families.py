@@ -81,7 +81,8 @@ _ROWS: dict[str, Family] = {
     "LlamaAttention ArceeAttention EuroBertAttention GemmaAttention GraniteAttention GraniteMoeAttention "
     "GraniteMoeSharedAttention HyperCLOVAXAttention PhimoeAttention "
     "Qwen2MoeAttention": replace(_LLAMA, window=_no_window),
-    "BambaAttention MinistralAttention NemotronAttention Qwen2Attention Qwen2VLAttention Qwen2_5_VLAttention": _LLAMA,
+    "BambaAttention Glm4vMoeTextAttention GlmImageTextAttention MinistralAttention NemotronAttention Qwen2Attention "
+    "Qwen2VLAttention Qwen2_5_VLAttention": _LLAMA,
     "MistralAttention MixtralAttention": _SLIDING,
     "Ministral3Attention": replace(_SLIDING, growth=_rope_growth),
     "Llama4TextAttention": replace(
@@ -90,8 +91,8 @@ _ROWS: dict[str, Family] = {
     ),
     "HunYuanDenseV1Attention": replace(_LLAMA, norms=("query_layernorm", "key_layernorm"), norms_last=True),
     "NanoChatAttention": replace(_QWEN3, norms_last=True, clockwise=True),
-    "ApertusAttention Dots1Attention Gemma3Attention Glm4MoeAttention Qwen3Attention Qwen3MoeAttention "
-    "Qwen3VLMoeTextAttention Qwen3VLTextAttention": _QWEN3,
+    "ApertusAttention ChameleonAttention Dots1Attention Gemma3Attention Glm4MoeAttention Qwen3Attention "
+    "Qwen3MoeAttention Qwen3VLMoeTextAttention Qwen3VLTextAttention": _QWEN3,
     "Gemma2Attention": replace(_LLAMA, softcap="attn_logit_softcapping"),
     "SeedOssAttention": replace(_LLAMA, output_dropout="residual_dropout"),
     "StableLmAttention": replace(
@@ -107,9 +108,7 @@ _ROWS: dict[str, Family] = {
     "Cohere2MoeAttention": replace(_COHERE, rotary=_slides_or_must),
     "Exaone4Attention": replace(_QWEN3, rotary=_is_global_or_slides, window=_window_where_sliding),
     "Ernie4_5Attention Ernie4_5_MoeAttention GlmAttention Glm4Attention HeliumAttention": _GLM,
-    "ChameleonAttention": _QWEN3,
     "GlmOcrTextAttention Glm4vTextAttention": _COHERE,
-    "Glm4vMoeTextAttention GlmImageTextAttention": _LLAMA,
     "PersimmonAttention": Family(
         fused="query_key_value", interleaved=True, o="dense", heads="num_heads", rotary=True,
         norms=("q_layernorm", "k_layernorm"),

@@ -39,7 +39,7 @@ def load(path: str | os.PathLike[str], *, output_loading_info: bool = False, **k
     except (CloverError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of any kind: by what is damaged, lacks a package, or can't be fetched
-        raise CloverError(f"{path} can't be loaded: {reason(error)}") from error
+        raise CloverError(f"{path} can't be loaded: {reason(error)}; restore its files") from error
     if missing := sorted(info["missing_keys"]):
         named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         warn(f"{path} lacks {named}, which hold random numbers now; restore the file, or train what is new")

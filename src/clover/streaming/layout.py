@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from clover.errors import CloverError
@@ -22,10 +22,11 @@ from clover.jobs.draft import Draft
 from clover.model.block import Block
 from clover.planning.plan import BlockPlan, Plan
 from clover.progress import track
+from clover.pruning.basis import Basis
 from clover.pruning.checkpoint import write_beside, write_config
 from clover.pruning.classes import adopt, rebuild
 from clover.pruning.surgery import install, skeleton
-from clover.streaming.pieces import Pieces
+from clover.streaming.pieces import Pieces, cut
 from clover.streaming.shards import INDEX, Entry, Shard, form
 
 BASES, DONE = "bases", "done"
@@ -42,8 +43,8 @@ class Layout:
     shards: dict[str, Shard]
     rest: dict[str, dict[str, Entry]]
     """What each file takes over unchanged."""
-    blocks: tuple[str, ...]
-    """Names of those that are cut."""
+    plans: dict[str, BlockPlan]
+    """Of the blocks that are cut, by their names."""
 
     @classmethod
     def of(cls, pieces: Pieces, found: Sequence[Block], plan: Plan, folder: Path) -> Layout:
@@ -59,7 +60,7 @@ class Layout:
         for block in found:
             tensors[pieces.home(block)] |= {k: form(t) for k, t in state.items() if k.startswith(block.replaced)}
         shards = {f: Shard(folder / f, of) for f, of in tensors.items()}
-        return cls(pieces, model, shards, rest, tuple(b.name for b in found))
+        return cls(pieces, model, shards, rest, {block.name: block for block in plan.blocks})
 
     def begin(self, made: Draft, we: Crew) -> None:
         """Take the room for all files; those of an earlier run stay as they are."""
@@ -71,13 +72,15 @@ class Layout:
                 shard.create()
         we.meet()
 
-    def write(self, block: Block, state: Mapping[str, Tensor]) -> None:
-        """Put the tensors of a block's cut, by their names in the model, into their file."""
+    def write(self, block: Block, basis: Basis, made: Draft) -> None:
+        """Cut a block, put its tensors into their file, and say so in the draft."""
+        state = cut(block, basis, self.plans[block.name], self.pieces.model.dtype)
         self.shards[self.pieces.home(block)].write(state.items())
+        made.keep(DONE, block.name, {})
 
-    def install(self, block: Block, layer: nn.Module, layer_name: str, plan: BlockPlan) -> None:
+    def install(self, block: Block, layer: nn.Module, layer_name: str) -> None:
         """Put the cut of a block that was written into the layer that holds it, in the dtype of the layer."""
-        made = skeleton(block, plan)
+        made = skeleton(block, self.plans[block.name])
         shard = self.shards[self.pieces.home(block)]
         for name, module in made.items():
             module.load_state_dict({key: shard.read(f"{name}.{key}") for key in module.state_dict()})
@@ -114,7 +117,7 @@ class Layout:
         """
         we.meet()
         if we.leads:
-            if missing := [piece for piece in (*self.rest, *self.blocks) if not made.has(DONE, piece)]:
+            if missing := [piece for piece in (*self.rest, *self.plans) if not made.has(DONE, piece)]:
                 raise CloverError(f"{missing[0]} was not written to {made.out}; give the same command again")
             write_config(self.model, made.out)
             write_beside(beside, made.out)

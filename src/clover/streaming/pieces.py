@@ -24,7 +24,6 @@ from clover.errors import CloverError, reason
 from clover.model.block import Block
 from clover.model.heads import finite
 from clover.model.precision import workplace
-from clover.model.survey import blocks
 from clover.planning.plan import BlockPlan
 from clover.pruning.basis import Basis
 from clover.pruning.checkpoint import blank
@@ -80,10 +79,6 @@ class Pieces:
     def shapes(self) -> dict[str, Tensor]:
         """Every tensor of the model, on the meta device."""
         return self.model.state_dict()
-
-    def blocks(self, part: str) -> list[Block]:
-        """The attention blocks of a part, without weights. See ``families.blocks``."""
-        return blocks(self.model, part)
 
     def fill(self, name: str) -> nn.Module:
         """A copy of a module of the model, with its weights, ready to be computed with (as ``precision.ready``)."""

@@ -31,12 +31,11 @@ from clover.model.answers import Masks, on, padding, valid
 from clover.model.block import Block
 from clover.model.precision import workplace
 from clover.model.survey import survey
-from clover.planning.plan import Plan
 from clover.pruning.basis import find_basis
 from clover.streaming.layerwise import Call, Stack, entered, run, stacks, walk
 from clover.streaming.layout import BASES, DONE, Layout
 from clover.streaming.packed import pack_costs
-from clover.streaming.pieces import Pieces, cut
+from clover.streaming.pieces import Pieces
 
 STRIDE = 1_000_003
 """Between the seeds of batches: what is drawn for a batch must not depend on which process has it."""
@@ -168,21 +167,18 @@ class Calibrated:
 
         self._walk(layer, BASES, made, we)
 
-    def cut(self, plan: Plan, layout: Layout, made: Draft, we: Crew) -> None:
+    def cut(self, layout: Layout, made: Draft, we: Crew) -> None:
         """Write the cut of every block, each calibrated behind those before it."""
-        plans = {block.name: block for block in plan.blocks}
 
         def layer(name: str, inputs: Iterable[tuple[Tensor, Call]]) -> nn.Module:
             module, blocks, observed = self._layer(name, inputs, DONE, made, we)
             for block, moments in observed:
                 if we.leads:
-                    basis = find_basis(block, moments)
-                    layout.write(block, cut(block, basis, plans[block.name], self.pieces.model.dtype))
-                    made.keep(DONE, block.name, {})
+                    layout.write(block, find_basis(block, moments), made)
             if observed:
                 we.meet()
             for block in blocks:
-                layout.install(block, module, name, plans[block.name])
+                layout.install(block, module, name)
             return module
 
         self._walk(layer, DONE, made, we)

@@ -21,14 +21,15 @@ from clover.jobs.crew import Crew, crew
 from clover.jobs.draft import Draft, draft
 from clover.jobs.folders import check_writable
 from clover.model.block import Block
+from clover.model.survey import blocks
 from clover.planning.budget import Granularity, Limits
-from clover.planning.plan import FORMAT, Plan
+from clover.planning.plan import FORMAT
 from clover.progress import track
 from clover.pruning.basis import find_basis
 from clover.pruning.prune import Part, plan_costs, rules, summary
 from clover.streaming.layout import BASES, DONE, Layout
 from clover.streaming.packed import pack, pack_costs, unpack, unpack_costs
-from clover.streaming.pieces import Pieces, cut
+from clover.streaming.pieces import Pieces
 from clover.streaming.sequential import Calibrated
 from clover.streaming.shards import INDEX, SINGLE, read_index
 
@@ -83,7 +84,7 @@ def prune_folder(
     check_writable(out)
     with crew() as we:
         pieces = Pieces.open(local(model))
-        found = pieces.blocks(part)
+        found = blocks(pieces.model, part)
         request = {
             "model": pieces.source.fingerprint(), "config": _settings(pieces.model.config), "part": part,
             "format": FORMAT,
@@ -100,7 +101,7 @@ def prune_folder(
             layout = Layout.of(pieces, found, plan, made.out)
             layout.begin(made, we)
             with layout.copying(made, we):
-                work.cut(plan, layout, made, we)
+                work.cut(layout, made, we)
             layout.finish(made, we, beside)
             return summary(layout.model)
 
@@ -144,14 +145,11 @@ class Weights:
             made.keep(BASES, block.name, pack(basis) | pack_costs(basis.costs()))
         we.meet()
 
-    def cut(self, plan: Plan, layout: Layout, made: Draft, we: Crew) -> None:
+    def cut(self, layout: Layout, made: Draft, we: Crew) -> None:
         """Write the cut of every block."""
-        plans = {block.name: block for block in plan.blocks}
         for block in track([b for b in we.share(self.blocks) if not made.has(DONE, b.name)], "cut"):
             real = self.pieces.real(block)
-            basis = unpack(real, made.load(BASES, block.name))
-            layout.write(block, cut(real, basis, plans[block.name], self.pieces.model.dtype))
-            made.keep(DONE, block.name, {})
+            layout.write(real, unpack(real, made.load(BASES, block.name)), made)
 
 
 def _settings(config: Any) -> dict[str, Any]:

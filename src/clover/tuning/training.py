@@ -36,7 +36,8 @@ from clover.model.precision import ready
 from clover.model.traits import accepts, max_positions, writes_text
 from clover.progress import console
 from clover.pruning.checkpoint import load, save
-from clover.tuning.recipe import Recipe, adapter_config
+from clover.tuning.methods import adapter_config
+from clover.tuning.recipe import Recipe
 
 CHECKPOINTS = "checkpoints"
 """Where in a run's draft the Trainer keeps them."""
@@ -345,7 +346,9 @@ def merge(model: str, adapter: str | Path, out: str | Path) -> Path:
     """
     check_writable(out)
     if not (Path(adapter) / "adapter_config.json").is_file():
-        raise CloverError(f"{adapter} is no adapter: it has no adapter_config.json")
+        raise CloverError(
+            f"{adapter} is no adapter: it has no adapter_config.json; name what clover tune or peft wrote"
+        )
     beside = found_beside(model)  # first: what is wrong there is told before the work
     base = load(model)
     try:
@@ -356,7 +359,9 @@ def merge(model: str, adapter: str | Path, out: str | Path) -> Path:
         raise
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError, SafetensorError) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise CloverError(f"{adapter} can't be merged into {model} ({why})") from error
+        raise CloverError(
+            f"{adapter} can't be merged into {model} ({why}); name the model that it was tuned on"
+        ) from error
     return save(merged, out, beside=beside)
 
 
