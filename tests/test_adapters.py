@@ -38,6 +38,37 @@ def test_an_adapter_that_can_not_be_added_leaves_nothing_behind(tmp_path: Path) 
     assert torch.equal(outputs(PeftModel.from_pretrained(fresh()[0], tmp_path).eval(), batch), out)
 
 
+def test_what_failed_can_be_tried_again_on_the_same_model() -> None:
+    """peft would take what is left of a first try for a tuned model, and train all its weights."""
+    model, _ = fresh()
+    with pytest.raises(CloverError, match="blocks of 48 don't divide"):
+        get_peft_model(model, config(block_size=48))
+    assert not any(isinstance(module, CloverLinear) for module in model.modules())
+    again = get_peft_model(model, config())
+    trained = {name for name, p in again.named_parameters() if p.requires_grad}
+    assert trained == {n for n, p in get_peft_model(fresh()[0], config()).named_parameters() if p.requires_grad}
+    assert all("clover_cores" in name for name in trained)
+
+
+def test_all_linear_leaves_out_what_blocks_do_not_divide() -> None:
+    model, _ = fresh()
+    model.model.layers[0].mlp.gate = torch.nn.Linear(32, 1)
+    with pytest.warns(UserWarning, match=r"mlp\.gate has 1 rows, which blocks of 16 don't divide: it stays as it is"):
+        tuned = get_peft_model(model, config(target_modules="all-linear"))
+    assert type(tuned.base_model.model.model.layers[0].mlp.gate) is torch.nn.Linear
+    assert isinstance(tuned.base_model.model.model.layers[0].mlp.down_proj, CloverLinear)
+
+
+def test_bases_are_float32_whatever_torch_makes_by_default() -> None:
+    model, _ = fresh()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        held = get_peft_model(model, config()).state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {v.dtype for k, v in held.items() if "clover_cores" in k} == {torch.float32}
+
+
 def test_all_linear_means_those_that_are_wrapped_too() -> None:
     model, _, _ = tuned()
     model.add_adapter("b", config(target_modules="all-linear"))
@@ -49,6 +80,13 @@ def test_an_adapter_whose_parts_are_called_like_another_is_not_saved_without_the
     model.save_pretrained(tmp_path / "a")
     model.load_adapter(tmp_path / "a", "0")
     with pytest.raises(CloverError, match="'default' can't be saved beside '0'"):
+        model.save_pretrained(tmp_path / "b")
+
+
+def test_an_adapter_called_like_a_part_of_the_model_is_not_saved_with_another(tmp_path: Path) -> None:
+    model, *_ = tuned()
+    model.add_adapter("model", config())
+    with pytest.raises(CloverError, match="'default' can't be saved beside 'model'"):
         model.save_pretrained(tmp_path / "b")
 
 

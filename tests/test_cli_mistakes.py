@@ -181,6 +181,17 @@ def test_a_terminated_command_leaves_nothing_behind(narrow: Path, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+def test_a_signal_that_was_ignored_stays_so(narrow: Path, tmp_path: Path) -> None:
+    """As nohup has it."""
+    code = (
+        "import os, signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); from clover.command import cli; "
+        "from clover.jobs import folders; folders.sync = lambda _: os.kill(os.getpid(), signal.SIGHUP); cli.main()"
+    )
+    command = [sys.executable, "-c", code, "prune", narrow, tmp_path / "out", "--vo", "0.5"]
+    assert subprocess.run(command, capture_output=True, text=True).returncode == 0
+    assert (tmp_path / "out").is_dir()
+
+
 def test_a_package_that_a_model_needs_is_named(narrow: Path, tmp_path: Path) -> None:
     config = json.loads((narrow / "config.json").read_text())
     shutil.copytree(narrow, tmp_path / "quantised")

@@ -87,6 +87,13 @@ def test_cached_generation_is_the_same() -> None:
     assert torch.equal(pad(model).generate(**batch, **kwargs), model.generate(**batch, **kwargs))
 
 
+def test_a_quantised_model_is_refused() -> None:
+    model, _ = pruned("llama-gqa")
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(CloverError, match="is quantised; export the unquantised model"):
+        pad(model)
+
+
 def test_a_model_that_was_not_rewritten_is_refused() -> None:
     with pytest.raises(CloverError, match="was not rewritten by clover"):
         pad(build("opt")[0])

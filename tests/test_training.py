@@ -313,6 +313,55 @@ def test_a_loss_that_is_no_number_stops_the_run(llama: Path, text: Path, tmp_pat
     assert not any(tmp_path.iterdir())
 
 
+def test_a_model_that_is_no_good_is_not_blamed_on_the_learning_rate(llama: Path, text: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    model = LlamaForCausalLM.from_pretrained(base)
+    model.model.norm.weight.data[0] = torch.nan
+    model.save_pretrained(base)
+    with pytest.raises(CloverError, match=r"the loss is nan at step 1; .*repair the model"):
+        tune(str(base), tmp_path / "adapter", text, Recipe(**SMALL))
+
+
+def test_a_mended_command_takes_over_the_draft_of_one_that_did_nothing(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(training, "train", raising(torch.OutOfMemoryError))
+        tune(str(llama), tmp_path / "adapter", text, Recipe(**SMALL))
+    tune(str(llama), tmp_path / "adapter", text, Recipe(**{**SMALL, "batch": 1}))
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def raising(error: type[Exception]) -> Any:
+    def call(*_: Any, **__: Any) -> None:
+        raise error
+
+    return call
+
+
+def test_a_full_disk_is_told_where_a_tokenizer_is_written(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its library raises an exception of no class."""
+    monkeypatch.setattr(training, "_finish", lambda *_: raising_plainly("No space left on device (os error 28)"))
+    with pytest.raises(CloverError, match=r"can't be written: No space left .*; free space"):
+        tune(str(llama), tmp_path / "adapter", text, Recipe(**SMALL))
+
+
+def raising_plainly(message: str) -> None:
+    raise Exception(message)
+
+
+def test_words_that_a_model_does_not_know_are_refused(llama: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    model = LlamaForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(8)
+    model.save_pretrained(base)
+    (tmp_path / "text.txt").write_text("w1 w40 " * 20)
+    with pytest.raises(CloverError, match="tokenizer"):
+        tune(str(base), tmp_path / "adapter", tmp_path / "text.txt", Recipe(**SMALL))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

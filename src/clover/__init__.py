@@ -9,25 +9,8 @@ from clover.pruning.checkpoint import load, save
 from clover.pruning.prune import inspect, orthogonalize, plan_of, prune, summary
 from clover.streaming.stream import prune_folder
 
-try:  # peft then loads adapters of this method by their name
-    from clover.tuning.config import CloverConfig
-    from clover.tuning.tuner import register
-except ImportError as error:
-    _missing = str(error)
-
-    def __getattr__(name: str) -> object:
-        if name == "CloverConfig":
-            raise ImportError(
-                f"clover.CloverConfig needs peft 0.21 or later ({_missing}); pip install 'clover-attention[tune]'"
-            )
-        raise AttributeError(f"module 'clover' has no attribute {name!r}")
-else:
-    register()
-
-
 __version__ = "0.1.0"
 __all__ = [
-    "CloverConfig",
     "CloverError",
     "Limits",
     "Plan",
@@ -43,3 +26,20 @@ __all__ = [
     "save",
     "summary",
 ]
+
+try:  # peft then loads adapters of this method by their name
+    from clover.tuning.tuner import register
+except ImportError as error:
+    _missing = str(error)
+
+    def __getattr__(name: str) -> object:
+        if name == "CloverConfig":
+            raise ImportError(
+                f"clover.CloverConfig needs peft 0.21 or later ({_missing}); pip install 'clover-attention[tune]'"
+            )
+        raise AttributeError(f"module 'clover' has no attribute {name!r}")
+else:
+    from clover.tuning.config import CloverConfig
+
+    register()
+    __all__ += ["CloverConfig"]

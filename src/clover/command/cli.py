@@ -216,6 +216,16 @@ def evaluate(
         print(f"  {key}: {value}")
 
 
+def _training() -> Any:
+    """The module that tunes, which takes seconds to import."""
+    extra("peft", "tune")
+    try:
+        from clover.tuning import training
+    except ImportError as error:
+        raise CloverError(f"tuning needs peft 0.21 or later ({error}); pip install 'clover-attention[tune]'") from error
+    return training
+
+
 @app.command()
 def tune(
     model: Model,
@@ -251,9 +261,7 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Tune a language model by an adapter. A run that was killed goes on when it is called again."""
-    extra("peft", "tune")
-    from clover.tuning.training import tune as run  # seconds to import
-
+    run = _training().tune
     quiet()
     recipe = Recipe(method, steps, lr, batch, seed, length=length, core=core, block_size=block_size, rank=rank)
     result = run(model, adapter, data, recipe, eval_data=eval_data)
@@ -275,9 +283,7 @@ def merge(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
 ) -> None:
     """Merge an adapter into its model: the same outputs at the speed of the model alone."""
-    extra("peft", "tune")
-    from clover.tuning.training import merge as run  # seconds to import
-
+    run = _training().merge
     quiet()
     note(f"saved {run(model, adapter, out)}")
 

@@ -36,7 +36,9 @@ class Commands(TyperGroup):
         """Run a command; never returns."""
         with suppress(ValueError):  # only a main thread may
             for name in ("SIGTERM", "SIGHUP"):  # so that what is half done is cleared away; Windows has no SIGHUP
-                signal.signal(getattr(signal, name, signal.SIGTERM), signal.default_int_handler)
+                number = getattr(signal, name, signal.SIGTERM)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                    signal.signal(number, signal.default_int_handler)
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
         except CloverError as error:

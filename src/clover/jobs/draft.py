@@ -116,13 +116,12 @@ def draft(
             for kind in kinds:
                 (made.folder / kind).mkdir(exist_ok=True)
             lock = _lock(made.folder / "lock", target)
-            if not (made.folder / "request.json").exists():  # what lies here then was left by an unknown run
-                for kind in kinds:
-                    made.forget(kind)
-            _agree(made.folder / "request.json", request)
+            _agree(made, kinds, request)
         crew.meet()
         yield made
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:  # that of tokenizers
+            raise
         number = getattr(error, "errno", None)
         reason = str(getattr(error, "strerror", None) or error)  # the error itself would keep its frames alive
         full = number in FULL or any(word in reason for word in ("space", "quota", "too large"))
@@ -150,9 +149,13 @@ def _lock(file: Path, target: Path) -> int:
     raise CloverError(f"{target} is being made by another run; wait for it, or choose another folder")
 
 
-def _agree(file: Path, request: Mapping[str, Any]) -> None:
+def _agree(made: Draft, kinds: tuple[str, ...], request: Mapping[str, Any]) -> None:
+    """Begin anew if the draft is of an unknown run or holds no piece; else its request must be this one."""
     request = json.loads(json.dumps(request, default=str))  # as it will be read again
-    if not file.exists():
+    file = made.folder / "request.json"
+    if not file.exists() or not any(any((made.folder / kind).iterdir()) for kind in kinds):
+        for kind in (*kinds, made.out.name):
+            made.forget(kind)
         with whole_file(file) as part:
             part.write_text(json.dumps(request, indent=1))
         return

@@ -39,6 +39,10 @@ def pad(model: PreTrainedModel) -> PreTrainedModel:
         UnsupportedModelError: the class has no bias that could take up the mean of what was cut.
     """
     plan = plan_of(model)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise CloverError(
+            f"{type(model).__name__} is quantised; export the unquantised model, then quantise the result"
+        )
     stock = _stock(model, plan)
     here = {block.name: block for block in survey(stock)[0]}
     cut = [here[b.name] for b in plan.blocks]

@@ -88,10 +88,14 @@ class Core(nn.Module):
         self.dense = torch.equal(rows.flatten().cpu(), self.first + torch.arange(rows.numel()))
         self.register_buffer("rows", rows.to(device), persistent=False)
         vector, matrix = (blocks, size), (blocks, size, size)
-        self.change = nn.Parameter(torch.zeros(vector if kind == "diagonal" else matrix, device=device))
+        self.change = nn.Parameter(
+            torch.zeros(vector if kind == "diagonal" else matrix, dtype=torch.float32, device=device)
+        )
         for name, shape in (("left", matrix), ("right", matrix), ("values", vector)):
-            self.register_buffer(name, None if kind == "folded" else torch.zeros(shape, device=device))
-        self.register_buffer("fingerprint", torch.zeros(blocks, 8, device=device))
+            self.register_buffer(
+                name, None if kind == "folded" else torch.zeros(shape, dtype=torch.float32, device=device)
+            )
+        self.register_buffer("fingerprint", torch.zeros(blocks, 8, dtype=torch.float32, device=device))
 
     @torch.no_grad()
     def start(self, bases: Bases | None, identity: bool = True) -> int:

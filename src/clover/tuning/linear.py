@@ -25,7 +25,8 @@ from clover.tuning.targets import Slot, in_features, out_features
 class CloverLinear(nn.Module, BaseTunerLayer):
     """A projection (Linear, Conv1D or a quantised linear) whose outputs are turned by the cores of its adapters.
 
-    Active adapters add up: the weight is ``(I + E_1 + E_2 + ...) W``.
+    Active adapters add up: the weight is ``(I + E_1 + E_2 + ...) W``. Those whose blocks differ in size
+    (``block_size``) follow one another instead, ``(I + E_2) (I + E_1) W``.
     """
 
     adapter_layer_names = ("clover_cores",)

@@ -10,10 +10,11 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from clover.jobs.draft import Draft, draft
 from clover.jobs.folders import check_writable
 from clover.measure.data import found_beside, load_processor, text_tokens
 from clover.measure.files import file_kind, read_records, read_text
-from clover.model.answers import IGNORED
+from clover.model.answers import IGNORED, check_words
 from clover.model.precision import ready
 from clover.model.traits import accepts, max_positions, writes_text
 from clover.progress import console
@@ -127,6 +128,11 @@ def lean(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {**batch, "logits_to_keep": keep, "shift_labels": following[:, -keep:].contiguous()}
 
 
+def collator(model: Any) -> Callable[[Sequence[dict[str, list[int]]]], dict[str, Any]]:
+    """``collate``, and ``lean`` where a model (without its adapter) can compute some of the logits."""
+    return (lambda batch: lean(collate(batch))) if "logits_to_keep" in accepts(model) else collate
+
+
 def contiguous_head(model: Any) -> AbstractContextManager[Any]:
     """Until it is left, the output embeddings see contiguous states, ``(batch, tokens, width)``; only the time changes.
 
@@ -144,13 +150,15 @@ def contiguous_head(model: Any) -> AbstractContextManager[Any]:
 
 class _StopAtNaN(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        for name in ("loss", "grad_norm"):
+        for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):  # under fp16 a step that overflows is left out
             value = float((logs or {}).get(name, 0.0))
             if not math.isfinite(value):
-                raise CloverError(
-                    f"the {name} is {value} at step {state.global_step}; "
-                    f"lower the learning rate (it is {args.learning_rate:g})"
+                first = name == "loss" and state.global_step == 1  # before anything was changed
+                remedy = f"lower the learning rate (it is {args.learning_rate:g})"
+                remedy = (
+                    "the weights or the activations of the base are at fault: repair the model" if first else remedy
                 )
+                raise CloverError(f"the {name} is {value} at step {state.global_step}; {remedy}")
 
 
 class _Bar(ProgressCallback):
@@ -191,9 +199,10 @@ def train(
     )  # fmt: skip
     arguments._n_gpu = min(arguments.n_gpu, 1)  # more would multiply the batch of a single process in silence
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    collator = (lambda batch: lean(collate(batch))) if "logits_to_keep" in accepts(base) else collate
     callbacks = [_StopAtNaN(), *([_Bar()] if console.is_terminal else [])]
-    trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=callbacks)
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=data, data_collator=collator(base), callbacks=callbacks
+    )
     trainer.remove_callback(PrinterCallback)
     last = _last_whole(folder) if save_every else None
     with contiguous_head(base):
@@ -220,8 +229,10 @@ def mean_loss(model: Any, data: Sequence[Any], batch: int = 8) -> float:
     """Mean negative log-likelihood in nats per learned token."""
     total, count = 0.0, 0
     model.eval()
+    together = collator(model.get_base_model() if isinstance(model, PeftModel) else model)
     for start in range(0, len(data), batch):
-        inputs = {k: v.to(model.device) for k, v in collate(data[start : start + batch]).items()}
+        made = together(data[start : start + batch])
+        inputs = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in made.items()}
         if learned := int((inputs["labels"][:, 1:] != IGNORED).sum()):
             total += float(model(**inputs).loss) * learned
             count += learned
@@ -261,6 +272,8 @@ def tune(
     recipe = replace(recipe, length=min(recipe.length, max_positions(base) or recipe.length))
     learned = examples(data, tokenizer, recipe.length)
     held_out = None if eval_data is None else examples(eval_data, tokenizer, recipe.length)
+    for found in filter(None, (learned, held_out)):
+        check_words(torch.tensor([max(e["input_ids"]) for e in found]), base)
     config = adapter_config(base, recipe)
     content = hashlib.sha256(Path(data).read_bytes()).hexdigest()
     weights = (f for kind in ("*.safetensors", "*.bin") for f in sorted(Path(model).glob(kind)))
@@ -269,13 +282,13 @@ def tune(
     request = {"model": model, "files": files, "data": str(data), "sha256": content, **recipe.to_dict()}
     with crew() as we, draft(out, request, we, kinds=(CHECKPOINTS,), ending="tuning") as made:
         set_seed(recipe.seed)
-        losses = {} if held_out is None else {"eval_loss_before": mean_loss(base, held_out)}
+        losses = {} if held_out is None else {"eval_loss_before": mean_loss(base, held_out, recipe.batch)}
         adapted = get_peft_model(base, config)
         for buffer in adapted.buffers():  # once: during training they stand still
             broadcast(buffer)
         log = _trained(adapted, learned, recipe, made, save_every)
         if held_out is not None:
-            losses["eval_loss_after"] = mean_loss(adapted, held_out)
+            losses["eval_loss_after"] = mean_loss(adapted, held_out, recipe.batch)
         count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         last = [entry["loss"] for entry in log[-10:]]
         result = {**recipe.to_dict(), "trainable_parameters": count, "loss": sum(last) / len(last), **losses}
@@ -358,7 +371,7 @@ def merge(model: str, adapter: str | Path, out: str | Path) -> Path:
     except CloverError:
         raise
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError, SafetensorError) as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())
+        why = f"{type(error).__name__}: {shorten(str(error), 400, placeholder=' ...')}"
         raise CloverError(
             f"{adapter} can't be merged into {model} ({why}); name the model that it was tuned on"
         ) from error

@@ -22,11 +22,11 @@ from peft.utils.quantization_utils import (
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from clover.errors import CloverError, UnsupportedModelError
+from clover.errors import CloverError, UnsupportedModelError, warn
 from clover.model.families import FAMILIES
 from clover.tuning.config import NAME, CloverConfig, extend_enum
 from clover.tuning.linear import CloverLinear
-from clover.tuning.targets import Slot, find_slots, rows_in_blocks
+from clover.tuning.targets import Slot, find_slots, out_features, rows_in_blocks
 
 
 class CloverModel(BaseTuner):
@@ -35,20 +35,32 @@ class CloverModel(BaseTuner):
     prefix = "clover_"
     tuner_layer_cls = CloverLinear
     _found: dict[str, list[Slot]]
+    _takes_all = False
+    """Whether every linear projection was asked for, rather than some by name."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in peft; the user's config stays as it is, and an adapter that can't be added leaves nothing behind."""
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
-        before = {layer for layer in self._layers() if adapter_name in layer.clover_cores}
+        before = {layer: adapter_name in layer.clover_cores for layer in self._layers()}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
-            for layer in self._layers():
-                if layer not in before and adapter_name in layer.clover_cores:
-                    del layer.clover_cores[adapter_name]
+            self._take_back(adapter_name, before)
             raise
         finally:
             self._found = {}  # it can't be pickled
+
+    def _take_back(self, adapter_name: str, before: dict[CloverLinear, bool]) -> None:
+        """Undo what was added of an adapter, given the layers that were there, and whether each had one of its name.
+
+        peft takes a model with a wrapped layer for one that is tuned already, and then freezes nothing.
+        """
+        for name, layer in list(self.model.named_modules(remove_duplicate=False)):
+            if isinstance(layer, CloverLinear):
+                if layer not in before:
+                    self.model.set_submodule(name, layer.base_layer)
+                elif not before[layer] and adapter_name in layer.clover_cores:
+                    del layer.clover_cores[adapter_name]
 
     def _layers(self) -> list[CloverLinear]:
         return [module for module in self.model.modules() if isinstance(module, CloverLinear)]
@@ -87,7 +99,8 @@ class CloverModel(BaseTuner):
         layers = [layer for layer in model.modules() if isinstance(layer, CloverLinear)]
         own = [layer.clover_cores[adapter_name] for layer in layers if adapter_name in layer.clover_cores]
         held = sum(len(cores.state_dict()) for cores in own)
-        if sum(f".clover_cores.{adapter_name}." in key for key in found) < held:
+        others = any(f".clover_cores.{other}." in key for other in unwanted_adapter_names for key in found)
+        if others or sum(f".clover_cores.{adapter_name}." in key for key in found) < held:
             names = ", ".join(map(repr, unwanted_adapter_names))
             raise CloverError(
                 f"adapter {adapter_name!r} can't be saved beside {names}, which is also what a part of it is called; "
@@ -125,6 +138,7 @@ class CloverModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         self._found = find_slots(self.model, peft_config.block_size)
+        self._takes_all = peft_config.target_modules == "all-linear"
         if peft_config.target_modules is None:
             wanted = {n for n, slots in self._found.items() if any(s.part in peft_config.parts for s in slots)}
             if not wanted:
@@ -185,6 +199,12 @@ class CloverModel(BaseTuner):
             )
         known = [s for s in self._found.get(current_key, []) if s.rows.numel()]
         slots = [s for s in known if s.part in config.parts] or known
+        if not slots and self._takes_all and out_features(base) % config.block_size:
+            warn(
+                f"{current_key} has {out_features(base)} rows, which blocks of {config.block_size} don't divide: it "
+                "stays as it is"
+            )
+            return
         slots = slots or [rows_in_blocks(current_key, base, config.block_size)]
         if isinstance(target, CloverLinear):
             target.update_layer(adapter_name, slots, config)
