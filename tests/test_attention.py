@@ -308,6 +308,7 @@ def test_tokens_that_are_added_between_layers_do_not_turn() -> None:
 def test_compiled_without_a_break_it_writes_into_a_static_cache() -> None:
     """In a process without the checks of shapes, which the compiler can't follow."""
     code = """
+import copy
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 import clover
@@ -317,6 +318,16 @@ model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=6, num_key_val
 ids = torch.randint(64, (2, 12))
 clover.prune(model, qk=0.3, vo=0.3, calibration=[{"input_ids": ids}])
 assert any(len(block.groups) > 1 for block in clover.plan_of(model).blocks)
+first = copy.deepcopy(model)
+try:
+    torch.compile(first, fullgraph=True, backend="aot_eager")(input_ids=ids, use_cache=False)
+except torch._dynamo.exc.Unsupported as error:
+    assert "call the model before it is compiled" in str(error)
+else:
+    raise AssertionError("its tables were made in the graph")
+torch._dynamo.reset()
+broken = torch.compile(first, backend="aot_eager")(input_ids=ids, use_cache=False).logits
+torch.testing.assert_close(broken, copy.deepcopy(model)(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
 step = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
 cache, pieces = StaticCache(config=model.config, max_cache_len=16), []
 with torch.no_grad():

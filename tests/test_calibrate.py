@@ -412,6 +412,42 @@ def test_inference_mode_is_named() -> None:
     assert hook_count(model) == 0 and all(p.requires_grad for p in model.parameters())
 
 
+def test_a_part_that_runs_without_gradients_is_refused() -> None:
+    """As the towers of CLIPSeg do; no gradient there would be taken for no influence."""
+    model, batch = build("llava")
+    tower = model.model.vision_tower
+    tower.forward = torch.no_grad()(tower.forward)
+    with pytest.raises(CloverError, match=r"the model runs model\.vision_tower\..*torch.no_grad.*prune another part"):
+        calibrate(model, blocks(model), [batch])
+    calibrate(model, blocks(model, "decoder"), [batch])
+
+
+def test_weights_that_no_gradient_passes_are_refused() -> None:
+    model, batch = build("llama-gqa")
+    model.hf_quantizer = type("Mxfp4HfQuantizer", (), {"is_trainable": False})()
+    with pytest.raises(CloverError, match="no gradient comes back through Mxfp4 weights; load the model dequantised"):
+        calibrate(model, blocks(model), [batch])
+
+
+def test_padding_of_several_choices_stays_out_of_the_statistics() -> None:
+    config = t.BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = t.BertForMultipleChoice(config).eval()
+    ids, mask = torch.randint(64, (2, 3, 7)), torch.ones(2, 3, 7, dtype=torch.long)
+    mask[..., 5:] = 0
+    (moments,) = calibrate(model, blocks(model), [{"input_ids": ids, "attention_mask": mask}])
+    assert moments.tokens == 2 * 3 * 5
+
+
+def test_an_effect_of_zero_is_no_effect() -> None:
+    model, batch = build("llama-gqa")
+    model.model.layers[1].self_attn.register_forward_hook(lambda _, __, out: (0 * out[0], *out[1:]))
+    with pytest.warns(UserWarning, match=r"does not depend on model\.layers\.1\.self_attn"):
+        first, second = calibrate(model, blocks(model), [batch])
+    assert 0 < second.gradient.trace() < 1e-6 * first.gradient.trace()
+
+
 def test_blocks_that_no_batch_reaches_are_refused() -> None:
     model, batch = build("whisper")
     batch = {"encoder_outputs": (torch.randn(2, 20, 48).double(),), "decoder_input_ids": batch["decoder_input_ids"]}
@@ -511,8 +547,7 @@ def test_text_that_is_told_to_be_causal(name: str) -> None:
     seen: list[Tensor] = []
     with mock.patch.object(Watcher, "_observe", lambda self, q, k, bias: seen.append(bias)):
         hooks = watcher.attach()
-        with torch.no_grad():
-            model(**batch)
+        model(**batch)
         for hook in hooks:
             hook.remove()
     assert seen

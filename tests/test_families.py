@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache, EncoderDecoderCache
 
 import clover
@@ -14,6 +15,7 @@ from clover.attention.attention import CloverAttention
 from clover.calibration.calibrate import Moments, calibrate
 from clover.model.mla import projections
 from clover.model.survey import blocks
+from clover.pruning.basis import find_basis
 from families import CASES, COPIES, GENERATIVE, HYBRID, LATENT, NARROW, SEQ2SEQ, build, outputs, pruned
 from tiny import MLA, text, xglm
 
@@ -31,6 +33,40 @@ def columns(model: torch.nn.Module, index: int) -> tuple[int, int, int]:
     block = clover.plan_of(model).blocks[index]
     qk = sum(len(g.heads) * (2 * g.pairs + g.plain) for g in block.groups)
     return block.queries, qk, sum(len(g.heads) * g.value for g in block.groups)
+
+
+@pytest.mark.parametrize("name", ["mistral3", "llama4"])
+def test_each_part_is_held_against_its_own_table_of_rotation(name: str) -> None:
+    """A tower may turn another number of columns than the text beside it."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
+    text = {**sizes, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64}
+    tower = {**sizes, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    if name == "mistral3":
+        text, tower = text | {"model_type": "mistral"}, tower | {"model_type": "pixtral", "head_dim": 8}
+        config: Any = transformers.Mistral3Config(text_config=text, vision_config=tower)
+        kind: Any = transformers.Mistral3ForConditionalGeneration
+    else:
+        text |= {"intermediate_size_mlp": 64, "num_local_experts": 2, "pad_token_id": 0}
+        tower |= dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 32)
+        config, kind = (
+            transformers.Llama4Config(text_config=text, vision_config=tower),
+            transformers.Llama4ForConditionalGeneration,
+        )
+    with torch.device("meta"):
+        found = blocks(kind(config))
+    assert {(b.part, b.rotary) for b in found} - {("decoder", 0)} == {("encoder", 8), ("decoder", 16)}
+
+
+def test_biases_of_turned_columns_count_by_the_weights() -> None:
+    """A pair may live of its biases, as some of Qwen2's do."""
+    model, _ = build("qwen2")
+    block = blocks(model)[0]
+    pairs = block.rotary // 2
+    best = int(find_basis(block).pair_order[0, -1])  # the first to go
+    with torch.no_grad():
+        for which in ("q_proj", "k_proj"):
+            block.core.get_submodule(which).bias.view(-1, 2 * pairs)[:, best] += 100
+    assert find_basis(block).pair_order[:, 0].eq(best).all()
 
 
 # --- full rank ---

@@ -197,6 +197,16 @@ def test_every_method_trains_about_as_many_parameters_on_the_same_modules() -> N
     assert all(abs(c - counts["clover"]) <= max(one_rank / 2, one_rank - counts["clover"]) for c in counts.values())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_of_a_model_that_sees_what_writes_is_tuned(method: str) -> None:
+    model, batch = build("llava", torch.float32)
+    adapted = get_peft_model(model, adapter_config(model, Recipe(method, block_size=16)))
+    ids = batch["input_ids"].clamp_max(50)
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+    assert trained and all("language_model" in n and p.grad is not None for n, p in trained.items())
+
+
 # --- kills and mistakes ---
 
 

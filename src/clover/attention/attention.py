@@ -277,7 +277,8 @@ class CloverAttention(nn.Module):
         if position_embeddings is None:
             raise TypeError("attention with rotary positions was called without position_embeddings")
         idle = self.clover.qk > self.rotary
-        if torch.compiler.is_compiling():  # compilers and exporters know real numbers only
+        # Compilers and exporters know real numbers only, and so did MPS for long.
+        if torch.compiler.is_compiling() or qk.device.type == "mps":
             angles = self._angles(position_embeddings, qk.shape[1], idle)
             return turn_pairs(qk, *(take(t, self.frequencies) for t in angles))
         # Every layer is handed the same tensors, so what is made of them is kept on one.

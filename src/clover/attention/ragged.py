@@ -138,6 +138,9 @@ class Tables:
                 self.orders[device] = torch.tensor(self.order, device=device)
         return self.orders[device]
 
+    @torch.compiler.disable(
+        reason="tables of the heads are made by the first call: call the model before it is compiled"
+    )
     def _make(self, device: torch.device, dtype: torch.dtype) -> tuple[Padding, list[Span]]:
         span = SPAN if device.type == "cpu" else max(1, ROWS // self.n)
         firsts, last = range(0, len(self.sizes), span), len(self.sizes)

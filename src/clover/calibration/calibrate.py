@@ -77,6 +77,10 @@ def calibrate(
     """
     if type(model).forward is nn.Module.forward:
         raise CloverError(f"{type(model).__name__} has no forward of its own; give the part of it that reads the data")
+    quantiser: Any = getattr(model, "hf_quantizer", None)
+    if quantiser is not None and not quantiser.is_trainable:
+        how = type(quantiser).__name__.removesuffix("HfQuantizer")
+        raise CloverError(f"no gradient comes back through {how} weights; load the model dequantised to calibrate it")
     device = next(model.parameters()).device
     watchers = [Watcher(block, queries, torch.Generator().manual_seed(seed + i)) for i, block in enumerate(blocks)]
     training, trainable = [m for m in model.modules() if m.training], [p for p in model.parameters() if p.requires_grad]
@@ -135,8 +139,9 @@ def _value_idle(watchers: Sequence[Watcher]) -> None:
 
     So they go first, and yet have a basis that is whole: a cost of zero would leave nothing to rank directions by.
     """
-    idle = [w for w in watchers if "gradient" not in w.sums]
-    energies = [float(w.sums["gradient"].diagonal().mean()) for w in watchers if "gradient" in w.sums]
+    effect = {w: float(w.sums["gradient"].diagonal().mean()) if "gradient" in w.sums else 0.0 for w in watchers}
+    idle = [w for w in watchers if effect[w] == 0]
+    energies = [effect[w] for w in watchers if effect[w] != 0]
     if not idle or not energies:
         return
     names = ", ".join(w.block.name for w in idle)
@@ -177,6 +182,11 @@ class Watcher:
 
     def _gradient(self, _: nn.Module, __: tuple, output: Tensor) -> None:
         """Watch the gradient that will come back to the block's output; the first block's is where the graph begins."""
+        if not torch.is_grad_enabled():
+            raise CloverError(
+                f"the model runs {self.block.name} without gradients (torch.no_grad), so what an error there costs "
+                "can't be told; prune another part, or by the weights"
+            )
         if not output.requires_grad:
             output.requires_grad_()
         real = valid(output, self.masks)

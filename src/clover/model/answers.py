@@ -98,6 +98,9 @@ def padding(batch: Any, model: nn.Module) -> Masks:
     without a mask of their own tell what the decoder reads, which is made of them.
     """
     named = dict(batch) if isinstance(batch, Mapping) else {}
+    ids = named.get("input_ids")
+    if isinstance(ids, Tensor) and ids.dim() == 3:  # several choices an item, which models read as items
+        named |= {n: m.flatten(0, 1) for n, m in named.items() if isinstance(m, Tensor) and m.shape == ids.shape}
     flat = {n: m for n, m in named.items() if isinstance(m, Tensor) and m.dim() == 2}
     found = {n: m.bool() for n, m in flat.items() if n.endswith("attention_mask")}
     read = [m for n, m in found.items() if not n.startswith("decoder_")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -35,11 +34,13 @@ def blocks(model: nn.Module, part: str = "all") -> list[Block]:
         alone = f"; or give a part ({' or '.join(parts)}), and it stays as it is" if found else ""
         raise UnsupportedModelError(f"{others[0]}{alone}")
     if not found:
-        raise _unsupported(f"{kind} has no attention block of a known class")
+        raise _unsupported(f"{kind} has no attention block of a known class{_packed(model)}")
     chosen = [b for b in found if part in ("all", b.part)]
     if not chosen:
         unknown = f" that is known: {others[0]}" if others else ""
-        raise CloverError(f"{kind} has no attention block in part {part!r}{unknown}; it has {', '.join(parts)}")
+        raise CloverError(
+            f"{kind} has no attention block in part {part!r}{unknown}{_packed(model)}; it has {', '.join(parts)}"
+        )
     if others:
         warn(f"some attention stays as it is: {others[0]}")
     return chosen
@@ -57,16 +58,18 @@ def survey(model: nn.Module) -> tuple[list[Block], list[UnsupportedModelError]]:
     places: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(id(module), []).append(name)
-    turned = {2 * t.numel() for name, t in model.named_buffers() if name.endswith("rotary_emb.inv_freq")}
     for name, module in model.named_modules():
         kind = type(module)
         if hasattr(module, "clover"):
             raise CloverError(f"{name} was rewritten by clover before; start from the original model")
         if (block := block_of(model, name, module)) is not None:
-            if (why := _obstacle(block, places[id(module)], turned)) is None:
-                found.append(block)
+            try:
+                why = _obstacle(block, places[id(module)], _owner(model, name.split(".")))
+            except CloverError as error:
+                others.append(UnsupportedModelError(str(error)))
             else:
-                others.append(_refused(name, kind, why))
+                found += [block] if why is None else []
+                others += [] if why is None else [_refused(name, kind, why)]
             covered.append(name + ".")
         elif kind.__name__ in REFUSED:
             others.append(_refused(name, kind, REFUSED[kind.__name__]))
@@ -75,12 +78,12 @@ def survey(model: nn.Module) -> tuple[list[Block], list[UnsupportedModelError]]:
     return found, others
 
 
-def _obstacle(block: Block, places: list[str], turned: Collection[int]) -> str | None:
+def _obstacle(block: Block, places: list[str], owner: nn.Module) -> str | None:
     """Why a block that its row describes can't be rewritten, if so.
 
     Args:
         places: its names in the model.
-        turned: columns of a head that the model's tables of frequencies are for.
+        owner: the model of transformers that holds it; in a larger one, others have tables of their own.
 
     Raises:
         CloverError: the config contradicts the model.
@@ -89,7 +92,9 @@ def _obstacle(block: Block, places: list[str], turned: Collection[int]) -> str |
         return "its queries and keys turn by positions in two sequences"
     if len(places) > 1:
         return f"it is also {places[1]}, in which it would stay as it is"
-    if block.rotary and turned and block.rotary not in turned:
+    tables = (t for name, t in owner.named_buffers() if name.endswith("rotary_emb.inv_freq"))
+    turned = {2 * table.numel() for table in tables} if block.rotary else set()
+    if turned and block.rotary not in turned:
         raise CloverError(
             f"the model rotates {' or '.join(map(str, sorted(turned)))} columns of a head, but its config says "
             f"{block.rotary}; correct partial_rotary_factor in config.json"
@@ -115,8 +120,18 @@ def _row_of(module: nn.Module) -> Family | None:
 
 def _needs_a_row(kind: Any) -> bool:
     """Whether a class is called attention and is none of those that stay as they are."""
-    named = kind.__name__.endswith("Attention") and kind.__name__ not in APART
-    return named and PACKED not in inspect.signature(kind.forward).parameters
+    return kind.__name__.endswith("Attention") and kind.__name__ not in APART and not _packs(kind)
+
+
+def _packs(kind: Any) -> bool:
+    return PACKED in inspect.signature(kind.forward).parameters
+
+
+def _packed(model: nn.Module) -> str:
+    """What is to be said of attention that stays dense because it reads items of many sizes as one row."""
+    kinds = {type(m) for m in model.modules() if type(m).__name__.endswith("Attention") and _packs(type(m))}
+    names = ", ".join(sorted(kind.__name__ for kind in kinds))
+    return f" (its {names} reads items of many sizes as one row, and stays as it is)" if names else ""
 
 
 def _holds_a_block(module: nn.Module) -> bool:

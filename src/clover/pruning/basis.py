@@ -81,7 +81,7 @@ class Basis:
             return pair.sqrt(), self.plain.values.clone(), self.value.values.clone()
         q, k = _energies(heads)
         pair = (q[..., :rotary].unflatten(-1, (2, -1)).sum((1, -2))) * k[:, :rotary].unflatten(-1, (2, -1)).sum(-2)
-        q_plain = _row_energies(self.plain.t_a, weight_gram(_unrotated(heads)).sum(1))
+        q_plain = _row_energies(self.plain.t_a, weight_gram(_biased(heads.q, heads.q_bias)[:, :, rotary:]).sum(1))
         k_plain = _row_energies(self.plain.t_b, weight_gram(heads.k[:, rotary:]))
         v = _row_energies(self.value.t_a, weight_gram(heads.v))
         o = _row_energies(self.value.t_b, weight_gram(heads.o.mT).sum(1))
@@ -254,21 +254,26 @@ def find_basis(block: Block, moments: Moments | None = None) -> Basis:
 
 def _weight_grams(heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
     """Q-K Grams under white input: of queries, of keys, of rotary features."""
-    rotary, q = heads.rotary, _unrotated(heads)
-    query = torch.einsum("gnax,gnbx->gab", q, q)
-    return query, weight_gram(heads.k[:, rotary:]), white_gram(heads.q[:, :, :rotary], heads.k[:, :rotary])
+    rotary, q, k = heads.rotary, _biased(heads.q, heads.q_bias), _biased(heads.k, heads.k_bias)
+    still = q[:, :, rotary:]
+    query = torch.einsum("gnax,gnbx->gab", still, still)
+    return query, weight_gram(heads.k[:, rotary:]), white_gram(q[:, :, :rotary], k[:, :rotary])
 
 
-def _unrotated(heads: Heads) -> Float[Tensor, "kv n s x"]:
-    """Query rows that do not turn, float64, with the bias as the weight of an input that is always 1: ``[W | b]``."""
-    weight, bias = heads.q[:, :, heads.rotary :].double(), heads.q_bias
-    return weight if bias is None else torch.cat([weight, bias[:, :, heads.rotary :, None].double()], -1)
+def _biased(weight: Float[Tensor, "*heads d D"], bias: Float[Tensor, "*heads d"] | None) -> Float[Tensor, "*heads d x"]:
+    """Rows in float64 with their bias as the weight of an input that is always 1: ``[W | b]``."""
+    weight = weight.double()
+    return weight if bias is None else torch.cat([weight, bias.unsqueeze(-1).double()], -1)
 
 
 def _energies(heads: Heads) -> tuple[Tensor, Tensor]:
-    """Squared row norms of the query ``(kv, n, d)`` and key ``(kv, d)`` projections."""
-    q = energies(heads.q)
-    return q if heads.q_bias is None else q + heads.q_bias.double() ** 2, energies(heads.k)
+    """Squared row norms of the query ``(kv, n, d)`` and key ``(kv, d)`` projections, ``[W | b]`` where ``b`` counts.
+
+    The bias of keys that don't turn shifts all logits alike.
+    """
+    keys = energies(heads.k)
+    keys[:, : heads.rotary] = energies(_biased(heads.k, heads.k_bias)[:, : heads.rotary])
+    return energies(_biased(heads.q, heads.q_bias)), keys
 
 
 def _row_energies(transform: Float[Tensor, "kv r d"], gram: Float[Tensor, "kv d d"]) -> Float[Tensor, "kv r"]:
