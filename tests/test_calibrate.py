@@ -440,6 +440,19 @@ def test_padding_of_several_choices_stays_out_of_the_statistics() -> None:
     assert moments.tokens == 2 * 3 * 5
 
 
+def test_a_tower_that_has_an_output_of_its_own_is_not_cut_unseen() -> None:
+    model, batch = build("clip")
+    inner = model.forward
+
+    def forward(**inputs: Any) -> Any:
+        out = inner(**inputs)
+        return type(out)(image_embeds=out.image_embeds, text_embeds=out.text_embeds)
+
+    model.forward = forward
+    with pytest.raises(CloverError, match=r"(text|vision)_model\..* do not influence the output that is scored"):
+        calibrate(model, blocks(model), [batch])
+
+
 def test_an_effect_of_zero_is_no_effect() -> None:
     model, batch = build("llama-gqa")
     model.model.layers[1].self_attn.register_forward_hook(lambda _, __, out: (0 * out[0], *out[1:]))

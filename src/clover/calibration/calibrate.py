@@ -8,6 +8,7 @@ labels are needed, they are drawn from the model). The model is left as it was.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -138,18 +139,32 @@ def _value_idle(watchers: Sequence[Watcher]) -> None:
     """Let errors cost next to nothing, alike in all directions, in blocks that were reached to no effect.
 
     So they go first, and yet have a basis that is whole: a cost of zero would leave nothing to rank directions by.
+
+    Raises:
+        CloverError: a whole stack of layers is idle, such as one tower of several that each have an output.
     """
     effect = {w: float(w.sums["gradient"].diagonal().mean()) if "gradient" in w.sums else 0.0 for w in watchers}
     idle = [w for w in watchers if effect[w] == 0]
     energies = [effect[w] for w in watchers if effect[w] != 0]
     if not idle or not energies:
         return
+    stacks = {_stack(w): w.block.name for w in idle}
+    for name in (stacks[stack] for stack in stacks.keys() - {_stack(w) for w in watchers if effect[w] != 0}):
+        raise CloverError(
+            f"{name} and its like do not influence the output that is scored (logits, else the first); prune another "
+            "part, or calibrate the part of the model that they are in"
+        )
     names = ", ".join(w.block.name for w in idle)
     warn(f"the model's output does not depend on {names}; most of that will be cut")
     for watcher in idle:
         output = watcher.sums["output"]
         eye = torch.eye(watcher.heads.o.shape[-2], dtype=output.dtype, device=output.device)
         watcher.sums["gradient"] = eye * (IDLE * sum(energies) / len(energies))
+
+
+def _stack(watcher: Watcher) -> str:
+    """The block's name without numbers: that of all in its stack of layers."""
+    return re.sub(r"\d+", "", watcher.block.name)
 
 
 class Watcher:
