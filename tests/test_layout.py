@@ -15,9 +15,9 @@ from clover.model.families import FAMILIES
 
 SOURCE = Path(__file__).resolve().parents[1] / "src/clover"
 ORDER = [
-    "errors", "progress",
-    "model.heads", "model.alike", "model.family", "model.mla", "model.block", "model.families", "model.survey",
-    "model.precision", "model.running", "model.answers", "model.traits",
+    "errors", "progress", "extras",
+    "model.heads", "model.alike", "model.family", "model.rotation", "model.mla", "model.block", "model.families",
+    "model.survey", "model.precision", "model.running", "model.answers", "model.traits",
     "decomposition.decompose", "decomposition.rotary", "decomposition.refit",
     "planning.plan", "planning.spend", "planning.budget",
     "calibration.visible", "calibration.calibrate",

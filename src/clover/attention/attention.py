@@ -19,11 +19,12 @@ from transformers import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clover.attention.cache import grow, stepped
-from clover.attention.eager import eager_attention, exporting, turn_pairs
+from clover.attention.eager import eager_attention, exporting
 from clover.attention.ragged import Tables, as_heads, attend_one, by_head, is_by_head, joined, kernel_size, padded, take
 from clover.errors import CloverError
 from clover.model.block import Block, arguments, growth_at, head_bias, norm_entries
-from clover.model.mla import read, turned
+from clover.model.mla import read
+from clover.model.rotation import angles, turn_pairs, turned
 from clover.planning.plan import BlockPlan
 
 SHORT, SHORT_ON_GPU = 2**16, 2**24
@@ -247,7 +248,7 @@ class CloverAttention(nn.Module):
         queries, beside = self.q_proj(source).tensor_split([self.sizes[0]], -1)
         beside = beside.unflatten(-1, (-1, self.beside))
         if self.family.latent.turns:
-            cos, sin = self.family.angles(position_embeddings, x.shape[1], self.beside // 2)
+            cos, sin = angles(self.family, position_embeddings, x.shape[1], self.beside // 2)
             beside = turned(beside, cos.unsqueeze(2), sin.unsqueeze(2), self.neighbours)
             key = turned(key, cos, sin, self.neighbours)
         if cache is not None:
@@ -279,15 +280,15 @@ class CloverAttention(nn.Module):
         idle = self.clover.qk > self.rotary
         # Compilers and exporters know real numbers only, and so did MPS for long.
         if torch.compiler.is_compiling() or qk.device.type == "mps":
-            angles = self._angles(position_embeddings, qk.shape[1], idle)
-            return turn_pairs(qk, *(take(t, self.frequencies) for t in angles))
+            both = self._angles(position_embeddings, qk.shape[1], idle)
+            return turn_pairs(qk, *(take(t, self.frequencies) for t in both))
         # Every layer is handed the same tensors, so what is made of them is kept on one.
         keeper: Any = position_embeddings if isinstance(position_embeddings, Tensor) else position_embeddings[0]
         kept = getattr(keeper, "clover_table", None)
         if kept is None or kept.shape[-2] != qk.shape[1]:  # some models add tokens between layers
-            angles = self._angles(position_embeddings, qk.shape[1], idle)
+            both = self._angles(position_embeddings, qk.shape[1], idle)
             # There are no complex numbers of half precision to rely on.
-            keeper.clover_table = torch.complex(*(t.float() if t.dtype.itemsize < 4 else t for t in angles))
+            keeper.clover_table = torch.complex(*(t.float() if t.dtype.itemsize < 4 else t for t in both))
         table = take(keeper.clover_table, self.frequencies)  # a column for each pair
         half = qk.dtype.itemsize < 4
         x = qk.float() if half else qk
@@ -298,7 +299,7 @@ class CloverAttention(nn.Module):
 
     def _angles(self, position_embeddings: Any, tokens: Any, idle: bool) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the frequencies, with an angle of zero at the end for columns that do not turn."""
-        cos, sin = self.family.angles(position_embeddings, tokens, self.rotary // 2)
+        cos, sin = angles(self.family, position_embeddings, tokens, self.rotary // 2)
         if idle:
             cos, sin = nn.functional.pad(cos, (0, 1), value=1.0), nn.functional.pad(sin, (0, 1))
         return cos, sin

@@ -63,9 +63,3 @@ def _together(x: Tensor, n: int) -> Tensor:
 
 def _apart(x: Tensor, n: int, tokens: Any) -> Tensor:
     return x.unflatten(2, (n, tokens)).flatten(1, 2) if n > 1 else x
-
-
-def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn neighbouring columns by angles whose cosines and sines are given, in real numbers."""
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2).to(x.dtype)

@@ -24,8 +24,8 @@ from clover.errors import CloverError, warn
 from clover.model.answers import answer, on, padding, score, several, valid
 from clover.model.block import Block, growth_at, head_bias
 from clover.model.heads import Heads
-from clover.model.mla import turned
 from clover.model.precision import exact_products, unrounded
+from clover.model.rotation import angles, turned
 from clover.model.running import forward
 from clover.progress import track
 
@@ -231,14 +231,14 @@ class Watcher:
         mask = call.get("attention_mask")
         by_head = head_bias(self.block.family, self.block.core, call, x.shape[1], source.shape[1], 0)
         pairs = self.heads.pairs + self.block.pairs_beside
-        angles = self.block.family.angles(call["position_embeddings"], x.shape[1], pairs) if pairs else ()
+        both = angles(self.block.family, call["position_embeddings"], x.shape[1], pairs) if pairs else ()
         for b, real in enumerate(valid(x, self.masks)):
             rows = self._sample(real)
             if not len(rows):
                 continue
             q = _apply(self.heads.q, self.heads.q_bias, reads[b, rows])
             k = _apply(self.heads.k, self.heads.k_bias, source[b])
-            turns = [t[min(b, len(t) - 1)].float() for t in angles]
+            turns = [t[min(b, len(t) - 1)].float() for t in both]
             if self.heads.rotary:
                 cos, sin = turns
                 q, k = _rotate(q, cos[rows], sin[rows]), _rotate(k, cos, sin)

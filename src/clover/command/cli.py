@@ -39,11 +39,11 @@ from clover.command.options import (
 from clover.command.report import FORMATS, check_target, plot_spectra, table, write_report
 from clover.command.show import Commands, describe, note, show, show_blocks, show_hints, show_runtime
 from clover.errors import CloverError
+from clover.extras import extra
 from clover.jobs.crew import is_first, started_together
 from clover.jobs.folders import check_writable
 from clover.measure.bench import compare_runtime
 from clover.measure.evaluate import evaluate as measure
-from clover.measure.files import extra
 from clover.planning.budget import Granularity, Limits
 from clover.pruning.checkpoint import load, save
 from clover.pruning.lossbudget import suggest

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from clover.measure.files import extra
+from clover.extras import extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from clover.command.report import write_report
 from clover.errors import CloverError
+from clover.extras import extra
 from clover.jobs.folders import check_writable, fresh_folder
 from clover.measure.cost import compare_throughput
 from clover.measure.data import calibration_batches, load_processor, text_tokens
 from clover.measure.evaluate import perplexity
-from clover.measure.files import extra
 from clover.model.precision import ready
 from clover.model.traits import max_positions, writes_text
 from clover.planning.budget import Share

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clover.command.curve import loss_section
 from clover.errors import CloverError
+from clover.extras import extra
 from clover.jobs.folders import whole_file
-from clover.measure.files import extra
 from clover.planning.plan import BlockPlan, Plan, Spectrum
 
 if TYPE_CHECKING:

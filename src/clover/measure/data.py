@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from clover.errors import CloverError, reason, warn
-from clover.measure.files import Kind, Utterance, extra, file_kind, read_audio, read_manifest, read_records, read_text
+from clover.extras import extra
+from clover.measure.files import Kind, Utterance, file_kind, read_audio, read_manifest, read_records, read_text
 from clover.model.answers import check_words
 from clover.model.traits import accepts, decoder_start, is_multilingual, is_whisper, max_positions
 from clover.progress import track

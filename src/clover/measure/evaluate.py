@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from clover.errors import CloverError, warn
+from clover.extras import extra
 from clover.measure.data import audio_features, load_processor, text_tokens
-from clover.measure.files import Question, Utterance, extra, file_kind, read_manifest, read_questions, read_text
+from clover.measure.files import Question, Utterance, file_kind, read_manifest, read_questions, read_text
 from clover.model.answers import check_words, padding, valid
 from clover.model.precision import ready
 from clover.model.running import replaced

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import importlib
 import io
 import json
 import os
@@ -12,12 +11,12 @@ import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
 
-from clover.errors import CloverError, reason
+from clover.errors import CloverError
+from clover.extras import extra
 
 Kind = Literal["text", "manifest", "questions", "images"]
 KINDS: dict[str, Kind] = {".txt": "text", ".tsv": "manifest", ".jsonl": "questions"}
@@ -193,16 +192,3 @@ def _question(record: dict[str, Any], where: str) -> Question:
     stem = body[: spelled.start()] if spelled else body
     stem = re.split(r"\b(?:question|sentence): ", stem, maxsplit=1)[-1].strip()
     return Question(instruction, stem, labels, spelled.groups() if spelled else labels, labels.index(answer))
-
-
-def extra(module: str, name: str = "eval") -> ModuleType:
-    """Import a module of an extra, see ``pyproject.toml``.
-
-    Raises:
-        CloverError: it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except (ImportError, OSError) as error:  # OSError: a library of the system that it needs
-        remedy = f'pip install "clover-attention[{name}]"'
-        raise CloverError(f"this needs {module}, which is missing: {remedy} ({reason(error)})") from error

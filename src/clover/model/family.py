@@ -6,9 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor, nn
-
-from clover.errors import CloverError
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -113,30 +111,6 @@ class Family:
         settings = [self.heads, self.kv_heads, self.head_dim, *self.scale, self.dropout]
         core = module.get_submodule(self.core)
         return all(has(core, path) for path in (*inputs, *settings, self.output_dropout) if path)
-
-    def angles(self, table: tuple[Tensor, Tensor] | Tensor, tokens: Any, pairs: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of each pair, ``(batch or 1, tokens, pairs)``, from what the model hands to its blocks.
-
-        A table shorter than the sequence is that of its last tokens: those before (class tokens) do not turn.
-
-        Raises:
-            CloverError: the table has another number of pairs than the config says.
-        """
-        if self.table == "complex":
-            table = (table.real, table.imag)  # type: ignore[union-attr]
-        width = table[0].shape[-1]
-        picks = {"halves": slice(width // 2), "neighbours": slice(0, width, 2)}
-        cos, sin = (t[..., picks.get(self.table, slice(width))] for t in table)
-        sin = -sin if self.clockwise else sin
-        if cos.shape[-1] != pairs:
-            raise CloverError(
-                f"the model rotates {cos.shape[-1]} pairs of a head, but its config says {pairs}; correct "
-                "partial_rotary_factor in config.json"
-            )
-        alone = cos.dim() == 3 and cos.shape[1] == 1  # a row for each token, or for each sequence's one token
-        cos, sin = (t.reshape(-1, tokens, pairs) if alone else t.view(-1, *t.shape[-2:]) for t in (cos, sin))
-        still = (0, 0, tokens - cos.shape[1], 0)
-        return nn.functional.pad(cos, still, value=1.0), nn.functional.pad(sin, still)
 
 
 def follow(value: Any, path: str) -> Any:

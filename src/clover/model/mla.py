@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -32,11 +31,3 @@ def projections(module: Any, latent: Latent | None) -> list[nn.Linear]:
     """Those to the latents; none in a block without."""
     found = [getattr(module, name) for name in (*latent.queries, latent.keys)] if latent else []
     return [step for step in found if isinstance(step, nn.Linear)]
-
-
-def turned(
-    x: Float[Tensor, "*any r"], cos: Float[Tensor, "*more p"], sin: Float[Tensor, "*more p"], neighbours: bool
-) -> Float[Tensor, "*any r"]:
-    """Turn the pairs of the last axis; what comes out has their first columns before their second."""
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if neighbours else x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(x.dtype)

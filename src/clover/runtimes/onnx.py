@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clover.errors import CloverError, reason
+from clover.extras import extra
 from clover.jobs.folders import fresh_folder
-from clover.measure.files import extra
 from clover.progress import track
 from clover.pruning.checkpoint import write_beside
 from clover.runtimes.graphs import Graph, graphs
