@@ -86,7 +86,7 @@ def test_a_model_that_reads_what_nobody_knows() -> None:
         def forward(self, smells: torch.Tensor) -> torch.Tensor:
             return smells
 
-    with pytest.raises(CloverError, match="Reader reads smells; pass inputs for it"):
+    with pytest.raises(CloverError, match="Reader reads smells; take a part of it"):
         random_inputs(Reader(), 1, 4)
 
 

@@ -199,7 +199,7 @@ def test_a_language_model_without_a_cache_of_keys() -> None:
     [
         (lambda: llava().model, r"LlavaModel and its inputs don't go together \(Image features .*\); pass inputs"),
         (lambda: t.VideoMAEModel(t.VideoMAEConfig(**VISION)), r"VideoMAEModel and its inputs .*expected 5, got 4"),
-        (lambda: t.ResNetModel(t.ResNetConfig()), "config of ResNetModel sets no size of images; pass inputs for it"),
+        (lambda: t.ResNetModel(t.ResNetConfig()), "config of ResNetModel sets no size of images; take a part of it"),
     ],
 )
 def test_inputs_that_cannot_be_made_up(model: Any, said: str) -> None:

@@ -63,7 +63,7 @@ class CloverAttention(nn.Module):
         self.output_dropout = block.dropout(family.output_dropout)
         self.sliding_window = family.window(core)
         self.rotary = block.rotary
-        self.beside, self.neighbours = block.beside, block.neighbours
+        self.beside, self.neighbours_beside = block.beside, block.neighbours_beside
         self.apart = self.is_cross or family.latent is not None
 
         heads, n = block.heads(), plan.queries
@@ -73,7 +73,7 @@ class CloverAttention(nn.Module):
         self.sizes = [n * plan.qk_kept, plan.qk_kept, plan.vo_kept]
         # A key bias shifts all logits of a query alike and softmax ignores it, unless position or a norm comes between.
         # A value bias comes out as it is if the weights sum to 1, and is part of the output's bias.
-        self.plain_softmax = block.shifts_freely
+        self.plain_softmax = block.plain_softmax
         kept = {
             "q": True,
             "k": block.rotary > 0 or block.normed or not self.plain_softmax,
@@ -249,8 +249,8 @@ class CloverAttention(nn.Module):
         beside = beside.unflatten(-1, (-1, self.beside))
         if self.family.latent.turns:
             cos, sin = angles(self.family, position_embeddings, x.shape[1], self.beside // 2)
-            beside = turned(beside, cos.unsqueeze(2), sin.unsqueeze(2), self.neighbours)
-            key = turned(key, cos, sin, self.neighbours)
+            beside = turned(beside, cos.unsqueeze(2), sin.unsqueeze(2), self.neighbours_beside)
+            key = turned(key, cos, sin, self.neighbours_beside)
         if cache is not None:
             grow(cache, self.layer_idx)
             latent, key = (t[:, 0] for t in cache.update(latent[:, None], key[:, None], self.layer_idx))

@@ -262,7 +262,7 @@ class Watcher:
         if not turns:
             return query, key
         cos, sin = turns
-        neighbours = self.block.neighbours
+        neighbours = self.block.neighbours_beside
         return turned(query, cos[rows], sin[rows], neighbours), turned(key, cos, sin, neighbours)
 
     def _hidden(self, causal: bool | None, rows: Tensor, keys: int) -> Tensor:

@@ -29,9 +29,9 @@ from clover.command.options import (
     apart,
     batches_of,
     beside_of,
+    checked_metric,
     flag,
     load_ready,
-    measured_by,
     quiet,
     tell,
     tell_loss,
@@ -93,7 +93,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show the singular values of every head, and with data what could go for a loss of 1, 2 and 5 %."""
-    metric = measured_by(metric, calibration, split, limit)
+    metric = checked_metric(metric, calibration, split, limit)
     if plot:
         check_target(plot, *FORMATS)
     loaded, _ = load_ready(model)
@@ -149,7 +149,7 @@ def prune(
         raise CloverError(
             "nothing is to be removed; give --qk, --vo, a threshold or --max-loss (--qk 0 --vo 0 only turns the basis)"
         )
-    metric = measured_by(metric, calibration, split, limit)
+    metric = checked_metric(metric, calibration, split, limit)
     if report:
         check_target(report, "html", "htm")
     if resume and not stream:

@@ -70,7 +70,7 @@ def flag(argument: str) -> str:
     return "--" + argument.replace("_", "-")
 
 
-def measured_by(
+def checked_metric(
     metric: pruning.Metric | None, calibration: Path | None, split: str | None, limit: int | None
 ) -> pruning.Metric:
     """The metric; finds out before the long work whether it and the data go together."""

@@ -25,7 +25,7 @@ TOLERANCE = 1e-10
 
 
 @dataclass(frozen=True)
-class Layout:
+class Kept:
     """Where the kept directions stand: KV head after KV head in ``bases``, query heads of each side by side in ``D``.
 
     Products with ``D``, which is zero but for a block a query head, go by groups of heads that keep equally many.
@@ -38,7 +38,7 @@ class Layout:
     kv_heads: int
 
     @classmethod
-    def of(cls, ranks: list[tuple[int, int]], queries: int, size: int, kv_heads: int, device: torch.device) -> Layout:
+    def of(cls, ranks: list[tuple[int, int]], queries: int, size: int, kv_heads: int, device: torch.device) -> Kept:
         """Flat values in the order of ``ranks`` (KV head, directions kept)."""
         equal = groupby(ranks, key=lambda rank: rank[1])
         groups = tuple((torch.tensor([h for h, _ in heads], device=device), rank) for rank, heads in equal)
@@ -70,7 +70,7 @@ def fit(
     target: Float[Tensor, "M z"],
     cut: Float[Tensor, "M columns"],
     bases: Float[Tensor, "kept e"],
-    layout: Layout,
+    layout: Kept,
     covariance: Float[Tensor, "z z"],
     metric: Float[Tensor, "M M"],
 ) -> tuple[Float[Tensor, "M columns"], Float[Tensor, "kept e"]]:
@@ -93,7 +93,7 @@ def fit(
     return fitted, bases
 
 
-def _fit_output(target: Tensor, cut: Tensor, bases: Tensor, layout: Layout, covariance: Tensor) -> Tensor:
+def _fit_output(target: Tensor, cut: Tensor, bases: Tensor, layout: Kept, covariance: Tensor) -> Tensor:
     """The projection for given bases; ``target`` is the whole one times the covariance."""
     gram = layout.times(bases, layout.times(bases, covariance).mT)
     energy = gram.diagonal().mean()
@@ -103,9 +103,7 @@ def _fit_output(target: Tensor, cut: Tensor, bases: Tensor, layout: Layout, cova
     return cut + torch.linalg.solve(ridged, missing).mT
 
 
-def _fit_bases(
-    target: Tensor, cut: Tensor, bases: Tensor, layout: Layout, covariance: Tensor, metric: Tensor
-) -> Tensor:
+def _fit_bases(target: Tensor, cut: Tensor, bases: Tensor, layout: Kept, covariance: Tensor, metric: Tensor) -> Tensor:
     """Conjugate gradients on the normal equations, from where the bases are."""
     left = cut.mT @ metric
     square = left @ cut

@@ -204,7 +204,7 @@ def random_inputs(model: Any, batch: int, context: int) -> dict[str, torch.Tenso
             length = min(context, getattr(text, "max_position_embeddings", context))
             inputs["input_ids"] = torch.randint(text.vocab_size, (batch, length), generator=random)
     if not inputs:
-        raise CloverError(f"{type(model).__name__} reads {', '.join(reads)}; pass inputs for it")
+        raise CloverError(f"{type(model).__name__} reads {', '.join(reads)}; take a part of it, or pass inputs")
     return {name: value.to(model.device) for name, value in inputs.items()}
 
 
@@ -219,7 +219,9 @@ def _shapes(model: Any) -> dict[str, list[int]]:
     if "pixel_values" in reads:
         return {"pixel_values": _image_shape(model)}
     if "input_features" in reads:
-        raise CloverError(f"what {type(model).__name__} reads as sound has a form that isn't known; pass inputs for it")
+        raise CloverError(
+            f"what {type(model).__name__} reads as sound has a form that isn't known; take a part of it, or pass inputs"
+        )
     return {}
 
 
@@ -227,6 +229,8 @@ def _image_shape(model: Any) -> list[int]:
     parts = [model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)]
     vision = next((part for part in parts if getattr(part, "image_size", None)), None)
     if vision is None:
-        raise CloverError(f"the config of {type(model).__name__} sets no size of images; pass inputs for it")
+        raise CloverError(
+            f"the config of {type(model).__name__} sets no size of images; take a part of it, or pass inputs"
+        )
     size = vision.image_size
     return [getattr(vision, "num_channels", 3), *(size if isinstance(size, list | tuple) else (size, size))]

@@ -122,7 +122,7 @@ class Block:
         return bool(self.norms)
 
     @property
-    def shifts_freely(self) -> bool:
+    def plain_softmax(self) -> bool:
         """Whether a number added to all logits of a query changes nothing."""
         return self.softcap is None and self.sinks is None
 
@@ -147,7 +147,7 @@ class Block:
         return self.get(self.family.latent.beside) if self.family.latent else 0
 
     @property
-    def neighbours(self) -> bool:
+    def neighbours_beside(self) -> bool:
         """Whether the pairs of those columns are neighbours."""
         latent = self.family.latent
         said = latent.neighbours if latent else False

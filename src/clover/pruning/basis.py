@@ -15,7 +15,7 @@ from torch import Tensor
 from clover.attention.ragged import joined
 from clover.calibration.calibrate import Moments
 from clover.decomposition.decompose import Bases, decompose, square_root, weight_gram
-from clover.decomposition.refit import Layout, fit
+from clover.decomposition.refit import Kept, fit
 from clover.decomposition.rotary import by_energy, chosen, eliminate, fit_gains, gained, white_gram
 from clover.model.block import Block
 from clover.model.heads import Heads, energies
@@ -186,7 +186,7 @@ class Basis:
         """
         heads, moments = self.heads, self.moments
         kept = [(head, group.value) for group in plan.groups for head in group.heads]
-        layout = Layout.of(kept, plan.queries, heads.v.shape[1], len(heads.v), heads.v.device)
+        layout = Kept.of(kept, plan.queries, heads.v.shape[1], len(heads.v), heads.v.device)
         fits = moments is not None and plan.vo_kept < plan.kv_heads * plan.vo
         down, up = torch.cat([self.value.t_a[head, :rank] for head, rank in kept]), self._up(plan, kept, fits)
         bias = down.new_zeros(len(up)) if heads.o_bias is None else heads.o_bias.double()

@@ -47,12 +47,13 @@ def check_own(model: PreTrainedModel) -> None:
     Raises:
         CloverError: a part of the model was rewritten by itself, or the model is a part of one that was.
     """
-    here, there = rewritten(model), planned(model)
+    here, there = rewritten_names(model), planned(model)
     if here == there:
         return
     kind = type(model).__name__
     for name, module in model.named_modules():
-        if name and isinstance(module, PreTrainedModel) and planned(module) and planned(module) == rewritten(module):
+        own = planned(module) if name and isinstance(module, PreTrainedModel) else None
+        if own and own == rewritten_names(module):
             alone = f", or save its {name} by itself" if is_public(module) else ""
             raise CloverError(
                 f"of this {kind} only {name} was pruned, and a part has no place in the plan of the whole; prune the "
@@ -82,7 +83,7 @@ def is_public(model: nn.Module) -> bool:
     return hasattr(transformers, type(model).__name__.removeprefix("Clover"))
 
 
-def rewritten(model: nn.Module) -> set[str]:
+def rewritten_names(model: nn.Module) -> set[str]:
     """The names of the blocks that were rewritten, without those that wrappers of modules (FSDP) put in between."""
     paths = (
         name.removesuffix(f".{module.family.core}") if module.family.core else name
