@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import nn
 
 import clover
 from clover.command import curve
@@ -33,7 +34,7 @@ from clover.pruning.lossbudget import (
 )
 from clover.pruning.prune import find_bases, plan_of
 from commands import TEXT, refuse, run, succeed
-from families import build, outputs
+from families import CASES, build, outputs
 from samples import tokenizer
 from test_budget import costs
 
@@ -119,17 +120,31 @@ def test_one_number_is_no_distribution() -> None:
 
 def test_an_output_without_names_is_refused() -> None:
     with pytest.raises(CloverError, match=r"returned a tuple; set config\.return_dict to True"):
-        answer((torch.zeros(1, 2, 3),), {})
+        answer((torch.zeros(1, 2, 3),), {}, nn.Identity())
 
 
 def test_what_a_model_answers() -> None:
     words, numbers = torch.zeros(2, 5, 7), torch.zeros(2, 5)
     ids = {"input_ids": torch.zeros(2, 5, dtype=torch.long)}
-    assert answer({"logits": words}, ids) == (words, True)
-    assert answer({"logits": numbers}, {}) == (numbers, True)
-    assert answer({"logits": numbers}, ids)[0].shape == (2, 5, 1)  # one a token, as of a discriminator
-    assert answer({"loss": words, "start_logits": numbers, "end_logits": numbers}, ids)[0].shape == (2, 5, 2)
-    assert answer({"feature_maps": (numbers, words)}, {})[0] is words
+    model = nn.Identity()
+    assert answer({"logits": words}, ids, model) == answer({"prediction_logits": words}, ids, model) == (words, True)
+    assert answer({"logits": numbers}, {}, model) == (numbers, True)
+    assert answer({"logits": numbers}, ids, model)[0].shape == (2, 5, 1)  # one a token, as of a discriminator
+    assert answer({"loss": words, "start_logits": numbers, "end_logits": numbers}, ids, model)[0].shape == (2, 5, 2)
+    assert answer({"feature_maps": (numbers, words)}, {}, model)[0] is words
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pixels_of_a_patch_are_no_words_and_words_are(name: str) -> None:
+    model, batch = build(name, torch.float32)
+    with torch.no_grad():
+        output = model(**batch)
+    said, words = answer(output, batch, model)
+    head = None if not hasattr(output, "logits") else model.get_output_embeddings()
+    if head is not None and said.dim() == 3 and said.shape[-1] > 1:
+        assert words
+    if said.dim() == 3:
+        assert not answer({"logits": said[..., :1].expand(-1, -1, 777)}, batch, model)[1]
 
 
 def test_relative_error() -> None:

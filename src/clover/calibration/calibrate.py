@@ -96,7 +96,7 @@ def calibrate(
                 for watcher in watchers:
                     watcher.masks = masks.of(watcher.block.part)
                 with torch.enable_grad():
-                    said, words = answer(forward(model, batch), batch)
+                    said, words = answer(forward(model, batch), batch, model)
                 real = valid(said, masks.decoder)
                 if said.requires_grad:  # else the batch reached no block, which is said below
                     said.backward(score(said, words, real, draws))

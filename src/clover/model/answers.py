@@ -19,28 +19,41 @@ ROWS = 256
 """Tokens whose distributions are held at once."""
 
 
-def answer(output: Any, batch: Any) -> tuple[Tensor, bool]:
+def answer(output: Any, batch: Any, model: nn.Module) -> tuple[Tensor, bool]:
     """What a model says, and whether it is logits of words or classes; else its first output (not a loss).
 
-    Of several maps of features it is the last; where an answer begins and where it ends become one output, ``(batch,
-    tokens, 2)``. One logit a token, ``(batch, tokens)``, is a number and no class: ``(batch, tokens, 1)``.
+    Logits of a token that are as many as neither words nor labels (the pixels of a patch) are numbers. Of several maps
+    of features it is the last; where an answer begins and where it ends become one output, ``(batch, tokens, 2)``. One
+    logit a token, ``(batch, tokens)``, is a number and no class: ``(batch, tokens, 1)``.
 
     Raises:
         CloverError: the output has no names.
     """
     if not isinstance(output, Mapping):
         raise CloverError(f"the model returned a {type(output).__name__}; set config.return_dict to True")
-    logits = output.get("logits")
+    logits = output.get("logits", output.get("prediction_logits"))
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if logits is not None and ids is not None and logits.shape == ids.shape:
         return logits.unsqueeze(-1), False
     if logits is not None and logits.dim() in (2, 3) and logits.shape[-1] > 1:
-        return logits, True
+        return logits, logits.dim() == 2 or logits.shape[-1] in _classes(model, logits.shape[-1])
     if "start_logits" in output and "end_logits" in output:
         return torch.stack([output["start_logits"], output["end_logits"]], -1), False
     outputs = (v[-1] if isinstance(v, tuple | list) and v else v for n, v in output.items() if n != "loss")
     said = (v for v in outputs if isinstance(v, Tensor) and v.is_floating_point() and v.dim())
     return next(said, torch.zeros(0)), False
+
+
+def _classes(model: Any, default: int) -> set[int]:
+    """How many words or labels a model may choose among; ``default`` where nothing says so."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return {default}
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    found = {getattr(part, name, 0) for part in parts for name in ("vocab_size", "num_labels")}
+    with suppress(NotImplementedError, AttributeError):
+        found.add(getattr(model.get_output_embeddings(), "out_features", 0))
+    return found | {getattr(config, "num_labels", 0) + 1}  # detectors have one for nothing
 
 
 @torch.no_grad()

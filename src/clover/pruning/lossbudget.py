@@ -355,7 +355,7 @@ def twin(model: nn.Module) -> nn.Module:
 
 def _by_sequence(whole: nn.Module, cut: nn.Module, batch: Any) -> Iterator[Tensor]:
     """The loss of every token of every sequence of a batch."""
-    (p, words), (q, _) = (answer(forward(model, batch), batch) for model in (whole, cut))
+    (p, words), (q, _) = (answer(forward(model, batch), batch, model) for model in (whole, cut))
     compare, real = divergence if words else relative_error, valid(p, padding(batch, whole).decoder)
     for row in range(len(p)):
         kept = (x[row][real[row]] if x.dim() == 3 else x[row].reshape(1, -1) for x in (p, q))
