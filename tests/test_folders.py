@@ -126,13 +126,15 @@ def test_a_name_that_is_too_long(tmp_path: Path) -> None:
         check_writable(tmp_path / ("é" * 121))
 
 
-def test_a_folder_has_the_rights_that_the_user_wants(tmp_path: Path) -> None:
-    before = os.umask(0o077)
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_folder_and_its_files_have_the_rights_that_the_user_wants(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
     try:
-        clover.save(build("gpt2")[0], tmp_path / "model")
+        folder = clover.save(build("gpt2")[0], tmp_path / "model")
     finally:
         os.umask(before)
-    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o700
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o666 & ~umask}
 
 
 def test_disk_quota_in_earnest(tmp_path: Path) -> None:

@@ -86,10 +86,15 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
 
 
 def sync(folder: Path) -> None:
-    """Force the files to disk, so that the rename is never ahead of what it names."""
+    """Force the files to disk, so that the rename is never ahead of what it names; they get the rights of the folder.
+
+    safetensors writes for the user's eyes alone, whatever the umask.
+    """
+    rights = folder.stat().st_mode & 0o666
     for file in folder.rglob("*"):
         if file.is_file():
             _force(file)
+            file.chmod(rights)
 
 
 def _force(file: Path) -> None:
