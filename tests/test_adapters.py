@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from adapters import config, fresh, tuned
+from adapters import config, disturb, fresh, tuned
 from clover import CloverError
 from clover.tuning.linear import CloverLinear
 from families import outputs
@@ -50,13 +51,18 @@ def test_what_failed_can_be_tried_again_on_the_same_model() -> None:
     assert all("clover_cores" in name for name in trained)
 
 
-def test_all_linear_leaves_out_what_blocks_do_not_divide() -> None:
-    model, _ = fresh()
+def test_all_linear_leaves_out_what_blocks_do_not_divide(tmp_path: Path) -> None:
+    model, batch = fresh()
     model.model.layers[0].mlp.gate = torch.nn.Linear(32, 1)
+    twin = copy.deepcopy(model)
     with pytest.warns(UserWarning, match=r"mlp\.gate has 1 rows, which blocks of 16 don't divide: it stays as it is"):
         tuned = get_peft_model(model, config(target_modules="all-linear"))
     assert type(tuned.base_model.model.model.layers[0].mlp.gate) is torch.nn.Linear
     assert isinstance(tuned.base_model.model.model.layers[0].mlp.down_proj, CloverLinear)
+    disturb(tuned)
+    tuned.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(twin, tmp_path).eval()
+    assert torch.equal(outputs(loaded, batch), outputs(tuned.eval(), batch))
 
 
 def test_bases_are_float32_whatever_torch_makes_by_default() -> None:

@@ -199,11 +199,12 @@ class CloverModel(BaseTuner):
             )
         known = [s for s in self._found.get(current_key, []) if s.rows.numel()]
         slots = [s for s in known if s.part in config.parts] or known
-        if not slots and self._takes_all and out_features(base) % config.block_size:
-            warn(
-                f"{current_key} has {out_features(base)} rows, which blocks of {config.block_size} don't divide: it "
-                "stays as it is"
-            )
+        if not slots and out_features(base) % config.block_size and (self._takes_all or config.bases_stored):
+            if self._takes_all:  # else it was told when the adapter was made
+                warn(
+                    f"{current_key} has {out_features(base)} rows, which blocks of {config.block_size} don't divide: "
+                    "it stays as it is"
+                )
             return
         slots = slots or [rows_in_blocks(current_key, base, config.block_size)]
         if isinstance(target, CloverLinear):
