@@ -144,22 +144,21 @@ def _value_idle(watchers: Sequence[Watcher]) -> None:
         CloverError: a whole stack of layers is idle, such as one tower of several that each have an output.
     """
     effect = {w: float(w.sums["gradient"].diagonal().mean()) if "gradient" in w.sums else 0.0 for w in watchers}
-    idle = [w for w in watchers if effect[w] == 0]
-    energies = [effect[w] for w in watchers if effect[w] != 0]
-    if not idle or not energies:
+    idle, others = [w for w in watchers if effect[w] == 0], [w for w in watchers if effect[w] != 0]
+    if not idle or not others:
         return
-    stacks = {_stack(w): w.block.name for w in idle}
-    for name in (stacks[stack] for stack in stacks.keys() - {_stack(w) for w in watchers if effect[w] != 0}):
+    stacks = {_stack(w) for w in others}
+    if apart := next((w for w in idle if _stack(w) not in stacks), None):
         raise CloverError(
-            f"{name} and its like do not influence the output that is scored (logits, else the first); prune another "
-            "part, or calibrate the part of the model that they are in"
+            f"{apart.block.name} and its like do not influence the output that is scored (logits, else the first); "
+            "prune another part, or calibrate the part of the model that they are in"
         )
     names = ", ".join(w.block.name for w in idle)
     warn(f"the model's output does not depend on {names}; most of that will be cut")
     for watcher in idle:
         output = watcher.sums["output"]
         eye = torch.eye(watcher.heads.o.shape[-2], dtype=output.dtype, device=output.device)
-        watcher.sums["gradient"] = eye * (IDLE * sum(energies) / len(energies))
+        watcher.sums["gradient"] = eye * (IDLE * sum(effect[w] for w in others) / len(others))
 
 
 def _stack(watcher: Watcher) -> str:

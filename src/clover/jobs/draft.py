@@ -16,13 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clover.errors import CloverError
 from clover.jobs.crew import Crew
-from clover.jobs.folders import check_writable, sync, whole_file
+from clover.jobs.folders import check_writable, of_writing, sync, whole_file
 
 try:
     import fcntl
@@ -120,7 +119,7 @@ def draft(
         crew.meet()
         yield made
     except Exception as error:
-        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:  # that of tokenizers
+        if not of_writing(error):
             raise
         number = getattr(error, "errno", None)
         reason = str(getattr(error, "strerror", None) or error)  # the error itself would keep its frames alive

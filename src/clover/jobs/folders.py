@@ -37,7 +37,7 @@ def fresh_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         sync(folder)
         folder.rename(target)
     except Exception as error:
-        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:  # that of tokenizers
+        if not of_writing(error):
             raise
         if getattr(error, "errno", None) in MADE and target.exists():
             made, folder = folder, None  # as much work as the other's
@@ -47,6 +47,11 @@ def fresh_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         if folder is not None and folder.exists():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def of_writing(error: Exception) -> bool:
+    """Whether an error says that a file can't be written; that of tokenizers has no class of its own."""
+    return isinstance(error, OSError | SafetensorError) or type(error) is Exception
 
 
 @contextmanager

@@ -255,15 +255,14 @@ def find_basis(block: Block, moments: Moments | None = None) -> Basis:
 def _weight_grams(heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
     """Q-K Grams under white input: of queries, of keys, of rotary features."""
     rotary, q, k = heads.rotary, _biased(heads.q, heads.q_bias), _biased(heads.k, heads.k_bias)
-    still = q[:, :, rotary:]
+    still = q[:, :, rotary:].double()
     query = torch.einsum("gnax,gnbx->gab", still, still)
     return query, weight_gram(heads.k[:, rotary:]), white_gram(q[:, :, :rotary], k[:, :rotary])
 
 
 def _biased(weight: Float[Tensor, "*heads d D"], bias: Float[Tensor, "*heads d"] | None) -> Float[Tensor, "*heads d x"]:
-    """Rows in float64 with their bias as the weight of an input that is always 1: ``[W | b]``."""
-    weight = weight.double()
-    return weight if bias is None else torch.cat([weight, bias.unsqueeze(-1).double()], -1)
+    """Rows with their bias as the weight of an input that is always 1, ``[W | b]``; without one as they lie."""
+    return weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], -1)
 
 
 def _energies(heads: Heads) -> tuple[Tensor, Tensor]:
@@ -271,9 +270,12 @@ def _energies(heads: Heads) -> tuple[Tensor, Tensor]:
 
     The bias of keys that don't turn shifts all logits alike.
     """
-    keys = energies(heads.k)
-    keys[:, : heads.rotary] = energies(_biased(heads.k, heads.k_bias)[:, : heads.rotary])
-    return energies(_biased(heads.q, heads.q_bias)), keys
+    q, k, rotary = energies(heads.q), energies(heads.k), heads.rotary
+    if heads.q_bias is not None:
+        q += heads.q_bias.double() ** 2
+    if heads.k_bias is not None:
+        k[:, :rotary] += heads.k_bias[:, :rotary].double() ** 2
+    return q, k
 
 
 def _row_energies(transform: Float[Tensor, "kv r d"], gram: Float[Tensor, "kv d d"]) -> Float[Tensor, "kv r"]:
