@@ -5,7 +5,8 @@
 contexts: tokens a second that SmolLM2 writes behind 2048, 4096 and 8160 tokens, batch 1 and 8, Q-K and V-O cut by 50 %,
 beside the bound (weights + KV-cache of the dense model) / (of the pruned one). The dense model's cache is transformers'
 default, which copies all keys and values for each token; the pruned model's grows in place.
-sweep: prefill and decode at contexts of 128 and 2048, both cut by 12.5 to 75 %.
+sweep: prefill and decode at contexts of 128 and 2048, both cut by 12.5 to 75 %; and, for how exact that is, by 0 %: a
+second copy of the dense model.
 encoder: that of Whisper-base over the same sweep, beside the bound of multiply-adds (attention and MLP; convolutions
 are left out on both sides).
 float32, random inputs. Run it on a quiet machine.
@@ -45,7 +46,8 @@ def measured() -> tuple[Any, Any]:
 
 @contextmanager
 def cuts(ratios: Iterable[float]) -> Iterator[dict[str, str]]:
-    with cut_all(*measured(), {f"{ratio:.1%}": (ratio, ratio) for ratio in ratios}) as folders:
+    shares = {f"{ratio:.1%}": (ratio, ratio) if ratio else None for ratio in ratios}
+    with cut_all(*measured(), shares) as folders:
         yield folders
 
 
@@ -65,7 +67,7 @@ def contexts() -> dict:
 
 
 def sweep() -> dict:
-    with cuts(RATIOS) as folders:
+    with cuts([0, *RATIOS]) as folders:
         runs = [{"context": int(c), "new_tokens": NEW_TOKENS, "repeats": repeats} for c, repeats in SWEEP.items()]
         found = apart(throughput, folders, runs)
     return {"dtype": "float32", "batch": 1, "repeats": SWEEP, "contexts": dict(zip(SWEEP, found, strict=True))}
@@ -84,7 +86,7 @@ def multiply_adds(model: Any) -> int:
 
 
 def encoder() -> dict:
-    shares = {f"{ratio:.1%}": (ratio, ratio) for ratio in RATIOS} | {"75 % + 50 %": speech.BEYOND}
+    shares = {"0.0%": None} | {f"{ratio:.1%}": (ratio, ratio) for ratio in RATIOS} | {"75 % + 50 %": speech.BEYOND}
     with cut_all(speech.dense(), speech.bases("encoder", "activations"), shares) as folders:
         (rates,) = apart(throughput, folders, [{"repeats": ENCODINGS}])
         work = {name: multiply_adds(model) for name, model in loaded(folders).items()}

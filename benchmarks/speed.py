@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,10 @@ ENCODER = {"56 % + 37 %": speech.PAPER, "75 % + 50 %": speech.BEYOND}
 
 
 @contextmanager
-def cut_all(model: nn.Module, bases: list, shares: dict[str, tuple[float, float]]) -> Iterator[dict[str, str]]:
-    """The dense model and its cuts, saved: folders by name."""
+def cut_all(
+    model: nn.Module, bases: list, shares: Mapping[str, tuple[float, float] | None]
+) -> Iterator[dict[str, str]]:
+    """The dense model and its cuts, saved: folders by name. A cut by None is another copy of the dense model."""
     with tempfile.TemporaryDirectory() as scratch:
         folders = {}
         for number, (name, cut) in enumerate({"dense": None, **shares}.items()):

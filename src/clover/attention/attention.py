@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from clover.attention.cache import grow, stepped
+from clover.attention.cache import append, stepped
 from clover.attention.eager import eager_attention, exporting
 from clover.attention.ragged import Tables, as_heads, attend_one, by_head, is_by_head, joined, kernel_size, padded, take
 from clover.errors import CloverError
@@ -179,14 +179,14 @@ class CloverAttention(nn.Module):
         mask = self._mask(call.pop("attention_mask", None), bias, x.shape[1], keys.shape[1])
         residual = call.pop("residual", None)
         weights: list[Tensor | None] = [None]
-        if self.uneven:
-            self._tables.at(queries)
         if self._writes_one(x, keys, mask):
             tokens = keys.shape[1]
             if not self.apart:
                 keys, values = stepped(call.get("past_key_values"), self.layer_idx, keys, values)
             z = attend_one(self._tables, queries, keys, values, mask, tokens)
         else:
+            if self.uneven:
+                self._tables.at(queries)  # whatever path is taken later in a compiled graph
             for name in ("hidden_states", "past_key_values", "key_value_states", "position_embeddings", "use_cache",
                          "sliding_window"):  # fmt: skip
                 call.pop(name, None)
@@ -222,9 +222,7 @@ class CloverAttention(nn.Module):
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         if cache is not None:
-            grow(cache, self.layer_idx)
-            keys, values = cache.update(keys.unsqueeze(1), values.unsqueeze(1), self.layer_idx)
-            keys, values = keys.squeeze(1), values.squeeze(1)
+            keys, values = append(cache, self.layer_idx, keys, values)
         return queries, keys, values
 
     def _project_cross(self, x: Tensor, source: Tensor | None, cache: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,8 +250,7 @@ class CloverAttention(nn.Module):
             beside = turned(beside, cos.unsqueeze(2), sin.unsqueeze(2), self.neighbours_beside)
             key = turned(key, cos, sin, self.neighbours_beside)
         if cache is not None:
-            grow(cache, self.layer_idx)
-            latent, key = (t[:, 0] for t in cache.update(latent[:, None], key[:, None], self.layer_idx))
+            latent, key = append(cache, self.layer_idx, latent, key)
         keys, values = self.kv_proj(latent).split_with_sizes(self.sizes[1:], -1)
         return self._beside(queries, beside), self._beside(keys, key.unsqueeze(2)), values
 
@@ -277,30 +274,32 @@ class CloverAttention(nn.Module):
         """Turn every pair of columns, of queries and keys together, by its own frequency."""
         if position_embeddings is None:
             raise TypeError("attention with rotary positions was called without position_embeddings")
-        idle = self.clover.qk > self.rotary
         # Compilers and exporters know real numbers only, and so did MPS for long.
-        if torch.compiler.is_compiling() or qk.device.type == "mps":
-            both = self._angles(position_embeddings, qk.shape[1], idle)
+        if torch.compiler.is_compiling() or qk.is_mps:
+            both = self._angles(position_embeddings, qk.shape[1])
             return turn_pairs(qk, *(take(t, self.frequencies) for t in both))
         # Every layer is handed the same tensors, so what is made of them is kept on one.
         keeper: Any = position_embeddings if isinstance(position_embeddings, Tensor) else position_embeddings[0]
         kept = getattr(keeper, "clover_table", None)
         if kept is None or kept.shape[-2] != qk.shape[1]:  # some models add tokens between layers
-            both = self._angles(position_embeddings, qk.shape[1], idle)
+            both = self._angles(position_embeddings, qk.shape[1])
             # There are no complex numbers of half precision to rely on.
             keeper.clover_table = torch.complex(*(t.float() if t.dtype.itemsize < 4 else t for t in both))
         table = take(keeper.clover_table, self.frequencies)  # a column for each pair
-        half = qk.dtype.itemsize < 4
-        x = qk.float() if half else qk
-        if x.stride(-2) % 2:
+        x = qk.float() if qk.dtype.itemsize < 4 else qk
+        if x.stride(1) % 2:
             x = x.clone(memory_format=torch.contiguous_format)
-        turned = torch.view_as_real(torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)) * table).view(qk.shape)
-        return turned.to(qk.dtype) if half else turned
+        if x.requires_grad:
+            turned = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * table).flatten(-2)
+        else:  # a change of the dtype is quicker, and gradients know nothing of it
+            pairs = x.view(x.dtype.to_complex()) * table
+            turned = pairs.view(pairs.dtype.to_real())
+        return turned.to(qk.dtype)
 
-    def _angles(self, position_embeddings: Any, tokens: Any, idle: bool) -> tuple[Tensor, Tensor]:
+    def _angles(self, position_embeddings: Any, tokens: Any) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the frequencies, with an angle of zero at the end for columns that do not turn."""
         cos, sin = angles(self.family, position_embeddings, tokens, self.rotary // 2)
-        if idle:
+        if self.clover.qk > self.rotary:
             cos, sin = nn.functional.pad(cos, (0, 1), value=1.0), nn.functional.pad(sin, (0, 1))
         return cos, sin
 
@@ -342,11 +341,12 @@ class CloverAttention(nn.Module):
     ) -> Tensor:
         """All heads in one call, padded to the largest: ``(batch, tokens, columns)``."""
         padding, _ = self._tables.at(queries)
-        q, v = take(queries, padding.queries), take(values, padding.values)
-        k = take(nn.functional.pad(keys, (0, 1)), padding.keys)
+        q, k, v = padding.queries.of(queries), padding.keys.of(keys), padding.values.of(values)
+        if padding.present is not None:
+            k = k * padding.present
         mask = by_head(mask, self._tables.heads)
         q, k, v = (as_heads(t, t.shape[-1] // padding.size) for t in (q, k, v))
-        return take(attend(q, k, v, mask)[0].flatten(2), padding.outputs)
+        return padding.outputs.of(attend(q, k, v, mask)[0].flatten(2))
 
     def _groups(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Iterator[tuple]:
         """Each group with its queries, keys, values ``(batch, heads, tokens, columns)`` and its mask."""

@@ -13,87 +13,135 @@ from clover.errors import CloverError
 
 ROOM, LEAST = 8, 64
 """A buffer that is full grows by an ``1 / ROOM`` of its tokens, and by ``LEAST`` of them at least."""
-WHICH = "keys", "values"
 STEP, ANY_LENGTH = 64, ("cpu",)
 """Tokens in one of the lengths that products are given, see ``stepped``, but on devices that take any length."""
 
 
+class Room:
+    """Tokens at the beginning of a buffer ``(batch, room, columns)``."""
+
+    def __init__(self, buffer: Tensor, tokens: int) -> None:
+        self.buffer, self.tokens, self.room = buffer, tokens, buffer.shape[1]
+        self.frozen = buffer.is_inference()
+
+    @classmethod
+    def of(cls, held: Any, fresh: Tensor) -> Room:
+        """The tokens that are held, ``(batch, 1, tokens, columns)``, with room for those of ``fresh`` and some more."""
+        had = held.shape[2] if held.dim() > 1 else 0  # a layer begins with empty vectors
+        total = had + fresh.shape[1]
+        room = -(-(total + max(LEAST, total // ROOM)) // STEP) * STEP
+        buffer = fresh.new_empty(fresh.shape[0], room, fresh.shape[2])
+        buffer[:, total:] = 0  # what is there may be read, if not used
+        if had:
+            buffer[:, :had] = held[:, 0]
+        return cls(buffer, had)
+
+    def takes(self, new: int) -> bool:
+        """Whether that many more tokens can be written into it."""
+        return self.tokens + new <= self.room and (not self.frozen or torch.is_inference_mode_enabled())
+
+    def begins_with(self, held: Any) -> bool:
+        """Whether ``held``, ``(batch, 1, tokens, columns)``, is its beginning, for all its sequences."""
+        if not isinstance(held, Tensor) or held.dim() != 4 or held.data_ptr() != self.buffer.data_ptr():
+            return False
+        flat = held[:, 0]
+        return len(flat) == len(self.buffer) and flat.stride() == self.buffer.stride()
+
+    def view(self) -> Tensor:
+        """``(batch, 1, tokens, columns)``."""
+        return self.buffer.narrow(1, 0, self.tokens).unsqueeze(1)
+
+
 class GrowingLayer(DynamicLayer):
-    """A ``DynamicLayer`` whose ``keys`` and ``values`` are views into buffers with room for more tokens.
+    """A ``DynamicLayer`` for the flat columns of one "head", whose ``keys`` and ``values`` lie in buffers with room.
 
     Whatever else is done to a cache (cropping, reordering for beams, moving) leaves other tensors in their place;
     they are taken over into a fresh buffer at the next token.
     """
 
-    keys: Any
-    values: Any
-
     def __init__(self) -> None:
+        self.rooms: dict[str, Any] = {"keys": None, "values": None}  # a ``Room``, or what was put in its place
         super().__init__()
-        self.buffers: dict[str, Tensor] = {}
+
+    def _held(self, which: str) -> Any:
+        room = self.rooms[which]
+        return room.view() if isinstance(room, Room) else room
+
+    def _hold(self, which: str, held: Any) -> None:
+        room = self.rooms[which]
+        if isinstance(room, Room) and room.begins_with(held):  # cropped
+            room.tokens = held.shape[2]
+        else:
+            self.rooms[which] = held
+
+    keys: Any = property(lambda self: self._held("keys"), lambda self, held: self._hold("keys", held))
+    values: Any = property(lambda self: self._held("values"), lambda self, held: self._hold("values", held))
 
     def __copy__(self) -> GrowingLayer:
         """Both go on from here, each in a buffer of its own."""
         twin = object.__new__(type(self))
-        twin.__dict__ |= vars(self) | {"buffers": {}}
+        twin.__dict__ |= vars(self) | {"rooms": {which: self._held(which) for which in self.rooms}}
         return twin
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append ``(batch, heads, new tokens, columns)``; returns the whole, of which it keeps views."""
-        if torch.compiler.is_compiling() or key_states.requires_grad or value_states.requires_grad:
+        """Append ``(batch, 1, new tokens, columns)``; returns the whole."""
+        if not writable(key_states, value_states):
             return super().update(key_states, value_states, *args, **kwargs)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys = self._append("keys", key_states)
-        self.values = self._append("values", value_states)
+        self.append(key_states.squeeze(1), value_states.squeeze(1))
         return self.keys, self.values
 
-    def _append(
-        self, which: str, fresh: Shaped[Tensor, "batch heads new size"]
-    ) -> Shaped[Tensor, "batch heads tokens size"]:
-        held, buffer = getattr(self, which), self.buffers.get(which)
-        had = held.shape[-2] if held.dim() > 1 else 0  # a layer begins with empty vectors
-        total = had + fresh.shape[-2]
-        frozen = buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled()
-        if buffer is None or frozen or buffer.shape[-2] < total or not _begins(held, buffer):
-            room = -(-(total + max(LEAST, total // ROOM)) // STEP) * STEP
-            buffer = self.buffers[which] = fresh.new_empty(*fresh.shape[:2], room, fresh.shape[-1])
-            buffer[:, :, total:] = 0  # what is there may be read, if not used
-            if had:
-                buffer[:, :, :had] = held
-        buffer.narrow(2, had, fresh.shape[2]).copy_(fresh)
-        return buffer.narrow(2, 0, total)
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append ``(batch, new tokens, columns)``; returns the whole, in the same form."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        return self._append("keys", keys), self._append("values", values)
 
-    def stepped(self) -> tuple[Tensor, Tensor]:
+    def _append(self, which: str, fresh: Shaped[Tensor, "batch new columns"]) -> Shaped[Tensor, "batch tokens columns"]:
+        room, new = self.rooms[which], fresh.shape[1]
+        if type(room) is not Room or not room.takes(new):
+            room = self.rooms[which] = Room.of(self._held(which), fresh)
+        room.buffer.narrow(1, room.tokens, new).copy_(fresh)
+        room.tokens += new
+        return room.buffer.narrow(1, 0, room.tokens)
+
+    def stepped(self) -> tuple[Tensor, Tensor] | None:
         """Keys and values up to a whole number of ``STEP`` tokens; those that are not there yet are finite, no more.
 
         The first product of each shape costs cuBLAS 0.1 to 0.2 ms, several times the product itself, and a cache has
         another length for each token; and rows of logits that end in no whole 16 bytes have slower kernels.
         """
-        tokens = -(-self.keys.shape[-2] // STEP) * STEP
-        if not all(name in self.buffers and _begins(getattr(self, name), self.buffers[name]) for name in WHICH):
-            return self.keys, self.values
-        keys, values = (self.buffers[name].narrow(2, 0, tokens) for name in WHICH)
-        return keys, values
-
-    def reset(self) -> None:
-        """Forget all tokens."""
-        self.buffers = {}
-        super().reset()
+        keys, values = self.rooms.values()
+        if not isinstance(keys, Room) or not isinstance(values, Room):
+            return None
+        tokens = -(-keys.tokens // STEP) * STEP
+        return keys.buffer.narrow(1, 0, tokens), values.buffer.narrow(1, 0, tokens)
 
 
-def _begins(held: Tensor, buffer: Tensor) -> bool:
-    """Whether what is held is still the beginning of the buffer, for all its sequences."""
-    same = held.data_ptr() == buffer.data_ptr() and held.shape[0] == buffer.shape[0]
-    return same and held.stride() == buffer.stride()
+def writable(keys: Tensor, values: Tensor) -> bool:
+    """Whether these may be written into a buffer: no graph, of a compiler or of gradients, must know of them."""
+    return not (keys.requires_grad or values.requires_grad or torch.compiler.is_compiling())
 
 
-def grow(cache: Cache, layer: int) -> None:
-    """Let an empty dynamic layer of a cache be one that grows in place; any other kind stays what it is.
+def append(cache: Cache, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Put ``(batch, new tokens, columns)`` behind what a layer of the cache holds; returns the whole.
+
+    An empty dynamic layer becomes one that grows in place; any other kind stays what it is.
 
     Raises:
         CloverError: the layer holds keys of other heads.
     """
+    held = cache.layers[layer] if layer < len(cache.layers) else None
+    if type(held) is not GrowingLayer:
+        held = grow(cache, layer)
+    plain = type(cache).update is Cache.update and not cache.offloading
+    if type(held) is GrowingLayer and plain and writable(keys, values):
+        return held.append(keys, values)
+    keys, values = cache.update(keys.unsqueeze(1), values.unsqueeze(1), layer)
+    return keys.squeeze(1), values.squeeze(1)
+
+
+def grow(cache: Cache, layer: int) -> Any:
+    """The layer, after it became one that grows in place if it can."""
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= layer:
             cache.layers.append(cache.layer_class_to_replicate())
@@ -105,14 +153,12 @@ def grow(cache: Cache, layer: int) -> None:
         )
     if type(cache.layers[layer]) is DynamicLayer and not cache.layers[layer].is_initialized and not cache.offloading:
         cache.layers[layer] = GrowingLayer()
+    return cache.layers[layer]
 
 
 def stepped(cache: Any, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values ``(batch, tokens, columns)`` of a layer, on GPUs up to a step, see ``GrowingLayer.stepped``."""
-    if cache is None or keys.device.type in ANY_LENGTH or torch.compiler.is_compiling():
+    if keys.device.type in ANY_LENGTH or cache is None or torch.compiler.is_compiling():
         return keys, values
     held = getattr(cache, "self_attention_cache", cache).layers[layer]
-    if not isinstance(held, GrowingLayer):
-        return keys, values
-    keys, values = held.stepped()
-    return keys[:, 0], values[:, 0]
+    return (held.stepped() if isinstance(held, GrowingLayer) else None) or (keys, values)

@@ -6,6 +6,7 @@ Index tables that bring the flat columns into the shapes that kernels want, and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 SPAN, ROWS = 8, 128
 """What a single new token reads as one: more would waste arithmetic, fewer would waste launches. KV heads on CPUs; on
 GPUs, where launches cost more than zeros, as many as have so many query heads."""
+WIDE = {4: torch.int32, 8: torch.int64, 16: torch.complex128}
+"""Numbers of so many bytes: what neighbouring columns are moved as. Not all devices know the widest."""
 TILE = 16
 """Columns that matrix units of CPUs and GPUs like to work on at once."""
 LONG = 512
@@ -26,32 +29,56 @@ NOTHING, FEW = 1e-30, 512
 worth a look where there are only a ``FEW`` keys."""
 
 
+class Move(NamedTuple):
+    """Columns taken ``unit`` neighbours at a time, for it is their number that takes time, not their size."""
+
+    unit: int
+    which: Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """The columns of ``x`` ``(batch, tokens, columns)``, in their new order."""
+        if self.unit == 1:
+            return take(x, self.which)
+        if x.requires_grad or torch.compiler.is_compiling():
+            parts = x.unflatten(-1, (-1, self.unit))
+            which = self.which.unsqueeze(-1).expand(*parts.shape[:-2], -1, self.unit)
+            return parts.gather(-2, which).flatten(-2)
+        if any(start % self.unit for start in (x.storage_offset(), *x.stride()[:-1])):
+            x = x.contiguous()
+        return take(x.view(WIDE[self.unit * x.itemsize]), self.which).view(x.dtype)
+
+
 class Padding(NamedTuple):
     """Which flat column each column takes when all heads are padded to the same size; and back, for the outputs."""
 
     size: int
-    queries: Tensor
-    keys: Tensor
-    """One past the last, where zeros must be, for a column that a head doesn't have."""
-    values: Tensor
-    outputs: Tensor
+    queries: Move
+    keys: Move
+    values: Move
+    outputs: Move
+    present: Tensor | None
+    """Which columns of the keys a head has, 1 or 0; None where it has all."""
 
     @classmethod
     @torch.inference_mode(False)  # made under it, they could not be used in training later
-    def of(cls, sizes: list[tuple[int, int]], n: int, device: torch.device) -> Padding:
+    def of(cls, sizes: list[tuple[int, int]], n: int, device: torch.device, dtype: torch.dtype) -> Padding:
         """Heads of (Q-K, V-O) ``sizes``, ``n`` queries each."""
         size = -(-max(max(s) for s in sizes) // TILE) * TILE
+        widest = max(WIDE) if device.type in ("cpu", "cuda") else 8
 
-        def columns(widths: list[int], repeats: int, absent: int) -> tuple[Tensor, Tensor]:
-            widths = [w for w in widths for _ in range(repeats)]
-            places = torch.cat([head * size + torch.arange(w) for head, w in enumerate(widths)])
-            taken = torch.full((len(widths) * size,), absent)
+        def columns(widths: list[int], repeats: int) -> tuple[Move, Move, Tensor]:
+            unit = gcd(*widths, widest // dtype.itemsize)
+            widths = [w // unit for w in widths for _ in range(repeats)]
+            places = torch.cat([head * (size // unit) + torch.arange(w) for head, w in enumerate(widths)])
+            taken = torch.full((len(widths) * size // unit,), -1)
             taken[places] = torch.arange(len(places))
-            return taken.to(device), places.to(device)
+            present = (taken >= 0).repeat_interleave(unit)
+            return Move(unit, taken.clamp(min=0).to(device)), Move(unit, places.to(device)), present
 
         qk, value = ([s[i] for s in sizes] for i in (0, 1))
-        queries, keys, values = (columns(*of)[0] for of in ((qk, n, 0), (qk, 1, sum(qk)), (value, 1, 0)))
-        return cls(size, queries, keys, values, columns(value, n, 0)[1])
+        keys, _, present = columns(qk, 1)
+        known = None if present.all() else present.to(device, dtype)
+        return cls(size, columns(qk, n)[0], keys, columns(value, 1)[0], columns(value, n)[1], known)
 
 
 class Span(NamedTuple):
@@ -91,12 +118,11 @@ class Span(NamedTuple):
             from_rows.to(device),
         )  # fmt: skip
 
-    def rows(self, queries: Float[Tensor, "batch columns"]) -> Float[Tensor, "batch rows width"]:
+    def rows(self, queries: Float[Tensor, "batch 1 columns"]) -> Float[Tensor, "batch rows width"]:
         """Each query head, scaled, in a row as wide as the keys of all heads, zero where those of others stand."""
-        if self.query is not None:
-            spread = queries.index_select(1, self.query).view(-1, *self.own.shape)
-        else:
-            spread = queries.unsqueeze(1)
+        spread = queries  # where all rows have the same
+        if self.query is not None:  # of two axes; of three, that takes several times as long
+            spread = queries.squeeze(1).index_select(1, self.query).view(-1, *self.own.shape)
         if queries.dtype == self.own.dtype:
             return spread * self.own
         if queries.requires_grad or torch.compiler.is_compiling():
@@ -146,7 +172,7 @@ class Tables:
         firsts, last = range(0, len(self.sizes), span), len(self.sizes)
         scale = torch.tensor(self.scale, dtype=torch.promote_types(dtype, torch.float32), device=device)
         spans = [Span.of(self.sizes, at, min(at + span, last), self.n, scale) for at in firsts]
-        return Padding.of(self.sizes, self.n, device), spans
+        return Padding.of(self.sizes, self.n, device, dtype), spans
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"made": {}, "orders": {}}  # where it is loaded, devices may be others
@@ -161,7 +187,7 @@ def attend_one(
     wide as all keys, zero outside its own head's columns, and of each row of results only its own head's columns
     are taken.
     """
-    results, dtype, cpu = [], queries.dtype, queries.device.type == "cpu"
+    results, dtype, cpu = [], queries.dtype, queries.is_cpu
     if isinstance(mask, Tensor) and mask.dim() == 2:  # flash attention's: what of the tokens so far is padding
         tokens = min(tokens, mask.shape[1])
         keys, values, mask = keys[:, :tokens], values[:, :tokens], mask[:, None, None, -tokens:].bool()
@@ -172,7 +198,8 @@ def attend_one(
     if cpu and queries.dtype.itemsize < 4:
         # oneDNN compiles a half-precision product anew for each length of the cache: milliseconds a token.
         queries, keys, values = queries.float(), keys.float(), values.float()
-    least, spare = max(LEAST, torch.finfo(queries.dtype).min), keys.shape[1] - tokens
+    spare = keys.shape[1] - tokens
+    least = max(LEAST, torch.finfo(queries.dtype).min) if spare or mask is not None else LEAST
     if mask is not None:
         mask = by_head(mask, tables.heads)
         if spare:
@@ -181,7 +208,7 @@ def attend_one(
         q, k, v = queries, keys, values
         if len(spans) > 1:
             q, k, v = (x[..., part] for x, part in zip((q, k, v), span.columns, strict=True))
-        rows = span.rows(q.flatten(1))
+        rows = span.rows(q)
         # Over many keys rows @ k.mT takes CPUs twice as long; it takes GPUs a copy less in what follows.
         logits = torch.bmm(k, rows.mT).mT if turned else torch.bmm(rows, k.mT)
         if mask is not None:
@@ -196,7 +223,8 @@ def attend_one(
             weights = nn.functional.threshold(weights, NOTHING, 0.0, inplace=not weights.requires_grad)
         if turned and not cpu:
             weights = weights.mT.contiguous().mT
-        results.append(weighted_sum(weights, v).flatten(1).index_select(1, span.from_rows))
+        columns = weighted_sum(weights, v).view(-1, rows.shape[1] * v.shape[2])
+        results.append(columns.index_select(1, span.from_rows))
     z = joined(results).unsqueeze(1)
     return z if z.dtype == dtype else z.to(dtype)
 
@@ -245,7 +273,7 @@ def weighted_sum(
     thread; so the tokens are shared out here.
     """
     tokens = weights.shape[-1]
-    if torch.compiler.is_compiling() or len(weights) > 1 or tokens < LONG or weights.device.type != "cpu":
+    if tokens < LONG or weights.shape[0] > 1 or not weights.is_cpu or torch.compiler.is_compiling():
         return torch.bmm(weights, values)
     threads = min(torch.get_num_threads(), tokens // LONG)
     each = tokens // threads
