@@ -310,7 +310,7 @@ def test_compiled_without_a_break_it_writes_into_a_static_cache() -> None:
     code = """
 import copy
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 import clover
 torch.manual_seed(0)
 sizes = dict(vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=2)
@@ -337,7 +337,12 @@ with torch.no_grad():
         at = torch.full((len(ids), 1), i)
         out = step(input_ids=ids[:, i : i + 1], position_ids=at, past_key_values=cache, use_cache=True)
         pieces.append(out.logits)
-torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-5)
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids[:, :10], past_key_values=cache)
+    for i in (10, 11):
+        last = step(input_ids=ids[:, i : i + 1], position_ids=torch.full((len(ids), 1), i), past_key_values=cache)
+    torch.testing.assert_close(last.logits, whole[:, 11:], rtol=1e-4, atol=1e-5)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

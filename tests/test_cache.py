@@ -92,6 +92,32 @@ def test_a_token_is_written_without_moving_the_others() -> None:
     assert layer.keys.nbytes == 4 * 5 * (room + 1), "room is not counted as held"
 
 
+def test_cropping_moves_nothing() -> None:
+    layer, fresh = GrowingLayer(), states(1, 1)
+    keys, _ = layer.append(*(x[:, 0] for x in states(1, 10)))
+    layer.crop(-3)
+    longer, _ = layer.append(*(x[:, 0] for x in fresh))
+    assert longer.data_ptr() == keys.data_ptr() and longer.shape[1] == 8
+    assert torch.equal(longer[:, 7:], fresh[0][:, 0])
+
+
+def test_a_copy_goes_on_outside_of_the_inference_mode_it_was_made_in() -> None:
+    layer = GrowingLayer()
+    layer.update(*states(1, 3))
+    with torch.inference_mode():
+        other = copy.deepcopy(layer)
+    assert torch.equal(other.update(*states(1, 1))[0][:, :, :3], layer.keys)
+
+
+def test_keys_of_several_heads_are_held_as_they_are() -> None:
+    ours, theirs = GrowingLayer(), DynamicLayer()
+    for tokens in (3, 1):
+        fresh = torch.randn(2, 4, tokens, 5), torch.randn(2, 4, tokens, 5)
+        for layer in (ours, theirs):
+            layer.update(*fresh)
+        assert same(ours, theirs)
+
+
 def test_copies_do_not_share_room() -> None:
     layer = GrowingLayer()
     layer.update(*states(1, 4))
@@ -151,3 +177,7 @@ def test_copies_of_a_layer_go_on_apart() -> None:
     keys, _ = layer.update(torch.full((1, 1, 1, 2), 2.0), torch.zeros(1, 1, 1, 2))
     twin, _ = other.update(torch.full((1, 1, 1, 2), 3.0), torch.zeros(1, 1, 1, 2))
     assert keys[0, 0, -1, 0] == 2 and twin[0, 0, -1, 0] == 3
+    other = copy.copy(layer)
+    layer.crop(-2)
+    layer.update(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
+    assert other.keys[0, 0, :, 0].tolist() == [1, 1, 1, 2]

@@ -40,17 +40,17 @@ def test_gpus_are_given_heads_that_stand_at_sixteen_bytes() -> None:
 @given(
     st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4), st.sampled_from([1, 2, 4]),
     st.integers(1, 3), st.integers(0, 3), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
-    st.booleans(),
+    st.booleans(), st.sampled_from([(2, 3), (1, 4), (1, 1), (0, 2)]),
 )  # fmt: skip
 def test_heads_are_padded_and_narrowed_again(
-    sizes: list[tuple[int, int]], unit: int, n: int, beside: int, dtype: torch.dtype, learns: bool
+    sizes: list[tuple[int, int]], unit: int, n: int, beside: int, dtype: torch.dtype, learns: bool, shape: tuple
 ) -> None:
     """Columns are moved several at a time where they allow it, wherever they begin, gradients or not."""
     sizes = [(unit * qk, unit * value) for qk, value in sizes]
     padding = Padding.of(sizes, n, torch.device("cpu"), dtype)
     for moves, which, repeats in ((padding.queries, 0, n), (padding.keys, 0, 1), (padding.values, 1, 1)):
         widths = [size[which] for size in sizes for _ in range(repeats)]
-        whole = torch.randn(2, 3, sum(widths) + beside, dtype=dtype, requires_grad=learns)
+        whole = torch.randn(*shape, sum(widths) + beside, dtype=dtype, requires_grad=learns)
         wide = moves.of(whole[..., beside:]).unflatten(-1, (len(widths), padding.size))
         for head, own in enumerate(whole[..., beside:].split(widths, -1)):
             assert torch.equal(wide[:, :, head, : widths[head]], own)
@@ -59,8 +59,10 @@ def test_heads_are_padded_and_narrowed_again(
             assert kept.sum(1).tolist() == widths and all(row[:w].all() for row, w in zip(kept, widths, strict=True))
         assert wide.requires_grad == learns
     values = [value for _, value in sizes for _ in range(n)]
-    flat = torch.randn(2, 3, sum(values), dtype=dtype, requires_grad=learns)
+    flat = torch.randn(*shape, sum(values), dtype=dtype, requires_grad=learns)
     heads = torch.stack(
         [torch.nn.functional.pad(x, (0, padding.size - x.shape[-1])) for x in flat.split(values, -1)], 2
     )
     assert torch.equal(padding.outputs.of(heads.flatten(2)), flat)
+    longer = flat.detach().double()  # cached before autocast
+    assert torch.equal(padding.outputs.of(heads.detach().double().flatten(2)), longer)

@@ -20,7 +20,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clover.attention.cache import append, stepped
 from clover.attention.eager import eager_attention, exporting
-from clover.attention.ragged import Tables, as_heads, attend_one, by_head, is_by_head, joined, kernel_size, padded, take
+from clover.attention.ragged import (
+    Tables,
+    aligned,
+    as_heads,
+    attend_one,
+    by_head,
+    is_by_head,
+    joined,
+    kernel_size,
+    padded,
+    take,
+)
 from clover.errors import CloverError
 from clover.model.block import Block, arguments, growth_at, head_bias, norm_entries
 from clover.model.mla import read
@@ -186,7 +197,7 @@ class CloverAttention(nn.Module):
             z = attend_one(self._tables, queries, keys, values, mask, tokens)
         else:
             if self.uneven:
-                self._tables.at(queries)  # whatever path is taken later in a compiled graph
+                self._tables.at(queries)  # made before a graph is compiled, whichever way that goes
             for name in ("hidden_states", "past_key_values", "key_value_states", "position_embeddings", "use_cache",
                          "sliding_window"):  # fmt: skip
                 call.pop(name, None)
@@ -287,8 +298,7 @@ class CloverAttention(nn.Module):
             keeper.clover_table = torch.complex(*(t.float() if t.dtype.itemsize < 4 else t for t in both))
         table = take(keeper.clover_table, self.frequencies)  # a column for each pair
         x = qk.float() if qk.dtype.itemsize < 4 else qk
-        if x.stride(1) % 2:
-            x = x.clone(memory_format=torch.contiguous_format)
+        x = aligned(x, 2)
         if x.requires_grad:
             turned = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * table).flatten(-2)
         else:  # a change of the dtype is quicker, and gradients know nothing of it

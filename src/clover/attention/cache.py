@@ -11,8 +11,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from clover.errors import CloverError
 
-ROOM, LEAST = 8, 64
-"""A buffer that is full grows by an ``1 / ROOM`` of its tokens, and by ``LEAST`` of them at least."""
+GROWTH, LEAST = 8, 64
+"""A buffer that is full grows by an ``1 / GROWTH`` of its tokens, and by ``LEAST`` of them at least."""
 STEP, ANY_LENGTH = 64, ("cpu",)
 """Tokens in one of the lengths that products are given, see ``stepped``, but on devices that take any length."""
 
@@ -21,16 +21,15 @@ class Room:
     """Tokens at the beginning of a buffer ``(batch, room, columns)``."""
 
     def __init__(self, buffer: Tensor, tokens: int) -> None:
-        self.buffer, self.tokens, self.room = buffer, tokens, buffer.shape[1]
-        self.frozen = buffer.is_inference()
+        self.buffer, self.tokens = buffer, tokens
 
     @classmethod
     def of(cls, held: Any, fresh: Tensor) -> Room:
         """The tokens that are held, ``(batch, 1, tokens, columns)``, with room for those of ``fresh`` and some more."""
         had = held.shape[2] if held.dim() > 1 else 0  # a layer begins with empty vectors
         total = had + fresh.shape[1]
-        room = -(-(total + max(LEAST, total // ROOM)) // STEP) * STEP
-        buffer = fresh.new_empty(fresh.shape[0], room, fresh.shape[2])
+        length = -(-(total + max(LEAST, total // GROWTH)) // STEP) * STEP
+        buffer = fresh.new_empty(fresh.shape[0], length, fresh.shape[2])
         buffer[:, total:] = 0  # what is there may be read, if not used
         if had:
             buffer[:, :had] = held[:, 0]
@@ -38,14 +37,8 @@ class Room:
 
     def takes(self, new: int) -> bool:
         """Whether that many more tokens can be written into it."""
-        return self.tokens + new <= self.room and (not self.frozen or torch.is_inference_mode_enabled())
-
-    def begins_with(self, held: Any) -> bool:
-        """Whether ``held``, ``(batch, 1, tokens, columns)``, is its beginning, for all its sequences."""
-        if not isinstance(held, Tensor) or held.dim() != 4 or held.data_ptr() != self.buffer.data_ptr():
-            return False
-        flat = held[:, 0]
-        return len(flat) == len(self.buffer) and flat.stride() == self.buffer.stride()
+        frozen = self.buffer.is_inference() and not torch.is_inference_mode_enabled()
+        return self.tokens + new <= self.buffer.shape[1] and not frozen
 
     def view(self) -> Tensor:
         """``(batch, 1, tokens, columns)``."""
@@ -55,8 +48,9 @@ class Room:
 class GrowingLayer(DynamicLayer):
     """A ``DynamicLayer`` for the flat columns of one "head", whose ``keys`` and ``values`` lie in buffers with room.
 
-    Whatever else is done to a cache (cropping, reordering for beams, moving) leaves other tensors in their place;
-    they are taken over into a fresh buffer at the next token.
+    Cropping leaves them there, so what ``keys`` gave before is overwritten by the tokens that follow. Whatever else is
+    done to a cache (reordering for beams, moving) leaves other tensors in their place; they are taken over into a fresh
+    buffer at the next token.
     """
 
     def __init__(self) -> None:
@@ -68,11 +62,7 @@ class GrowingLayer(DynamicLayer):
         return room.view() if isinstance(room, Room) else room
 
     def _hold(self, which: str, held: Any) -> None:
-        room = self.rooms[which]
-        if isinstance(room, Room) and room.begins_with(held):  # cropped
-            room.tokens = held.shape[2]
-        else:
-            self.rooms[which] = held
+        self.rooms[which] = held
 
     keys: Any = property(lambda self: self._held("keys"), lambda self, held: self._hold("keys", held))
     values: Any = property(lambda self: self._held("values"), lambda self, held: self._hold("values", held))
@@ -80,12 +70,23 @@ class GrowingLayer(DynamicLayer):
     def __copy__(self) -> GrowingLayer:
         """Both go on from here, each in a buffer of its own."""
         twin = object.__new__(type(self))
-        twin.__dict__ |= vars(self) | {"rooms": {which: self._held(which) for which in self.rooms}}
+        held = {which: self._held(which) for which in self.rooms}
+        twin.__dict__ |= vars(self) | {"rooms": {k: x.clone() if isinstance(x, Tensor) else x for k, x in held.items()}}
         return twin
 
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Forget the last tokens, as a ``DynamicLayer`` does."""
+        rooms = dict(self.rooms)
+        super().crop(*args, **kwargs)
+        for which, held in self.rooms.items():
+            room = rooms[which]
+            if isinstance(room, Room) and held is not room:
+                room.tokens = held.shape[2]
+                self.rooms[which] = room
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append ``(batch, 1, new tokens, columns)``; returns the whole."""
-        if not writable(key_states, value_states):
+        """Append ``(batch, 1, new tokens, columns)``; returns the whole. Those of other heads are not kept flat."""
+        if key_states.shape[1] != 1 or not writable(key_states, value_states):
             return super().update(key_states, value_states, *args, **kwargs)
         self.append(key_states.squeeze(1), value_states.squeeze(1))
         return self.keys, self.values
@@ -122,6 +123,11 @@ def writable(keys: Tensor, values: Tensor) -> bool:
     return not (keys.requires_grad or values.requires_grad or torch.compiler.is_compiling())
 
 
+def plain(cache: Any) -> bool:
+    """Whether all that the cache does with new tokens is to hand them to its layer."""
+    return type(cache).update is Cache.update and "update" not in vars(cache) and not cache.offloading
+
+
 def append(cache: Cache, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Put ``(batch, new tokens, columns)`` behind what a layer of the cache holds; returns the whole.
 
@@ -133,15 +139,18 @@ def append(cache: Cache, layer: int, keys: Tensor, values: Tensor) -> tuple[Tens
     held = cache.layers[layer] if layer < len(cache.layers) else None
     if type(held) is not GrowingLayer:
         held = grow(cache, layer)
-    plain = type(cache).update is Cache.update and not cache.offloading
-    if type(held) is GrowingLayer and plain and writable(keys, values):
+    if type(held) is GrowingLayer and plain(cache) and writable(keys, values):
         return held.append(keys, values)
     keys, values = cache.update(keys.unsqueeze(1), values.unsqueeze(1), layer)
     return keys.squeeze(1), values.squeeze(1)
 
 
 def grow(cache: Cache, layer: int) -> Any:
-    """The layer, after it became one that grows in place if it can."""
+    """The layer, after it became one that grows in place if it can.
+
+    Raises:
+        CloverError: it holds keys of other heads.
+    """
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= layer:
             cache.layers.append(cache.layer_class_to_replicate())
@@ -160,5 +169,6 @@ def stepped(cache: Any, layer: int, keys: Tensor, values: Tensor) -> tuple[Tenso
     """Keys and values ``(batch, tokens, columns)`` of a layer, on GPUs up to a step, see ``GrowingLayer.stepped``."""
     if keys.device.type in ANY_LENGTH or cache is None or torch.compiler.is_compiling():
         return keys, values
-    held = getattr(cache, "self_attention_cache", cache).layers[layer]
-    return (held.stepped() if isinstance(held, GrowingLayer) else None) or (keys, values)
+    cache = getattr(cache, "self_attention_cache", cache)
+    held = cache.layers[layer]
+    return (held.stepped() if isinstance(held, GrowingLayer) and plain(cache) else None) or (keys, values)

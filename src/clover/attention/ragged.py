@@ -39,13 +39,12 @@ class Move(NamedTuple):
         """The columns of ``x`` ``(batch, tokens, columns)``, in their new order."""
         if self.unit == 1:
             return take(x, self.which)
-        if x.requires_grad or torch.compiler.is_compiling():
+        wide = WIDE.get(self.unit * x.itemsize)  # under autocast, what was cached is wider than the queries
+        if wide is None or x.requires_grad or torch.compiler.is_compiling():
             parts = x.unflatten(-1, (-1, self.unit))
             which = self.which.unsqueeze(-1).expand(*parts.shape[:-2], -1, self.unit)
             return parts.gather(-2, which).flatten(-2)
-        if any(start % self.unit for start in (x.storage_offset(), *x.stride()[:-1])):
-            x = x.contiguous()
-        return take(x.view(WIDE[self.unit * x.itemsize]), self.which).view(x.dtype)
+        return take(aligned(x, self.unit).view(wide), self.which).view(x.dtype)
 
 
 class Padding(NamedTuple):
@@ -199,7 +198,7 @@ def attend_one(
         # oneDNN compiles a half-precision product anew for each length of the cache: milliseconds a token.
         queries, keys, values = queries.float(), keys.float(), values.float()
     spare = keys.shape[1] - tokens
-    least = max(LEAST, torch.finfo(queries.dtype).min) if spare or mask is not None else LEAST
+    least = max(LEAST, torch.finfo(queries.dtype).min)
     if mask is not None:
         mask = by_head(mask, tables.heads)
         if spare:
@@ -287,5 +286,11 @@ def padded(x: Tensor, size: int) -> Tensor:
     """``x`` with zero columns up to ``size``; on GPUs a copy unless kernels that read 16 bytes at once can take it."""
     if x.shape[-1] < size:
         return nn.functional.pad(x, (0, size - x.shape[-1]))
-    aligned = all(start * x.itemsize % 16 == 0 for start in (x.storage_offset(), *x.stride()[:-1]))
-    return x if aligned or x.device.type == "cpu" else x.clone(memory_format=torch.contiguous_format)
+    return x if x.device.type == "cpu" else aligned(x, 16 // x.itemsize)
+
+
+def aligned(x: Tensor, unit: int) -> Tensor:
+    """``x``, or a copy, whose columns can be read ``unit`` neighbours at a time."""
+    if x.stride(-1) == 1 and not any(start % unit for start in (x.storage_offset(), *x.stride()[:-1])):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
