@@ -285,33 +285,24 @@ class CloverAttention(nn.Module):
         """Turn every pair of columns, of queries and keys together, by its own frequency."""
         if position_embeddings is None:
             raise TypeError("attention with rotary positions was called without position_embeddings")
+        given = self.family, position_embeddings, qk.shape[1], self.rotary // 2, self.clover.qk > self.rotary
         # Compilers and exporters know real numbers only, and so did MPS for long.
         if torch.compiler.is_compiling() or qk.is_mps:
-            both = self._angles(position_embeddings, qk.shape[1])
-            return turn_pairs(qk, *(take(t, self.frequencies) for t in both))
+            return turn_pairs(qk, *(take(t, self.frequencies) for t in angles(*given)))
         # Every layer is handed the same tensors, so what is made of them is kept on one.
         keeper: Any = position_embeddings if isinstance(position_embeddings, Tensor) else position_embeddings[0]
         kept = getattr(keeper, "clover_table", None)
         if kept is None or kept.shape[-2] != qk.shape[1]:  # some models add tokens between layers
-            both = self._angles(position_embeddings, qk.shape[1])
             # There are no complex numbers of half precision to rely on.
-            keeper.clover_table = torch.complex(*(t.float() if t.dtype.itemsize < 4 else t for t in both))
+            keeper.clover_table = torch.complex(*(t.float() if t.dtype.itemsize < 4 else t for t in angles(*given)))
         table = take(keeper.clover_table, self.frequencies)  # a column for each pair
-        x = qk.float() if qk.dtype.itemsize < 4 else qk
-        x = aligned(x, 2)
+        x = aligned(qk.float() if qk.dtype.itemsize < 4 else qk, 2)
         if x.requires_grad:
             turned = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * table).flatten(-2)
         else:  # a change of the dtype is quicker, and gradients know nothing of it
             pairs = x.view(x.dtype.to_complex()) * table
             turned = pairs.view(pairs.dtype.to_real())
         return turned.to(qk.dtype)
-
-    def _angles(self, position_embeddings: Any, tokens: Any) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the frequencies, with an angle of zero at the end for columns that do not turn."""
-        cos, sin = angles(self.family, position_embeddings, tokens, self.rotary // 2)
-        if self.clover.qk > self.rotary:
-            cos, sin = nn.functional.pad(cos, (0, 1), value=1.0), nn.functional.pad(sin, (0, 1))
-        return cos, sin
 
     def _attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, options: dict[str, Any]

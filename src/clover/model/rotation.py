@@ -12,10 +12,13 @@ from clover.errors import CloverError
 from clover.model.family import Family
 
 
-def angles(family: Family, table: tuple[Tensor, Tensor] | Tensor, tokens: Any, pairs: int) -> tuple[Tensor, Tensor]:
+def angles(
+    family: Family, table: tuple[Tensor, Tensor] | Tensor, tokens: Any, pairs: int, idle: bool = False
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of each pair, ``(batch or 1, tokens, pairs)``, from what the model hands to its blocks.
 
-    A table shorter than the sequence is that of its last tokens: those before (class tokens) do not turn.
+    A table shorter than the sequence is that of its last tokens: those before (class tokens) do not turn. With ``idle``
+    an angle of zero is added at the end, for columns that do not turn.
 
     Raises:
         CloverError: the table has another number of pairs than the config says.
@@ -33,7 +36,7 @@ def angles(family: Family, table: tuple[Tensor, Tensor] | Tensor, tokens: Any, p
         )
     alone = cos.dim() == 3 and cos.shape[1] == 1  # a row for each token, or for each sequence's one token
     cos, sin = (t.reshape(-1, tokens, pairs) if alone else t.view(-1, *t.shape[-2:]) for t in (cos, sin))
-    still = (0, 0, tokens - cos.shape[1], 0)
+    still = (0, int(idle), tokens - cos.shape[1], 0)
     return nn.functional.pad(cos, still, value=1.0), nn.functional.pad(sin, still)
 
 
