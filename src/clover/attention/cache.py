@@ -61,11 +61,8 @@ class GrowingLayer(DynamicLayer):
         room = self.rooms[which]
         return room.view() if isinstance(room, Room) else room
 
-    def _hold(self, which: str, held: Any) -> None:
-        self.rooms[which] = held
-
-    keys: Any = property(lambda self: self._held("keys"), lambda self, held: self._hold("keys", held))
-    values: Any = property(lambda self: self._held("values"), lambda self, held: self._hold("values", held))
+    keys: Any = property(lambda self: self._held("keys"), lambda self, held: self.rooms.update(keys=held))
+    values: Any = property(lambda self: self._held("values"), lambda self, held: self.rooms.update(values=held))
 
     def __copy__(self) -> GrowingLayer:
         """Both go on from here, each in a buffer of its own."""
