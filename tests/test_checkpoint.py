@@ -21,6 +21,7 @@ from clover.errors import CloverError
 from clover.jobs.folders import check_writable
 from families import CASES, build, outputs, pruned
 from samples import tokenizer, whisper_processor
+from tiny import LM
 
 NEW_PROCESS = ["llama-gqa", "qwen3", "phi3-partial", "gpt-neox", "gpt2", "bloom", "bert", "clip", "whisper"]
 
@@ -147,6 +148,31 @@ def test_language_model_of_a_base_model(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         loaded = wanted.from_pretrained(tmp_path / "model").eval().base_model(**batch).last_hidden_state
         assert torch.equal(loaded, model.base_model(**batch).last_hidden_state)
+
+
+HEADS = ["SequenceClassification", "TokenClassification", "QuestionAnswering"]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mixtral"])
+def test_a_head_whose_class_makes_its_base_from_the_same_config(family: str, head: str, tmp_path: Path) -> None:
+    kind = getattr(transformers, f"{family}For{head}")
+    config = kind.config_class(**LM, head_dim=8, num_key_value_heads=2)
+    model, batch = kind(config).eval(), {"input_ids": torch.arange(1, 9).view(2, 4)}
+    clover.prune(model, vo=0.25)
+    for name in ("model", "again"):
+        loaded = clover.load(clover.save(model, tmp_path / name))
+        assert clover.summary(loaded) == clover.summary(model)
+        assert torch.equal(loaded(**batch)[0], model(**batch)[0])
+        model = loaded
+
+
+@pytest.mark.parametrize("head", HEADS[:2])
+def test_a_new_head_for_a_language_model(head: str, tmp_path: Path) -> None:
+    model, batch = pruned("llama-gqa")
+    auto = getattr(transformers, f"AutoModelFor{head}")
+    loaded = auto.from_pretrained(clover.save(model, tmp_path / "model"), num_labels=3).eval()
+    assert torch.equal(outputs(loaded.base_model, batch), outputs(model.base_model, batch))
 
 
 def test_config_describes_itself(saved: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import gc
 import gzip
 import json
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,14 @@ import torch
 from accelerate import cpu_offload
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import StableLmConfig, StableLmForCausalLM
+from transformers import (
+    EsmConfig,
+    EsmForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
 
 import clover
 from clover.errors import CloverError, UnsupportedModelError
@@ -28,6 +36,37 @@ from clover.pruning.prune import find_bases
 from families import build, outputs
 from families import pruned as cut
 from test_budget import SEEDS, SHARES, costs
+
+# --- calibration data of few different inputs ---
+
+
+def _letters() -> Any:
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=8, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, head_dim=32,
+    ))  # fmt: skip
+
+
+def _residues() -> Any:
+    return EsmForMaskedLM(EsmConfig(
+        vocab_size=33, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        position_embedding_type="rotary", token_dropout=False, pad_token_id=1, mask_token_id=32,
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [_letters, _residues])
+@pytest.mark.parametrize("tokens", [16, 512, 2048])
+def test_a_small_alphabet_is_cut_without_loss(make: Any, tokens: int) -> None:
+    """Head outputs fill few of their columns, and the sums of their moments, in float32, leave noise in the others."""
+    torch.manual_seed(0)
+    model = make().eval()
+    ids = torch.randint(4, 8 if make is _letters else 24, (max(tokens // 128, 1), min(tokens, 128)))
+    before, largest = outputs(model, {"input_ids": ids}), max(p.abs().max() for p in model.parameters())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "[0-9]+ tokens reached")
+        clover.prune(model, vo=0.25, calibration=[{"input_ids": ids}])
+    assert (outputs(model, {"input_ids": ids}) - before).norm() < 0.01 * before.norm()
+    assert max(p.abs().max() for p in model.parameters()) < 10 * largest
+
 
 # --- plans ---
 

@@ -192,7 +192,8 @@ class Basis:
         bias = down.new_zeros(len(up)) if heads.o_bias is None else heads.o_bias.double()
         if moments is not None and fits:
             whole = heads.o.permute(2, 0, 1, 3).flatten(1).double()
-            up, down = fit(whole @ moments.output, up, down, layout, moments.output, moments.gradient)
+            covariance = _ridged(moments.output)  # a fit that can gain by an energy below zero has no bounds
+            up, down = fit(whole @ covariance, up, down, layout, covariance, moments.gradient)
             bias = bias + whole @ moments.mean - up @ layout.times(down, moments.mean.unsqueeze(1)).squeeze(1)
         each = list(zip([head for head, _ in kept], down.split([rank for _, rank in kept]), strict=True))
         values = heads.v.new_empty(plan.vo_kept, heads.v.shape[-1])

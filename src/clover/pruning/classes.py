@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, wraps
 from typing import Any
@@ -95,11 +96,23 @@ def _mark(config: PreTrainedConfig, plan: Plan, base: str) -> None:
     config.model_type = base  # the rest of transformers treats the model as the family that it is
 
 
+@contextmanager
+def _as_its_family(config: Any) -> Iterator[None]:
+    """Let a class that makes its base model from the same config get the family's: the plan is carried out once."""
+    ours = config.__class__
+    config.__class__ = next(kind for kind in ours.__mro__ if not issubclass(kind, _ConfigMixin))
+    try:
+        yield
+    finally:
+        config.__class__ = ours
+
+
 class _ModelMixin:
     """Rebuilds the attention of a model from the plan in its config."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        with _as_its_family(config):
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         plan = Plan.from_dict(config.clover)
         own = rebuild(self, plan)  # type: ignore[arg-type]
         if own != plan:  # it is that of a language model, say, and this its base: from here on it has this one's names
