@@ -319,7 +319,7 @@ def test_a_class_that_no_row_can_describe(kind: str) -> None:
     """By its name, wherever it stands; the reason is in the sentence."""
     model = torch.nn.ModuleDict({"block": type(kind, (torch.nn.Module,), {"__module__": "transformers.models.some"})()})
     with pytest.raises(
-        UnsupportedModelError, match=rf"block is a {kind}, .* exactly: {re.escape(REFUSED[kind])}; choose"
+        UnsupportedModelError, match=rf"block is of class {kind}, .* exactly: {re.escape(REFUSED[kind])}; choose"
     ):
         blocks(model)
     assert kind not in FAMILIES
@@ -329,10 +329,21 @@ def test_refused_classes_of_real_models() -> None:
     model = t.GPTJForCausalLM(t.GPTJConfig(vocab_size=60, n_embd=48, n_layer=1, n_head=6, rotary_dim=4, n_positions=32))
     with pytest.raises(UnsupportedModelError, match=r"GPTJAttention.*table of its rotation"):
         clover.prune(model, vo=0.3)
+    model = t.GPTNeoForCausalLM(t.GPTNeoConfig(
+        vocab_size=60, hidden_size=48, num_layers=2, num_heads=6, attention_types=[[["global", "local"], 1]],
+    ))  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match=r"h\.0\.attn is of class GPTNeoAttention.*local layers mask"):
+        clover.prune(model, vo=0.3)
 
 
 @pytest.mark.parametrize(
-    ("name", "setting", "value"), [("olmo", "clip_qkv", 8.0), ("olmoe", "clip_qkv", 8.0), ("falcon-mqa", "alibi", True)]
+    ("name", "setting", "value"),
+    [
+        ("olmo", "clip_qkv", 8.0),
+        ("olmoe", "clip_qkv", 8.0),
+        ("falcon-mqa", "alibi", True),
+        ("bloom", "slow_but_exact", True),
+    ],
 )
 def test_a_setting_with_which_the_row_is_not_true(name: str, setting: str, value: Any) -> None:
     model, _ = build(name)

@@ -151,7 +151,7 @@ def _value_idle(watchers: Sequence[Watcher]) -> None:
     if apart := next((w for w in idle if _stack(w) not in stacks), None):
         raise CloverError(
             f"{apart.block.name} and its like do not influence the output that is scored (logits, else the first); "
-            "prune another part, or calibrate the part of the model that they are in"
+            "prune another part, calibrate the part of the model that they are in, or go by the weights alone"
         )
     names = ", ".join(w.block.name for w in idle)
     warn(f"the model's output does not depend on {names}; most of that will be cut")
@@ -321,7 +321,8 @@ class Watcher:
         self.check_reached()
         if "gradient" not in self.sums:
             raise CloverError(
-                f"{name} does not influence the model's output on the calibration data; prune another part"
+                f"{name} does not influence the model's output on the calibration data; prune another part, or by "
+                "the weights alone"
             )
         kv, n, d, _ = self.heads.q.shape
         rotary = self.heads.rotary

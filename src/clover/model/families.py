@@ -153,6 +153,7 @@ _ROWS: dict[str, Family] = {
     "BloomAttention": Family(
         fused="query_key_value", interleaved=True, o="dense", heads="num_heads", scale=("inv_norm_factor",),
         output_dropout="hidden_dropout", rename={"layer_past": "past_key_values"},
+        unless={"config.slow_but_exact": "its output projection then leaves out its bias (slow_but_exact)"},
     ),
     # language, speech, encoders and decoders
     "BartAttention BioGptAttention BlenderbotAttention BlenderbotSmallAttention Data2VecAudioAttention HubertAttention "
@@ -243,6 +244,7 @@ REFUSED: dict[str, str] = {
     "MllamaTextCrossAttention": "a norm of the keys stands between another sequence and a cache that holds them",
     "GPTJAttention": "it holds the table of its rotation itself",
     "CodeGenAttention": "it holds the table of its rotation itself, and its fused rows lie in four stretches",
+    "GPTNeoAttention": "its local layers mask keys that are far by themselves",
     "MptAttention": "its mask and its bias are applied in its own way",
     "Wav2Vec2BertSelfAttention": "its positions enter through the queries themselves, not as a rotation or a bias",
     "DebertaV2Attention": "its positions enter through the query and key projections (disentangled attention)",

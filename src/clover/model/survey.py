@@ -165,7 +165,7 @@ def _writes(core: Any, family: Family, path: list[str]) -> bool:
 
 def _refused(name: str, kind: type, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{name} is a {kind.__name__}, which clover can't rewrite exactly: {why}; choose another model"
+        f"{name} is of class {kind.__name__}, which clover can't rewrite exactly: {why}; choose another model"
     )
 
 

@@ -97,21 +97,23 @@ def _mark(config: PreTrainedConfig, plan: Plan, base: str) -> None:
 
 
 @contextmanager
-def _as_its_family(config: Any) -> Iterator[None]:
+def _as_its_family(model: Any, config: Any) -> Iterator[None]:
     """Let a class that makes its base model from the same config get the family's: the plan is carried out once."""
     ours = config.__class__
     config.__class__ = next(kind for kind in ours.__mro__ if not issubclass(kind, _ConfigMixin))
+    vars(model)["config_class"] = config.__class__  # against which models made of two others hold their config
     try:
         yield
     finally:
         config.__class__ = ours
+        del vars(model)["config_class"]
 
 
 class _ModelMixin:
     """Rebuilds the attention of a model from the plan in its config."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        with _as_its_family(config):
+        with _as_its_family(self, config):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         plan = Plan.from_dict(config.clover)
         own = rebuild(self, plan)  # type: ignore[arg-type]

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from clover.errors import CloverError, UnsupportedModelError, warn
-from clover.model.families import FAMILIES
 from clover.tuning.config import NAME, CloverConfig, extend_enum
 from clover.tuning.linear import CloverLinear
 from clover.tuning.targets import Slot, find_slots, out_features, rows_in_blocks
@@ -144,7 +143,7 @@ class CloverModel(BaseTuner):
             if not wanted:
                 raise UnsupportedModelError(
                     f"{type(self.model).__name__} has no {' or '.join(peft_config.parts)} of a known class to tune; "
-                    f"name modules in target_modules, or use one of {', '.join(sorted(FAMILIES))}"
+                    "name modules in target_modules; README.md says which attention is known"
                 )
             short = tuple({_suffix(name) for name in wanted})
             meant = {
