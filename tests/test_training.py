@@ -23,9 +23,9 @@ from clover.tuning.methods import adapter_config
 from clover.tuning.recipe import METHODS, Recipe
 from clover.tuning.training import (
     IGNORED,
+    answered,
     collate,
     contiguous_head,
-    example,
     examples,
     lean,
     mean_loss,
@@ -66,7 +66,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_of_a_record_the_output_is_learned() -> None:
-    made = example({"instruction": "w1 w2 w3", "output": "w4 w5", "answer": "w5"}, tokenizer(), 16)
+    made = answered("w1 w2 w3\n", "w4 w5", tokenizer(), 16)
     ids = tokenizer()("w1 w2 w3 w4 w5").input_ids
     assert made == {"input_ids": ids, "labels": [IGNORED] * 3 + ids[3:]}
 
@@ -81,7 +81,7 @@ def test_a_file_of_records(key: str, tmp_path: Path) -> None:
 
 
 def test_of_a_long_prompt_the_end_is_kept() -> None:
-    made = example({"instruction": "w1 w2 w3 w4", "output": "w5"}, tokenizer(), 3)
+    made = answered("w1 w2 w3 w4\n", "w5", tokenizer(), 3)
     assert made["input_ids"] == tokenizer()("w3 w4 w5").input_ids
 
 
@@ -89,8 +89,8 @@ def test_of_a_long_prompt_the_beginning_of_any_text_is_kept() -> None:
     """LLaMA and Gemma read a text without its first token as if it made no sense."""
     made = tokenizer(brackets=True)
     made.bos_token = "[CLS]"
-    whole = example({"instruction": "w1 w2 w3 w4", "output": "w5"}, made, 16)["input_ids"]
-    kept = example({"instruction": "w1 w2 w3 w4", "output": "w5"}, made, 4)["input_ids"]
+    whole = answered("w1 w2 w3 w4\n", "w5", made, 16)["input_ids"]
+    kept = answered("w1 w2 w3 w4\n", "w5", made, 4)["input_ids"]
     assert kept == [made.bos_token_id, *whole[-3:]] and whole[0] == made.bos_token_id
 
 

@@ -44,9 +44,9 @@ class Moments:
     query: Float[Tensor, "kv s s"]
     """``E[q q^T]``, summed over the query heads of a KV head."""
     key: Float[Tensor, "kv s s"]
-    """Mean over queries of the covariance of the keys under the query's attention."""
+    """Mean over queries of the covariance of the keys, weighted as ``weights_of`` says."""
     pair: Float[Tensor, "kv n r r"]
-    """Mean over queries of the covariance of the rotary features under the query's attention."""
+    """Likewise of the rotary features."""
     output: Float[Tensor, "z z"]
     """Covariance of the head outputs in front of the output projection."""
     mean: Float[Tensor, " z"]

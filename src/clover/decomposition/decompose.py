@@ -23,6 +23,13 @@ class Bases(NamedTuple):
     values: Float[Tensor, "*batch d"]
 
 
+def ridged(gram: Float[Tensor, "*batch d d"], share: float) -> Float[Tensor, "*batch d d"]:
+    """A Gram and a share of its mean eigenvalue in all directions; of what is zero, that share of 1."""
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    mean = torch.where(mean > 0, mean, 1.0)
+    return gram + share * mean[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+
 def square_root(gram: Float[Tensor, "*batch d d"]) -> Float[Tensor, "*batch d d"]:
     """A matrix ``L`` with ``L @ L.mT == gram``, for any positive semi-definite ``gram``, of full rank or not."""
     root, failed = torch.linalg.cholesky_ex(gram)

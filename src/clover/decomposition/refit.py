@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from clover.decomposition.decompose import ridged
+
 RIDGE = 1e-3
 """Pull of the refitted output projection towards the cut one, relative to the mean energy of a kept direction."""
 ROUNDS, STEPS = 4, 12
@@ -39,7 +41,7 @@ class Kept:
 
     @classmethod
     def of(cls, ranks: list[tuple[int, int]], queries: int, size: int, kv_heads: int, device: torch.device) -> Kept:
-        """Flat values in the order of ``ranks`` (KV head, directions kept)."""
+        """The layout of bases that follow one another as in ``ranks``, ``(KV head, directions kept)`` each."""
         equal = groupby(ranks, key=lambda rank: rank[1])
         groups = tuple((torch.tensor([h for h, _ in heads], device=device), rank) for rank, heads in equal)
         return cls(groups, queries, size, kv_heads)
@@ -80,7 +82,7 @@ def fit(
         target: ``E[y z^T]`` of the block's output ``y`` and the head outputs, both centred: ``W @ covariance``.
         cut: output projection after the cut.
         bases: kept rows of the value transforms, KV head after KV head in the order of ``layout``.
-        covariance: of the uncut head outputs.
+        covariance: of the uncut head outputs, positive definite: in energies below zero the fit would gain endlessly.
         metric: ``E[g g^T]`` of the gradient at the block's output.
 
     Returns:
@@ -96,11 +98,8 @@ def fit(
 def _fit_output(target: Tensor, cut: Tensor, bases: Tensor, layout: Kept, covariance: Tensor) -> Tensor:
     """The projection for given bases; ``target`` is the whole one times the covariance."""
     gram = layout.times(bases, layout.times(bases, covariance).mT)
-    energy = gram.diagonal().mean()
-    energy = torch.where(energy > 0, energy, 1.0)  # else nothing was put out, and all stays as it is
-    ridged = gram + RIDGE * energy * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     missing = layout.times(bases, target.mT) - gram @ cut.mT
-    return cut + torch.linalg.solve(ridged, missing).mT
+    return cut + torch.linalg.solve(ridged(gram, RIDGE), missing).mT
 
 
 def _fit_bases(target: Tensor, cut: Tensor, bases: Tensor, layout: Kept, covariance: Tensor, metric: Tensor) -> Tensor:

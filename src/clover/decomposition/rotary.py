@@ -3,8 +3,8 @@
 A logit is a sum over pairs of ``Re(z_q conj(z_k) e^{i(m-n)phi})``, one complex number for each pair, and the only
 linear maps that commute with every rotation are complex gains, one for each pair. So frequencies can't be mixed, but
 a pair can be dropped and the gains of the others refitted, to change the attention distribution least. "Least" is
-measured by the Gram of the pairs' contributions, centred under each query's attention: half its quadratic form is a
-KL divergence.
+measured by the Gram of the pairs' contributions, centred under each query's weights of the keys: under its attention,
+half its quadratic form is a KL divergence.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from clover.decomposition.decompose import ridged
 from clover.model.heads import energies
 
 RIDGE = 1e-3
@@ -39,7 +40,7 @@ def white_gram(q: Float[Tensor, "kv n r D"], k: Float[Tensor, "kv r C"]) -> Floa
 
 def by_energy(gram: Float[Tensor, "kv n r r"]) -> tuple[Int[Tensor, "kv p"], Float[Tensor, "kv p"]]:
     """What ``eliminate`` returns for a diagonal Gram, where no pair can make up for another."""
-    energy = _ridged(gram).diagonal(dim1=-2, dim2=-1)[..., : gram.shape[-1] // 2].sum(1)
+    energy = ridged(gram.double(), RIDGE).diagonal(dim1=-2, dim2=-1)[..., : gram.shape[-1] // 2].sum(1)
     cost, order = energy.sort(stable=True, dim=-1)
     return order.flip(-1), cost.flip(-1)
 
@@ -59,7 +60,7 @@ def eliminate(gram: Float[Tensor, "kv n r r"]) -> tuple[Int[Tensor, "kv p"], Flo
     if not pairs:
         return torch.zeros(kv, 0, dtype=torch.long, device=gram.device), gram.new_zeros(kv, 0)
     # Real and imaginary parts are axes of their own: (kv, n, 2, pairs, 2, pairs).
-    inverse = torch.linalg.inv(_ridged(gram)).unflatten(-1, (2, pairs)).unflatten(-3, (2, pairs))
+    inverse = torch.linalg.inv(ridged(gram.double(), RIDGE)).unflatten(-1, (2, pairs)).unflatten(-3, (2, pairs))
     gains = torch.stack([gram.new_ones(kv, n, pairs), gram.new_zeros(kv, n, pairs)], 2).double()
     order, cost = [], []
     gone = torch.zeros(kv, pairs, dtype=torch.bool, device=gram.device)
@@ -91,7 +92,7 @@ def fit_gains(gram: Float[Tensor, "h n r r"], kept: Int[Tensor, "h p"]) -> Float
     if p == pairs:
         return torch.tensor([1.0, 0.0], dtype=torch.float64, device=gram.device).expand(h, n, pairs, 2)
     columns = torch.cat([kept, kept + pairs], -1)[:, None]
-    rows = _ridged(gram).gather(-2, columns.unsqueeze(-1).expand(h, n, 2 * p, width))
+    rows = ridged(gram.double(), RIDGE).gather(-2, columns.unsqueeze(-1).expand(h, n, 2 * p, width))
     gone = torch.ones(h, pairs, dtype=torch.float64, device=gram.device).scatter(1, kept, 0.0)
     missing = (rows[..., :pairs] @ gone[:, None, :, None]).squeeze(-1)
     gains = torch.linalg.solve(rows.gather(-1, columns.unsqueeze(-2).expand(h, n, 2 * p, 2 * p)), missing)
@@ -118,13 +119,6 @@ def chosen(k: Float[Tensor, "h r x"], kept: Int[Tensor, "h p"]) -> Float[Tensor,
     """Rows of the kept pairs of keys: real and imaginary parts side by side."""
     columns = torch.stack([kept, kept + k.shape[1] // 2], -1).flatten(1)
     return k[torch.arange(len(k), device=k.device)[:, None], columns].double()
-
-
-def _ridged(gram: Tensor) -> Tensor:
-    gram = gram.double()
-    energy = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-    energy = torch.where(energy > 0, energy, 1.0)  # an empty head has no scale of its own
-    return gram + RIDGE * energy[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
 
 def _inverse(matrix: Float[Tensor, "*batch 2 2"]) -> Float[Tensor, "*batch 2 2"]:

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from clover.errors import CloverError
 
 SYNCED = "r+b" if os.name == "nt" else "rb"
@@ -50,8 +48,8 @@ def fresh_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def of_writing(error: Exception) -> bool:
-    """Whether an error says that a file can't be written; that of tokenizers has no class of its own."""
-    return isinstance(error, OSError | SafetensorError) or type(error) is Exception
+    """Whether the system refused: safetensors and tokenizers say so in words, what transformers says has no number."""
+    return (isinstance(error, OSError) and error.errno is not None) or "(os error " in str(error)
 
 
 @contextmanager

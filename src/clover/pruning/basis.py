@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clover.attention.ragged import joined
 from clover.calibration.calibrate import Moments
-from clover.decomposition.decompose import Bases, decompose, square_root, weight_gram
+from clover.decomposition.decompose import Bases, decompose, ridged, square_root, weight_gram
 from clover.decomposition.refit import Kept, fit
 from clover.decomposition.rotary import by_energy, chosen, eliminate, fit_gains, gained, white_gram
 from clover.model.block import Block
@@ -192,7 +192,7 @@ class Basis:
         bias = down.new_zeros(len(up)) if heads.o_bias is None else heads.o_bias.double()
         if moments is not None and fits:
             whole = heads.o.permute(2, 0, 1, 3).flatten(1).double()
-            covariance = _ridged(moments.output)  # a fit that can gain by an energy below zero has no bounds
+            covariance = _definite(moments.output)
             up, down = fit(whole @ covariance, up, down, layout, covariance, moments.gradient)
             bias = bias + whole @ moments.mean - up @ layout.times(down, moments.mean.unsqueeze(1)).squeeze(1)
         each = list(zip([head for head, _ in kept], down.split([rank for _, rank in kept]), strict=True))
@@ -237,12 +237,12 @@ def find_basis(block: Block, moments: Moments | None = None) -> Basis:
         query, key, pair = _weight_grams(heads)
         value = weight_gram(heads.v)
     else:
-        query, key, pair = _ridged(moments.query), _ridged(moments.key), moments.pair
+        query, key, pair = _definite(moments.query), _definite(moments.key), moments.pair
         per_head = moments.output.unflatten(0, (kv, n, e)).unflatten(-1, (kv, n, e))
-        value = _ridged(torch.einsum("gnagnb->gab", per_head))
+        value = _definite(torch.einsum("gnagnb->gab", per_head))
     weight = heads.o.double()
     if moments is not None:
-        weight = square_root(_ridged(moments.gradient)).mT @ weight
+        weight = square_root(_definite(moments.gradient)).mT @ weight
     output = torch.einsum("gnme,gnmf->gef", weight, weight)
     if block.normed:  # nothing may be mixed or reordered in front of a norm; pairs keep their order
         order = torch.arange(heads.pairs, device=heads.q.device).expand(kv, -1)
@@ -284,17 +284,14 @@ def _row_energies(transform: Float[Tensor, "kv r d"], gram: Float[Tensor, "kv d 
     return (transform @ gram * transform).sum(-1).clamp_min(0)
 
 
-def _ridged(gram: Tensor) -> Tensor:
+def _definite(gram: Tensor) -> Tensor:
     """A moment of positive definite form; sums in float32 may leave one that is not. If nothing moved, all counts."""
-    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1) if gram.shape[-1] else gram.new_zeros(gram.shape[:-2])
-    ridge, eye = (
-        torch.where(mean > 0, CALIBRATION_RIDGE * mean, 1.0),
-        torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device),
-    )
-    failed = torch.linalg.cholesky_ex(gram + ridge[..., None, None] * eye).info > 0
+    found = ridged(gram, CALIBRATION_RIDGE)
+    failed = torch.linalg.cholesky_ex(found).info > 0
     if failed.any():
-        ridge = torch.where(failed, ridge - torch.linalg.eigvalsh(gram)[..., 0].clamp_max(0), ridge)
-    return gram + ridge[..., None, None] * eye
+        least = torch.where(failed, torch.linalg.eigvalsh(gram)[..., 0].clamp_max(0), 0.0)
+        found = found - least[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return found
 
 
 def _rows(values: Tensor) -> tuple[tuple[float, ...], ...]:

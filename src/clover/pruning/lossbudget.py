@@ -42,8 +42,8 @@ AIM, NEAR = 0.95, 0.9
 MOST = 0.95
 """Largest share of directions that is ever removed."""
 CERTAINTY = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
-"""Standard errors that a measured mean must stay under the bound by, to be right 19 times of 20: Student's t for 2
-sequences, 3, ..., and for more than there are here the last."""
+"""Standard errors that a measured mean must stay under the bound by, to be right 19 times of 20: one-sided quantiles of
+Student's t for 1, 2, ..., 10 degrees of freedom, one less than there are sequences; the last for more."""
 
 
 def check_bound(max_loss: float) -> float:

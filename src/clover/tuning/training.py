@@ -59,7 +59,8 @@ def examples(path: str | Path, tokenizer: Any, length: int) -> list[dict[str, li
     """
     kind = file_kind(path)
     if kind == "questions":
-        found = [example(record, tokenizer, length) for _, record in read_records(path)]
+        records = (record for _, record in read_records(path))
+        found = [answered(f"{r['instruction']}\n", r["output"], tokenizer, length) for r in records]
         _warn_of_cuts(found, path, tokenizer, length)
         return found
     if kind != "text":
@@ -80,11 +81,6 @@ def _warn_of_cuts(found: list[dict[str, list[int]]], path: str | Path, tokenizer
         warn(
             f"{cut} of the {len(found)} answers in {path} end after {length} tokens, question included; raise --length"
         )
-
-
-def example(record: dict[str, Any], tokenizer: Any, length: int) -> dict[str, list[int]]:
-    """Ids and labels of one record: the loss is that of its ``output`` (or ``answer``) and the end-of-text token."""
-    return answered(f"{record['instruction']}\n", record["output"], tokenizer, length)
 
 
 def answered(question: str, text: str, tokenizer: Any, length: int) -> dict[str, list[int]]:
