@@ -12,7 +12,7 @@ import torch
 
 import clover
 from clover.errors import CloverError
-from clover.jobs.folders import check_writable
+from clover.jobs.folders import check_writable, fresh_folder
 from commands import refuse
 from families import build, outputs
 
@@ -148,4 +148,12 @@ def test_disk_quota_in_earnest(tmp_path: Path) -> None:
             clover.save(model, tmp_path / "model")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError("no such model on the hub"), RuntimeError("bad shape"), Exception("bug")])
+def test_an_error_in_the_work_is_told_as_it_is(error: Exception, tmp_path: Path) -> None:
+    """Only what the system says about files is told as a folder that can't be written."""
+    with pytest.raises(type(error), match=str(error)), fresh_folder(tmp_path / "out"):
+        raise error
     assert not list(tmp_path.iterdir())
