@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
+import clover
 from adapters import config, disturb, fresh, tuned
 from clover import CloverError
 from clover.tuning.linear import CloverLinear
@@ -28,6 +29,21 @@ def test_another_adapter_of_a_loaded_config_shares_its_bases(tmp_path: Path) -> 
                 loaded.get_parameter(name.replace(".default.", ".ref.")).copy_(parameter)
     loaded.set_adapter("ref")
     assert torch.equal(outputs(loaded, batch), out)
+
+
+@pytest.mark.parametrize("method", ["clover", "lora"])
+def test_an_adapter_of_a_model_that_was_pruned_a_moment_ago(method: str, tmp_path: Path) -> None:
+    """peft asks the folder that the model came from how many words it had; that config has no plan."""
+    clover.save(fresh()[0], tmp_path / "dense")
+    model, batch = clover.load(tmp_path / "dense"), fresh()[1]
+    clover.prune(model, vo=0.25)
+    clover.save(model, tmp_path / "pruned")
+    wanted = config() if method == "clover" else LoraConfig(target_modules="all-linear")
+    tuned = get_peft_model(model, wanted).eval()
+    disturb(tuned)
+    tuned.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(clover.load(tmp_path / "pruned"), tmp_path / "adapter").eval()
+    assert torch.equal(outputs(loaded, batch), outputs(tuned, batch))
 
 
 def test_an_adapter_that_can_not_be_added_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ def test_manifest(manifest: Path) -> None:
     ("file\ttext\nx.wav\thello\n", "test", "column 'split'"),
     ("file\ttext\nx.wav\thello\n", None, "x.wav"),
     ("file\ttext\na.wav\n", None, "a.wav"),
+    ("file\ttext\na.wav\thello\tthere\n", None, "there.*remove the tabs"),
+    ("file\ttext\na.wav\t  \n", None, "without file or text"),
     ("file\ttext\n", None, "no rows"),
     (f"file\ttext\n{'a sentence ' * 30}\ta.wav\n", None, "a sentence"),
     ("", None, "column 'file'"),
@@ -136,6 +138,7 @@ def test_questions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("record, said", [
     ({"instruction": ARC}, "line 2"),
+    ({"instruction": ARC, "output": ""}, "line 2.*not empty"),
     ([1], "line 2"),
     ({"instruction": "half a pair \ud83d", "answer": "answer1"}, "line 2"),
     ({"instruction": "Why?", "answer": "answer1"}, "line 2.*Answer format"),

@@ -207,6 +207,12 @@ def test_a_decoder_behind_an_encoder_reads_its_caches_alone() -> None:
         torch.testing.assert_close(decoder.run(ordered)["logits"], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_with_experts_has_no_graph(tmp_path: Path) -> None:
+    with pytest.raises(CloverError, match=r"MixtralForCausalLM has MixtralExperts.*run it in PyTorch"):
+        onnx.export(build("mixtral", torch.float32)[0], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_that_also_sees_has_no_graph_of_text_alone(tmp_path: Path) -> None:
     model, _ = build("llava", torch.float32)
     with pytest.raises(CloverError, match=r"also reads pixel_values.*--format padded"):

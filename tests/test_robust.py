@@ -36,6 +36,7 @@ from clover.pruning.prune import find_bases
 from families import build, outputs
 from families import pruned as cut
 from test_budget import SEEDS, SHARES, costs
+from tiny import LM
 
 # --- calibration data of few different inputs ---
 
@@ -66,6 +67,42 @@ def test_a_small_alphabet_is_cut_without_loss(make: Any, tokens: int) -> None:
         clover.prune(model, vo=0.25, calibration=[{"input_ids": ids}])
     assert (outputs(model, {"input_ids": ids}) - before).norm() < 0.01 * before.norm()
     assert max(p.abs().max() for p in model.parameters()) < 10 * largest
+
+
+# --- heads that do nothing ---
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "whisper", "vit"])
+def test_a_constant_is_kept_whole(name: str) -> None:
+    """By the weights too: what a bias of the values puts out is no direction that could go."""
+    model, batch = build(name)
+    for block in blocks(model):
+        values, bias = block.heads().v, block.heads().v_bias
+        assert bias is not None
+        with torch.no_grad():
+            values.zero_()
+            bias.normal_()
+    before = outputs(model, batch)
+    assert clover.summary(clover.prune(model, vo=0.5))["vo_removed"] >= 0.5
+    torch.testing.assert_close(outputs(model, batch), before)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 0.02])
+def test_heads_that_do_nothing_go_first(scale: float, calibrated: bool) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**LM)).double().eval()
+    for layer in model.model.layers:
+        attention, dead = layer.self_attn, slice(0, 24)
+        with torch.no_grad():
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+                projection.weight[dead] = 0
+            attention.v_proj.weight *= scale
+            attention.o_proj.weight /= scale
+    batch = {"input_ids": torch.randint(3, 60, (8, 12))}
+    before = outputs(model, batch)
+    clover.prune(model, qk=0.4, vo=0.5, calibration=[batch] if calibrated else None)
+    torch.testing.assert_close(outputs(model, batch), before, rtol=0, atol=1e-6)
 
 
 # --- plans ---

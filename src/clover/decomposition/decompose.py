@@ -14,6 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+EMPTY = 1e-6
+"""Mean eigenvalue that a Gram of zeros counts as having, relative to those beside it: its directions go first, and yet
+have a basis."""
+
 
 class Bases(NamedTuple):
     """Transforms to the common basis: ``(t_a @ a) . (t_b @ b) == a . b``, directions ordered from large to small."""
@@ -24,9 +28,10 @@ class Bases(NamedTuple):
 
 
 def ridged(gram: Float[Tensor, "*batch d d"], share: float) -> Float[Tensor, "*batch d d"]:
-    """A Gram and a share of its mean eigenvalue in all directions; of what is zero, that share of 1."""
+    """A Gram and a share of its mean eigenvalue in all directions; of one that is zero, next to none of the others'."""
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-    mean = torch.where(mean > 0, mean, 1.0)
+    others = EMPTY * mean.mean()
+    mean = torch.where(mean > 0, mean, torch.where(others > 0, others, 1.0))
     return gram + share * mean[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
 

@@ -110,8 +110,10 @@ def read_manifest(
 
 def _utterance(manifest: Path, row: dict[str, str | None], spoken: bool) -> Utterance:
     name, text = row["file"], row.get("text") or ""
-    if not name or (spoken and not text):
+    if not name or (spoken and not text.strip()):
         raise CloverError(f"{manifest} has a row without file or text: {list(row.values())}; complete it")
+    if more := row.get(None):  # type: ignore[call-overload]
+        raise CloverError(f"{manifest} has a row of more fields than columns, with {more} beyond them; remove the tabs")
     file = manifest.parent / name
     if not os.path.isfile(file):  # unlike Path's, never raises: a text in the wrong column is a name too long
         raise CloverError(f"audio file {file}, listed in {manifest}, does not exist; correct the row or add the file")
@@ -162,15 +164,15 @@ def read_records(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
 def _record(line: str, where: str) -> dict[str, Any]:
     try:
         found = json.loads(line)
-        record = {"output": found.get("answer"), **found}
+        record = found | {"output": found.get("output") or found.get("answer")}
         if found.get("input"):  # what the instruction is about
             record["instruction"] += "\n" + found["input"]
-        if isinstance(record["instruction"], str) and isinstance(record["output"], str):
+        if isinstance(record["instruction"], str) and isinstance(record["output"], str) and record["output"]:
             (record["instruction"] + record["output"]).encode()  # half a surrogate pair is no text
             return record
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         pass
-    wanted = "'instruction' and 'answer' (or 'output')"
+    wanted = "'instruction' and 'answer' (or 'output') that are not empty"
     raise CloverError(f"{where} must be a JSON object with strings {wanted}; got {line[:80]!r}")
 
 

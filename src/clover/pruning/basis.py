@@ -191,7 +191,7 @@ class Basis:
         down, up = torch.cat([self.value.t_a[head, :rank] for head, rank in kept]), self._up(plan, kept, fits)
         bias = down.new_zeros(len(up)) if heads.o_bias is None else heads.o_bias.double()
         if moments is not None and fits:
-            whole = heads.o.permute(2, 0, 1, 3).flatten(1).double()
+            whole = _flat_output(heads)
             covariance = _definite(moments.output)
             up, down = fit(whole @ covariance, up, down, layout, covariance, moments.gradient)
             bias = bias + whole @ moments.mean - up @ layout.times(down, moments.mean.unsqueeze(1)).squeeze(1)
@@ -202,9 +202,10 @@ class Basis:
         found = {"v": values, "o": up.to(heads.o.dtype)}
         if heads.v_bias is not None and self.block.sinks is not None:  # the weights of the values don't sum to 1
             found["v_bias"] = torch.cat([basis @ heads.v_bias[head].double() for head, basis in each])
-        elif heads.v_bias is not None:
+        elif heads.v_bias is not None:  # a constant: whole, unless the fit has put that of what went among the means
             flat = heads.v_bias.double().unsqueeze(1).expand(-1, plan.queries, -1).reshape(-1, 1)
-            bias = bias + up @ layout.times(down, flat).squeeze(1)
+            constant = up @ layout.times(down, flat) if fits else _flat_output(heads) @ flat
+            bias = bias + constant.squeeze(1)
         return found | ({"o_bias": bias} if plan.output_bias else {})
 
     def _up(self, plan: BlockPlan, kept: list[tuple[int, int]], fits: bool) -> Tensor:
@@ -251,6 +252,11 @@ def find_basis(block: Block, moments: Moments | None = None) -> Basis:
     else:
         order, cost = by_energy(pair) if moments is None else eliminate(pair)
     return Basis(block, heads, moments, pair, order, cost, decompose(query, key), decompose(value, output))
+
+
+def _flat_output(heads: Heads) -> Float[Tensor, "M z"]:
+    """The output projection as it stands behind all query heads, float64."""
+    return heads.o.permute(2, 0, 1, 3).flatten(1).double()
 
 
 def _weight_grams(heads: Heads) -> tuple[Tensor, Tensor, Tensor]:

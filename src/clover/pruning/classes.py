@@ -62,6 +62,8 @@ class _ConfigMixin:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        if "clover" not in config_dict and "base_model_type" not in config_dict:  # peft asks what the model began as
+            return _family(cls).from_dict(config_dict, **kwargs)
         config_dict = dict(config_dict)
         plan, base = config_dict.pop("clover", None), config_dict.pop("base_model_type", config_dict.get("model_type"))
         if not isinstance(plan, dict):
@@ -78,6 +80,11 @@ class _ConfigMixin:
         data = super().to_diff_dict()  # type: ignore[misc]
         plan = {"dtype": data.get("dtype"), **getattr(self, "clover", {})}
         return data | {"model_type": MODEL_TYPE, "base_model_type": self.model_type, "dtype": GUARD, "clover": plan}
+
+
+def _family(kind: type) -> Any:
+    """The family's class of a config that carries a plan."""
+    return next(base for base in kind.__mro__ if not issubclass(base, _ConfigMixin))
 
 
 def _known(dtype: Any) -> Any:
@@ -100,7 +107,7 @@ def _mark(config: PreTrainedConfig, plan: Plan, base: str) -> None:
 def _as_its_family(model: Any, config: Any) -> Iterator[None]:
     """Let a class that makes its base model from the same config get the family's: the plan is carried out once."""
     ours = config.__class__
-    config.__class__ = next(kind for kind in ours.__mro__ if not issubclass(kind, _ConfigMixin))
+    config.__class__ = _family(ours)
     vars(model)["config_class"] = config.__class__  # against which models made of two others hold their config
     try:
         yield
@@ -115,7 +122,7 @@ class _ModelMixin:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         with _as_its_family(self, config):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        plan = Plan.from_dict(config.clover)
+        plan = Plan.from_dict(getattr(config, "clover", {}))
         own = rebuild(self, plan)  # type: ignore[arg-type]
         if own != plan:  # it is that of a language model, say, and this its base: from here on it has this one's names
             _own_config(self)

@@ -61,6 +61,11 @@ class _Call(nn.Module):
 
 def graphs(model: Any) -> list[Graph]:
     """The graphs that together are the model, in evaluation mode."""
+    if experts := next((m for m in model.modules() if type(m).__name__.endswith("Experts")), None):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {type(experts).__name__}, each of which takes as many tokens as it happens "
+            "to be sent; run it in PyTorch"
+        )
     if writes_text(model):
         if senses := accepts(model).keys() & {*INPUTS} - {"input_ids"}:
             raise UnsupportedModelError(
