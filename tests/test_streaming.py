@@ -127,6 +127,21 @@ def test_names_with_another_prefix(name: str, add: bool, tmp_path: Path) -> None
     same(in_memory(source, tmp_path / "cut", **CUT), tmp_path / "streamed")
 
 
+def test_a_config_without_a_dtype(llama: Path, tmp_path: Path) -> None:
+    """Of files that hold norms in another dtype, which stand in front: the model's is that of the first by name."""
+    for file in llama.glob("*.safetensors"):
+        held = safetensors.torch.load_file(file)
+        wide = {name: value.float() if "norm" in name else value for name, value in held.items()}
+        safetensors.torch.save_file(wide, file, metadata={"format": "pt"})
+    config = json.loads((llama / "config.json").read_text())
+    del config["dtype"]
+    (llama / "config.json").write_text(json.dumps(config))
+    prune_folder(llama, tmp_path / "streamed", **CUT)
+    streamed, cut = (clover.load(f) for f in (tmp_path / "streamed", in_memory(llama, tmp_path / "cut", **CUT)))
+    assert streamed.dtype == cut.dtype == torch.float16
+    assert all(torch.equal(a, b) for a, b in zip(streamed.parameters(), cut.parameters(), strict=True))
+
+
 def test_a_tied_tensor_under_its_other_name(tmp_path: Path) -> None:
     """As ``safetensors.torch.save_model`` leaves it."""
     source = save("gpt2", tmp_path / "dense", shard="1GB")

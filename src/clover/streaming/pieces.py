@@ -67,7 +67,9 @@ class Pieces:
                 says.
         """
         source = Checkpoint.open(folder)
-        floats = [DTYPES[e.dtype] for e in source.entries.values() if e.dtype in DTYPES]
+        # As transformers finds the dtype of a model whose config has none: of the first file, the first by name.
+        in_order = sorted(source.entries.items(), key=lambda item: (item[1].file, item[0]))
+        floats = (DTYPES[entry.dtype] for _, entry in in_order if entry.dtype in DTYPES)
         model = blank(folder, next((d for d in floats if d.is_floating_point), torch.float32))
         if getattr(model.config, "quantization_config", None) is not None:
             raise CloverError(f"{folder} is quantised; prune the unquantised model, then quantise it")
