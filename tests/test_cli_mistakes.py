@@ -229,11 +229,17 @@ def test_model_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_unknown_family(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]], "vocab_size": 60}
-    model = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**sizes))
-    model.save_pretrained(tmp_path / "neo")
-    said = refuse("prune", tmp_path / "neo", tmp_path / "out", "--vo", 0.5)
-    assert all(word in said for word in ("of class GPTNeo", "README.md", "CONTRIBUTING.md"))
+    sizes = {
+        "hidden_size": 16,
+        "embedding_size": 8,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "vocab_size": 60,
+    }
+    model = transformers.AlbertForMaskedLM(transformers.AlbertConfig(**sizes, num_hidden_layers=1, vocab_size=60))
+    model.save_pretrained(tmp_path / "albert")
+    said = refuse("prune", tmp_path / "albert", tmp_path / "out", "--vo", 0.5)
+    assert all(word in said for word in ("of class Albert", "README.md", "CONTRIBUTING.md"))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -6,6 +6,7 @@ A run that was killed goes on where it was; the adapter's folder appears when it
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -304,7 +305,7 @@ def _trained(model: Any, data: list[Any], recipe: Recipe, made: Draft, save_ever
     except RuntimeError as error:
         if "inline_container" not in str(error):
             raise
-        raise OSError(f"torch.save had no space, it seems ({reason(error)})") from error
+        raise OSError(errno.ENOSPC, f"torch.save had no space, it seems ({reason(error)})") from error
 
 
 def _trainable(model: str) -> Any:
