@@ -236,7 +236,7 @@ def test_unknown_family(tmp_path: Path) -> None:
         "num_attention_heads": 2,
         "vocab_size": 60,
     }
-    model = transformers.AlbertForMaskedLM(transformers.AlbertConfig(**sizes, num_hidden_layers=1, vocab_size=60))
+    model = transformers.AlbertForMaskedLM(transformers.AlbertConfig(**sizes, num_hidden_layers=1))
     model.save_pretrained(tmp_path / "albert")
     said = refuse("prune", tmp_path / "albert", tmp_path / "out", "--vo", 0.5)
     assert all(word in said for word in ("of class Albert", "README.md", "CONTRIBUTING.md"))
