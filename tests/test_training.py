@@ -71,9 +71,11 @@ def test_of_a_record_the_output_is_learned() -> None:
     assert made == {"input_ids": ids, "labels": [IGNORED] * 3 + ids[3:]}
 
 
-@pytest.mark.parametrize("key", ["output", "answer"])
-def test_a_file_of_records(key: str, tmp_path: Path) -> None:
-    (tmp_path / "records.jsonl").write_text(json.dumps({"instruction": "w1 w2", key: "w3"}) + "\n")
+@pytest.mark.parametrize(
+    "said", [{"output": "w3"}, {"answer": "w3"}, {"output": "w3", "answer": "w4"}, {"output": "", "answer": "w3"}]
+)
+def test_a_file_of_records(said: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "records.jsonl").write_text(json.dumps({"instruction": "w1 w2", **said}) + "\n")
     ids = tokenizer()("w1 w2 w3").input_ids
     assert examples(tmp_path / "records.jsonl", tokenizer(), 8) == [
         {"input_ids": ids, "labels": [IGNORED] * 2 + ids[2:]}
