@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from clover.errors import CloverError
 
-FORMAT = 1
+FORMAT = 2
 """Version of plans, and of how the columns of a saved model lie; counts up when either changes."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import wraps
 from typing import Any
 
 import transformers
@@ -65,17 +64,6 @@ def check_own(model: PreTrainedModel) -> None:
         f"the config of this {kind} has a plan for {min(there)}, which was not rewritten; make the model from the "
         "config of an unpruned one, or load the pruned one"
     )
-
-
-def check_all_that_is_saved() -> None:
-    """Have ``save_pretrained`` of all models refuse likewise: a model that has a pruned part is of a stock class."""
-    stock: Any = PreTrainedModel.save_pretrained
-
-    def checked(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        check_own(self)
-        return stock(self, *args, **kwargs)
-
-    PreTrainedModel.save_pretrained = wraps(stock)(checked)
 
 
 def is_public(model: nn.Module) -> bool:

@@ -4,6 +4,7 @@ transformers is extended where it asks to be: a model type, registered with its 
 instance of a subclass of its original class, whose constructor rebuilds the attention from the plan in the config; the
 quantisation slot of the config stays free. Without ``import clover`` transformers refuses the folder, and the config
 is so made that a class named outright (``LlamaForCausalLM.from_pretrained``) refuses it too, instead of guessing.
+Nothing of transformers is changed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, wraps
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,12 +33,13 @@ from clover.errors import CloverError
 from clover.model.block import Block
 from clover.model.survey import is_attention, survey
 from clover.planning.plan import Plan
-from clover.pruning.checks import check_all_that_is_saved
+from clover.pruning.checks import check_own
 from clover.pruning.surgery import check_fit, install, skeleton
 
 MODEL_TYPE = "clover (pip install clover-attention, then import clover before loading)"
 GUARD = "unknown before `import clover` (pip install clover-attention); then load with clover.load or an Auto class"
-"""Stands in the config's ``dtype``: the first thing that a loader which ignores the model type stumbles over."""
+"""Stands where a config names an attention implementation: whoever builds a model without our class stumbles over it,
+and who only reads the config does not."""
 
 
 class RewrittenConfig(PreTrainedConfig):
@@ -68,18 +70,17 @@ class _ConfigMixin:
         plan, base = config_dict.pop("clover", None), config_dict.pop("base_model_type", config_dict.get("model_type"))
         if not isinstance(plan, dict):
             raise CloverError(f"the clover plan in config.json is damaged (it is {plan!r}); restore the file")
-        plan = dict(plan)
-        dtype = plan.pop("dtype", config_dict.get("dtype"))  # what ``to_dict`` made has it outside of the plan
-        config_dict["dtype"] = None if dtype == GUARD else _known(dtype)
+        if config_dict.get("attn_implementation") == GUARD:
+            del config_dict["attn_implementation"]
+        _known(config_dict.get("dtype"))
         result = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
         config = result[0] if isinstance(result, tuple) else result
         _mark(config, Plan.from_dict(plan), base)
         return result
 
     def to_diff_dict(self) -> dict[str, Any]:
-        data = super().to_diff_dict()  # type: ignore[misc]
-        plan = {"dtype": data.get("dtype"), **getattr(self, "clover", {})}
-        return data | {"model_type": MODEL_TYPE, "base_model_type": self.model_type, "dtype": GUARD, "clover": plan}
+        ours = {"model_type": MODEL_TYPE, "base_model_type": self.model_type, "attn_implementation": GUARD}
+        return super().to_diff_dict() | ours | {"clover": getattr(self, "clover", {})}  # type: ignore[misc]
 
 
 def _family(kind: type) -> Any:
@@ -87,15 +88,10 @@ def _family(kind: type) -> Any:
     return next(base for base in kind.__mro__ if not issubclass(base, _ConfigMixin))
 
 
-def _known(dtype: Any) -> Any:
-    """A dtype as a config has it.
-
-    Raises:
-        CloverError: torch has none of that name.
-    """
+def _known(dtype: Any) -> None:
+    """Refuse a dtype that torch does not have."""
     if dtype is not None and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
         raise CloverError(f"config.json gives dtype {dtype!r}, which torch does not have; restore the file")
-    return dtype
 
 
 def _mark(config: PreTrainedConfig, plan: Plan, base: str) -> None:
@@ -143,6 +139,11 @@ class _ModelMixin:
     def _can_set_experts_implementation(cls) -> bool:
         """Likewise."""
         return cls._original()._can_set_experts_implementation()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a plan that is not that of the blocks is refused (``check_own``)."""
+        check_own(self)
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
         """Refuse at once: what fails later fails in a thread of transformers, which passes over it."""
@@ -254,22 +255,6 @@ def __getattr__(name: str) -> Any:
 
 
 AutoConfig.register(MODEL_TYPE, RewrittenConfig, exist_ok=True)
-
-
-def _let_the_base_class_read() -> None:
-    """The base class of configs builds no model, so the guard is not for it: Trainer reads a checkpoint's version."""
-    stock: Any = PreTrainedConfig.__post_init__
-
-    def unguarded(self: PreTrainedConfig, **kwargs: Any) -> None:
-        if type(self) is PreTrainedConfig and self.dtype == GUARD:
-            self.dtype = None
-        stock(self, **kwargs)
-
-    PreTrainedConfig.__post_init__ = wraps(stock)(unguarded)
-
-
-_let_the_base_class_read()
-check_all_that_is_saved()
 
 
 def adopt(model: PreTrainedModel, plan: Plan) -> None:
