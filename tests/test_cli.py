@@ -201,7 +201,9 @@ def test_interrupt_leaves_nothing_behind(
         monkeypatch.setattr(demo, "texts", lambda: (TEXT, TEXT))
         result = run(*command)
         assert result.code == 130
-        assert result.said.endswith("interrupted; what is not said to be saved is not there\n")
+        assert result.said.endswith(
+            "interrupted; what is not said to be saved is not there. tune and prune --stream go on if called again\n"
+        )
         assert list(tmp_path.iterdir()) == [words]
 
 

@@ -53,7 +53,9 @@ class Commands(TyperGroup):
             command = getattr(getattr(error, "ctx", None), "command_path", "clover")
             _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
         if code == INTERRUPTED:
-            note("interrupted; what is not said to be saved is not there")
+            note(
+                "interrupted; what is not said to be saved is not there. tune and prune --stream go on if called again"
+            )
         sys.exit(code or 0)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:

@@ -103,7 +103,7 @@ def read_manifest(
         split = prefer
     chosen = [row for row in rows if split is None or row["split"] == split]
     if not chosen:
-        found = f"its splits are {sorted({str(row['split']) for row in rows})}" if rows and split else "it has no rows"
+        found = f"its splits are {sorted({row['split'] or '' for row in rows})}" if rows and split else "it has no rows"
         raise CloverError(f"{path} holds no utterance{f' of split {split!r}' if split else ''}; {found}")
     return [_utterance(path, row, spoken) for row in chosen]
 
