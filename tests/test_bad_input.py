@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -142,6 +144,41 @@ def test_calibration_that_misses_a_part() -> None:
     model, batch = t.GPT2LMHeadModel(config).eval(), {"input_ids": torch.randint(3, 60, (2, 12))}
     with refused(model, batch, r"no calibration batch reached transformer\.h\.0\.crossattention"):
         clover.prune(model, vo=0.3, calibration=[batch])  # no other sequence to attend to
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"input_ids": torch.tensor([[3, 999]])}, r"can't read a batch of input_ids \(1, 2\): index out of range"),
+        ({"input_ids": torch.zeros(1, 4)}, r"can't read a batch of input_ids \(1, 4\): Expected tensor for argument"),
+        ({"return_dict": False}, "leave return_dict out of the batch"),
+    ],
+)
+def test_calibration_that_the_model_cant_read(wrong: dict[str, Any], told: str) -> None:
+    model, batch = build("llama-gqa")
+    with refused(model, batch, told):
+        clover.prune(model, vo=0.3, calibration=[batch | wrong])
+
+
+def test_words_for_numbers() -> None:
+    """In a process of its own, where types in signatures are not enforced."""
+    code = """
+import clover
+from transformers import GPT2Config, GPT2LMHeadModel
+model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=8))
+for given in ({"qk": "0.5"}, {"vo": [0.1]}, {"qk": "1", "qk_energy": 0.5}, {"max_loss": "2%", "calibration": []}):
+    try:
+        clover.prune(model, **given)
+    except clover.CloverError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines() == [
+        "qk is '0.5'; it must be a number, such as 0.25",
+        "vo is [0.1]; it must be a number, such as 0.25",
+        "qk is given a share 1 and a energy 0.5; give one",
+        "max_loss is '2%'; it must be more than 0, such as 0.02 for 2 % more perplexity",
+    ], done.stderr
 
 
 def test_calibration_with_values_that_are_not_finite() -> None:

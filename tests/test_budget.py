@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clover.errors import CloverError
-from clover.planning.budget import Costs, Energy, Granularity, Limits, Share, Threshold, make_plan
+from clover.planning.budget import Costs, Energy, Granularity, Limits, Share, Threshold, _cluster, _Size, make_plan
 from clover.planning.plan import FORMAT, BlockPlan, Group, Plan
 
 GRANULARITIES: tuple[Granularity, ...] = ("head", "layer", "model")
@@ -146,6 +146,24 @@ def test_groups_cover_each_head_once_and_are_few(
         assert len(heads) == len(set(heads)) and set(heads) <= set(range(6))
         assert 1 <= len(block.groups) <= groups
         assert len({(g.pairs, g.plain, g.value) for g in block.groups}) == len(block.groups)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(1, 4))
+def test_heads_of_near_sizes_are_gathered(ranks: list[int], count: int) -> None:
+    """As by looking at every pair of sets anew, which takes minutes where heads are many."""
+    sizes = {(0, i): _Size(0, 0, rank) for i, rank in enumerate(ranks)}
+
+    def distance(a: tuple[Any, ...], b: tuple[Any, ...]) -> float:
+        centres = [sum(sizes[h].value for h in party) / len(party) for party in (a, b)]
+        return len(a) * len(b) / (len(a) + len(b)) * math.dist([0, 0, centres[0]], [0, 0, centres[1]]) ** 2
+
+    sets: list[tuple[Any, ...]] = [(head,) for head in sizes]
+    while len(sets) > 1:
+        near, a, b = min((distance(a, b), a, b) for i, a in enumerate(sets) for b in sets[i + 1 :])
+        if len(sets) <= count and near > 0:
+            break
+        sets = [s for s in sets if s not in (a, b)] + [a + b]
+    assert _cluster(sizes, count) == sets
 
 
 def test_more_groups_follow_the_costs_closer() -> None:
@@ -311,7 +329,7 @@ def test_a_worthless_head_goes_whole_with_its_queries() -> None:
 
 @pytest.mark.parametrize("name", ["groups", "multiple", "minimum", "tile"])
 def test_limits_below_one_are_refused(name: str) -> None:
-    with pytest.raises(CloverError, match=f"limit {name} is 0; it must be at least 1"):
+    with pytest.raises(CloverError, match=f"limit {name} is 0; it must be a whole number"):
         Limits(**{name: 0})
 
 

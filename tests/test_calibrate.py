@@ -515,7 +515,7 @@ def test_a_model_without_any_influence_is_refused() -> None:
 def test_all_padding_is_refused() -> None:
     model, batch = build("llama-gqa")
     mask = torch.zeros_like(batch["input_ids"])
-    with pytest.raises(CloverError, match=r"no calibration batch reached model\.layers\.0\.self_attn"):
+    with pytest.raises(CloverError, match=r"all that reached model\.layers\.0\.self_attn is padding; check"):
         calibrate(model, blocks(model), [batch | {"attention_mask": mask}])
 
 

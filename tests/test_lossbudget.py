@@ -18,7 +18,7 @@ import clover
 from clover.command import curve
 from clover.command.curve import loss_section
 from clover.errors import CloverError
-from clover.model.answers import answer
+from clover.model.answers import Answer, answer
 from clover.planning.budget import Share, make_plan
 from clover.pruning.lossbudget import (
     Forecast,
@@ -33,10 +33,12 @@ from clover.pruning.lossbudget import (
     within,
 )
 from clover.pruning.prune import find_bases, plan_of
+from clover.pruning.surgery import operate
 from commands import TEXT, refuse, run, succeed
 from families import CASES, build, outputs
 from samples import tokenizer
 from test_budget import costs
+from tiny import LM
 
 NAMES = ["llama-gqa", "qwen3", "gpt2", "bert", "vit", "whisper"]
 
@@ -119,7 +121,7 @@ def test_one_number_is_no_distribution() -> None:
 
 
 def test_an_output_without_names_is_refused() -> None:
-    with pytest.raises(CloverError, match=r"returned a tuple; set config\.return_dict to True"):
+    with pytest.raises(CloverError, match=r"returned a tuple; leave return_dict out of the batch"):
         answer((torch.zeros(1, 2, 3),), {}, nn.Identity())
 
 
@@ -127,11 +129,13 @@ def test_what_a_model_answers() -> None:
     words, numbers = torch.zeros(2, 5, 7), torch.zeros(2, 5)
     ids = {"input_ids": torch.zeros(2, 5, dtype=torch.long)}
     model = nn.Identity()
-    assert answer({"logits": words}, ids, model) == answer({"prediction_logits": words}, ids, model) == (words, True)
-    assert answer({"logits": numbers}, {}, model) == (numbers, True)
+    assert (
+        answer({"logits": words}, ids, model) == answer({"prediction_logits": words}, ids, model) == Answer(words, True)
+    )
+    assert answer({"logits": numbers}, {}, model) == Answer(numbers, True)
     assert answer({"logits": numbers}, ids, model)[0].shape == (2, 5, 1)  # one a token, as of a discriminator
     assert answer({"loss": words, "start_logits": numbers, "end_logits": numbers}, ids, model)[0].shape == (2, 5, 2)
-    assert answer({"feature_maps": (numbers, words)}, {}, model)[0] is words
+    assert answer({"feature_maps": (numbers, words)}, {}, model).said is words
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -139,17 +143,62 @@ def test_pixels_of_a_patch_are_no_words_and_words_are(name: str) -> None:
     model, batch = build(name, torch.float32)
     with torch.no_grad():
         output = model(**batch)
-    said, words = answer(output, batch, model)
+    said, words, _ = answer(output, batch, model)
     head = None if not hasattr(output, "logits") else model.get_output_embeddings()
     if head is not None and said.dim() == 3 and said.shape[-1] > 1:
         assert words
     if said.dim() == 3:
-        assert not answer({"logits": said[..., :1].expand(-1, -1, 777)}, batch, model)[1]
+        assert not answer({"logits": said[..., :1].expand(-1, -1, 777)}, batch, model).words
 
 
 def test_relative_error() -> None:
     p = torch.tensor([[3.0, 4.0]])
     assert relative_error(p, p * 1.1).item() == pytest.approx(0.01)
+
+
+def classifier(problem: str) -> tuple[Any, list[dict[str, torch.Tensor]]]:
+    """A model whose labels go up and down together, and data."""
+    config = transformers.BertConfig(**LM, num_labels=3, problem_type=problem)
+    model = transformers.BertForSequenceClassification(config).eval()
+    with torch.no_grad():
+        for weight in (p for p in model.bert.parameters() if p.dim() == 2):
+            weight.mul_(6)
+        model.classifier.weight.copy_(40 * model.classifier.weight[:1] + model.classifier.weight)
+    return model, batches("bert", 6)[1]
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_labels_that_do_not_exclude_one_another(problem: str) -> None:
+    model, data = classifier(problem)
+    bases = find_bases(model, calibration=data[:3])
+    plan = make_plan([b.costs() for b in bases], Share(0.5), Share(0.5))
+    found = measure(model, bases, plan, data[3:])
+    cut = twin(model)
+    operate(cut, bases, plan)
+    with torch.no_grad():
+        p, q = (torch.cat([m(**b).logits for b in data[3:]]).double() for m in (model, cut))
+    if problem == "regression":
+        true = ((p - q).square().sum(-1) / p.square().sum(-1)).mean().item()
+        assert math.expm1(found.nats) == pytest.approx(true, rel=1e-4)
+    else:
+        yes, no = p.sigmoid(), (-p).sigmoid()
+        true = yes * (p.sigmoid().log() - q.sigmoid().log()) + no * ((-p).sigmoid().log() - (-q).sigmoid().log())
+        assert found.nats == pytest.approx(true.mean().item(), rel=1e-4)
+    as_classes = divergence(p.float(), q.float()).mean().item()
+    assert found.nats > 3 * as_classes
+
+
+def test_what_is_told_of_numbers_is_their_relative_error() -> None:
+    body, data = batches("vit", 6)
+    bases = find_bases(body, calibration=data[:3])
+    outcome = within(body, bases, data[3:], 0.8)
+    assert outcome.chosen is not None
+    cut = twin(body)
+    operate(cut, bases, outcome.plan)
+    with torch.no_grad():
+        pairs = [(body(**b).last_hidden_state, cut(**b).last_hidden_state) for b in data[3:]]
+    true = torch.cat([relative_error(p.flatten(0, 1), q.flatten(0, 1)) for p, q in pairs]).mean().item()
+    assert outcome.to_dict()["chosen"]["measured"] == pytest.approx(true, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)

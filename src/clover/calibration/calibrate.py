@@ -96,8 +96,8 @@ def calibrate(
                 for watcher in watchers:
                     watcher.masks = masks.of(watcher.block.part)
                 with torch.enable_grad():
-                    said, words = answer(forward(model, batch), batch, model)
-                real = valid(said, masks.decoder)
+                    said, words, by_token = answer(forward(model, batch), batch, model)
+                real = valid(said, masks.decoder if by_token else ())
                 if said.requires_grad:  # else the batch reached no block, which is said below
                     said.backward(score(said, words, real, draws))
                 seen, answers = seen + 1, answers + int(real.sum())
@@ -304,6 +304,8 @@ class Watcher:
         """
         if not self.tokens:
             instead = f", or choose part={' or '.join(map(repr, sorted(parts)))}" if parts else ""
+            if "output" in self.sums:  # of no token
+                raise CloverError(f"all that reached {self.block.name} is padding; check attention_mask of the batches")
             what = f"no calibration batch reached {self.block.name}"
             raise CloverError(f"{what}; give batches that run that part of the model{instead}")
 

@@ -19,10 +19,21 @@ ROWS = 256
 """Tokens whose distributions are held at once."""
 
 
-def answer(output: Any, batch: Any, model: nn.Module) -> tuple[Tensor, bool]:
-    """What a model says, and whether it is logits of words or classes; else its first output (not a loss).
+class Answer(NamedTuple):
+    """What a model says of a batch, ``(batch, ...)``."""
 
-    Logits of a token that are as many as neither words nor labels (the pixels of a patch) are numbers. Of several maps
+    said: Tensor
+    words: bool
+    """Whether it is logits of words or classes, else numbers."""
+    by_token: bool = True
+    """Whether a second of three axes is that of tokens, some of which may be padding."""
+
+
+def answer(output: Any, batch: Any, model: nn.Module) -> Answer:
+    """What a model says: its logits, else its first output (not a loss).
+
+    Logits of a token that are as many as neither words nor labels (the pixels of a patch) are numbers, as are those of
+    a regression. Of several labels that may be true together each is yes or no, ``(batch, labels, 2)``. Of several maps
     of features it is the last; where an answer begins and where it ends become one output, ``(batch, tokens, 2)``. One
     logit a token, ``(batch, tokens)``, is a number and no class: ``(batch, tokens, 1)``.
 
@@ -30,18 +41,27 @@ def answer(output: Any, batch: Any, model: nn.Module) -> tuple[Tensor, bool]:
         CloverError: the output has no names.
     """
     if not isinstance(output, Mapping):
-        raise CloverError(f"the model returned a {type(output).__name__}; set config.return_dict to True")
+        raise CloverError(
+            f"the model returned a {type(output).__name__}; leave return_dict out of the batch, and config.return_dict "
+            "at True"
+        )
     logits = output.get("logits", output.get("prediction_logits"))
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if logits is not None and ids is not None and logits.shape == ids.shape:
-        return logits.unsqueeze(-1), False
+        return Answer(logits.unsqueeze(-1), False)
     if logits is not None and logits.dim() in (2, 3) and logits.shape[-1] > 1:
-        return logits, logits.dim() == 2 or logits.shape[-1] in _classes(model, logits.shape[-1])
+        config = getattr(model, "config", None)
+        problem = getattr(config, "problem_type", None) if logits.dim() == 2 else None
+        if problem == "multi_label_classification":
+            return Answer(torch.stack([logits, torch.zeros_like(logits)], -1), True, by_token=False)
+        if problem == "regression":
+            return Answer(logits, False)
+        return Answer(logits, logits.dim() == 2 or logits.shape[-1] in _classes(model, logits.shape[-1]))
     if "start_logits" in output and "end_logits" in output:
-        return torch.stack([output["start_logits"], output["end_logits"]], -1), False
+        return Answer(torch.stack([output["start_logits"], output["end_logits"]], -1), False)
     outputs = (v[-1] if isinstance(v, tuple | list) and v else v for n, v in output.items() if n != "loss")
     said = (v for v in outputs if isinstance(v, Tensor) and v.is_floating_point() and v.dim())
-    return next(said, torch.zeros(0)), False
+    return Answer(next(said, torch.zeros(0)), False)
 
 
 def _classes(model: Any, default: int) -> set[int]:

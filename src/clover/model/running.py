@@ -7,15 +7,19 @@ from contextlib import contextmanager
 from inspect import Parameter, signature
 from typing import Any
 
-from torch import nn
+from torch import OutOfMemoryError, Tensor, nn
 
-from clover.errors import CloverError
+from clover.errors import CloverError, reason
 
 GIVEN = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
-    """Run a model on a batch, without a cache."""
+    """Run a model on a batch, without a cache.
+
+    Raises:
+        CloverError: the batch lacks something, or the model can't read it.
+    """
     config: Any = model.config
     parts = (config, *(getattr(config, name, None) for name in config.sub_configs))
     known = "use_cache" in signature(model.forward).parameters or any(getattr(p, "use_cache", False) for p in parts)
@@ -25,7 +29,18 @@ def forward(model: nn.Module, batch: Any) -> Any:
         raise CloverError(
             f"{type(model).__name__} needs {', '.join(lacking)}, too; give batches of your own that have it"
         )
-    return model(**off | dict(batch)) if isinstance(batch, Mapping) else model(batch, **off)
+    try:
+        return model(**off | dict(batch)) if isinstance(batch, Mapping) else model(batch, **off)
+    except (CloverError, OutOfMemoryError):
+        raise
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        if "can't allocate memory" in str(error):
+            raise
+        given = batch if isinstance(batch, Mapping) else {"tensor": batch}
+        shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in given.items() if isinstance(x, Tensor))
+        raise CloverError(
+            f"{type(model).__name__} can't read a batch of {shapes}: {reason(error)}; give what its forward takes"
+        ) from error
 
 
 @contextmanager

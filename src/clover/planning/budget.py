@@ -6,6 +6,7 @@ is what is stored and run, and so what is paid for. A direction that a group's s
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,8 +131,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("groups", "multiple", "minimum", "tile"):
-            if getattr(self, name) < 1:
-                raise CloverError(f"limit {name} is {getattr(self, name)}; it must be at least 1")
+            if not (isinstance(value := getattr(self, name), int) and value >= 1):
+                raise CloverError(f"limit {name} is {value!r}; it must be a whole number of at least 1")
 
 
 def make_plan(
@@ -202,21 +203,29 @@ def _parties(
 
 def _cluster(sizes: dict[Head, _Size], count: int) -> list[tuple[Head, ...]]:
     """At most ``count`` parties of heads of near sizes (Ward's criterion); heads that go whole are in none."""
-    sets: list[tuple[Head, ...]] = [(head,) for head, size in sizes.items() if size.value]
     points = {head: (2 * size.pairs, size.plain, size.value) for head, size in sizes.items()}
+    centres: dict[tuple[Head, ...], list[float]] = {}  # of the parties so far
+    pairs: list[tuple[float, tuple[Head, ...], tuple[Head, ...]]] = []  # a heap; those of parties that are gone remain
 
-    def centre(party: tuple[Head, ...]) -> list[float]:
-        return [sum(column) / len(party) for column in zip(*(points[h] for h in party), strict=True)]
+    def add(new: tuple[Head, ...]) -> None:
+        at = [sum(column) / len(new) for column in zip(*(points[h] for h in new), strict=True)]
+        for old, there in centres.items():
+            weight = len(old) * len(new) / (len(old) + len(new))
+            heapq.heappush(pairs, (weight * math.dist(there, at) ** 2, old, new))
+        centres[new] = at
 
-    def distance(a: tuple[Head, ...], b: tuple[Head, ...]) -> float:
-        return len(a) * len(b) / (len(a) + len(b)) * math.dist(centre(a), centre(b)) ** 2
-
-    while len(sets) > 1:
-        near, a, b = min((distance(a, b), a, b) for i, a in enumerate(sets) for b in sets[i + 1 :])
-        if len(sets) <= count and near > 0:
+    for head, size in sizes.items():
+        if size.value:
+            add((head,))
+    while len(centres) > 1:
+        near, a, b = heapq.heappop(pairs)
+        if a not in centres or b not in centres:
+            continue
+        if len(centres) <= count and near > 0:
             break
-        sets = [s for s in sets if s not in (a, b)] + [a + b]
-    return sets
+        del centres[a], centres[b]
+        add(a + b)
+    return list(centres)
 
 
 # --- ranks of the parties ---

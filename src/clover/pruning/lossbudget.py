@@ -52,8 +52,8 @@ def check_bound(max_loss: float) -> float:
     Raises:
         CloverError: not a positive finite number.
     """
-    if not 0 < max_loss < math.inf:
-        raise CloverError(f"max_loss is {max_loss}; it must be more than 0, such as 0.02 for 2 % more perplexity")
+    if not (isinstance(max_loss, int | float) and 0 < max_loss < math.inf):
+        raise CloverError(f"max_loss is {max_loss!r}; it must be more than 0, such as 0.02 for 2 % more perplexity")
     return math.log1p(max_loss)
 
 
@@ -122,6 +122,7 @@ class Measured:
     """Nats that a cut loses on the data kept out."""
 
     nats: float
+    """Without logits the logarithm of 1 + the relative squared error: either way ``exp(nats) - 1`` is told."""
     error: float
     """Standard error of the mean, over the sequences; infinite where there is one."""
     sequences: int
@@ -320,7 +321,7 @@ def measure(model: nn.Module, bases: Sequence[Basis], plan: Plan, batches: Itera
 
 @torch.no_grad()
 def compare(whole: nn.Module, cut: nn.Module, batches: Iterable[Any]) -> Measured:
-    """What one model loses against another, in nats a token (without logits: relative squared error).
+    """What one model loses against another, in nats a token (without logits, see ``Measured.nats``).
 
     Args:
         whole, cut: the models, in evaluation mode.
@@ -329,14 +330,17 @@ def compare(whole: nn.Module, cut: nn.Module, batches: Iterable[Any]) -> Measure
     Raises:
         CloverError: no batches, or one that a model gives no finite output for.
     """
-    sums, tokens = [], []
     device = next(cut.parameters()).device
-    for batch in track(batches, "measure"):
-        for losses in _by_sequence(whole, cut, on(batch, device)):
-            sums.append(losses.sum().item())
-            tokens.append(len(losses))
+    found = [
+        (losses.sum().item(), len(losses), words)
+        for batch in track(batches, "measure")
+        for losses, words in _by_sequence(whole, cut, on(batch, device))
+    ]
+    sums, tokens, words = zip(*found, strict=True) if found else ((), (), ())
     if not sum(tokens):
-        raise CloverError("there is nothing to measure the loss on; give at least one batch")
+        raise CloverError(
+            "there is nothing to measure the loss on; give at least one batch with a token that is not padding"
+        )
     mean = sum(sums) / sum(tokens)
     if not math.isfinite(mean):
         raise CloverError(
@@ -344,7 +348,7 @@ def compare(whole: nn.Module, cut: nn.Module, batches: Iterable[Any]) -> Measure
         )
     spread = [s - mean * n for s, n in zip(sums, tokens, strict=True)]  # sequences count by their tokens
     error = statistics.stdev(spread) * len(sums) ** 0.5 / sum(tokens) if len(sums) > 1 else math.inf
-    return Measured(mean, error, len(sums))
+    return Measured(mean, error, len(sums)) if all(words) else Measured(math.log1p(mean), error / (1 + mean), len(sums))
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -353,14 +357,14 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared).eval()
 
 
-def _by_sequence(whole: nn.Module, cut: nn.Module, batch: Any) -> Iterator[Tensor]:
-    """The loss of every token of every sequence of a batch."""
-    (p, words), (q, _) = (answer(forward(model, batch), batch, model) for model in (whole, cut))
-    compare, real = divergence if words else relative_error, valid(p, padding(batch, whole).decoder)
+def _by_sequence(whole: nn.Module, cut: nn.Module, batch: Any) -> Iterator[tuple[Tensor, bool]]:
+    """The loss of every token (or label) of every sequence of a batch, and whether it is in nats."""
+    (p, words, by_token), (q, *_) = (answer(forward(model, batch), batch, model) for model in (whole, cut))
+    compare, real = divergence if words else relative_error, valid(p, padding(batch, whole).decoder if by_token else ())
     for row in range(len(p)):
         kept = (x[row][real[row]] if x.dim() == 3 else x[row].reshape(1, -1) for x in (p, q))
         pieces = zip(*(x.split(ROWS) for x in kept), strict=True)
-        yield torch.cat([compare(*pair) for pair in pieces])
+        yield torch.cat([compare(*pair) for pair in pieces]), words
 
 
 def divergence(p: Float[Tensor, "n words"], q: Float[Tensor, "n words"]) -> Float[Tensor, " n"]:
