@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -14,7 +15,8 @@ import clover
 from adapters import config, disturb, fresh, tuned
 from clover import CloverError
 from clover.tuning.linear import CloverLinear
-from families import outputs
+from families import build, outputs
+from tiny import LM
 
 
 def test_another_adapter_of_a_loaded_config_shares_its_bases(tmp_path: Path) -> None:
@@ -146,3 +148,46 @@ def test_the_change_of_a_merged_weight_is_that_of_the_base() -> None:
     change = layer.get_delta_weight("default")
     layer.merge()
     torch.testing.assert_close(layer.get_delta_weight("default"), change)
+
+
+@pytest.mark.parametrize(("task", "head"), [("TOKEN_CLS", "classifier"), ("QUESTION_ANS", "qa_outputs")])
+def test_the_head_of_a_task_is_trained_beside(task: str, head: str, tmp_path: Path) -> None:
+    """peft names it in the config that it was given, of which the tuner has a copy."""
+    torch.manual_seed(0)
+    kind = {"TOKEN_CLS": transformers.BertForTokenClassification, "QUESTION_ANS": transformers.BertForQuestionAnswering}
+    base, batch = kind[task](transformers.BertConfig(**LM)).eval(), {"input_ids": torch.randint(3, 60, (2, 9))}
+    model = get_peft_model(copy.deepcopy(base), config(task_type=task)).eval()
+    assert any(head in name for name, p in model.named_parameters() if p.requires_grad)
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert torch.equal(loaded(**batch)[0], model(**batch)[0])
+    torch.testing.assert_close(loaded.merge_and_unload()(**batch)[0], model(**batch)[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_the_embedding_are_merged_too(tied: bool) -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LM, tie_word_embeddings=tied)).eval()
+    batch = {"input_ids": torch.tensor([[3, 5, 6, 9]])}
+    model = get_peft_model(model, config(task_type="CAUSAL_LM", trainable_token_indices=[5, 6])).eval()
+    disturb(model)
+    found = outputs(model, batch)
+    torch.testing.assert_close(outputs(model.merge_and_unload(), batch), found, atol=1e-4, rtol=1e-4)
+
+
+def test_a_base_in_double_precision_is_trained() -> None:
+    model, batch = build("llama-gqa", torch.float64)
+    model = get_peft_model(model, config())
+    disturb(model)
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad and p.grad is not None)
+
+
+def test_a_model_with_added_adapters_is_not_saved_as_if_whole(tmp_path: Path) -> None:
+    model, _ = fresh()
+    clover.prune(model, vo=0.3)
+    model.add_adapter(config(), "more")
+    with pytest.raises(CloverError, match="transformers then writes them alone; save the model before add_adapter"):
+        clover.save(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()

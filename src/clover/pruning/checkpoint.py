@@ -138,6 +138,11 @@ def save(
     """
     check_model(model)
     check_own(model)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise CloverError(
+            f"adapters were added to this {type(model).__name__}, and transformers then writes them alone; save the "
+            "model before add_adapter, or tune it by peft's get_peft_model and save what merge_and_unload returns"
+        )
     if hasattr(model.config, "clover") and not is_public(model):
         warn(
             f"transformers has no {model._get_name()} by name, so that clover.load can't find it; load the "

@@ -89,6 +89,8 @@ class CloverConfig(PeftConfig):
         self.peft_type = extend_enum()
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if self.task_type in ("TOKEN_CLS", "QUESTION_ANS") and self.modules_to_save is None:
+            self.modules_to_save = []  # where peft puts the head, after copies were made: they share it
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         self.parts = tuple([self.parts] if isinstance(self.parts, str) else self.parts)

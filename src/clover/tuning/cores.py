@@ -285,8 +285,9 @@ class _Turn(torch.autograd.Function):
             if total is not None:
                 grad_transform = grad_transform - total * _wide(bias).view(b, 1, d)
             if ctx.invertible:
-                eye = torch.eye(d, dtype=transform.dtype, device=transform.device)
-                grad_transform, _ = torch.linalg.solve_ex((eye + transform).mT, grad_transform, left=False)
+                whole = torch.eye(d, dtype=transform.dtype, device=transform.device) + transform
+                grad_transform, _ = torch.linalg.solve_ex(whole.mT.to(grad_transform), grad_transform, left=False)
+            grad_transform = grad_transform.to(transform.dtype)
         if needs_y:
             grad_y = _turned(grad, transform, None)
         if needs_bias and total is not None:

@@ -61,6 +61,13 @@ class CloverModel(BaseTuner):
                 elif not before[layer] and adapter_name in layer.clover_cores:
                     del layer.clover_cores[adapter_name]
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As in peft; what comes back when adapters are taken out is whole, and need be given no weights."""
+        if isinstance(new_module, CloverLinear):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
+
     def _layers(self) -> list[CloverLinear]:
         return [module for module in self.model.modules() if isinstance(module, CloverLinear)]
 
