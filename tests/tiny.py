@@ -431,3 +431,101 @@ def owl(kind: str) -> Any:
 
 def sound() -> dict[str, torch.Tensor]:
     return {"input_features": torch.randn(2, 8, 40)}
+
+
+def clip_like(kind: str, **words: Any) -> Any:
+    vision = VISION | {"projection_dim": 16}
+    config = getattr(t, f"{kind}Config")(text_config=LM | words, vision_config=vision, projection_dim=16)
+    return getattr(t, f"{kind}Model")(config)
+
+
+HEARS = {k: v for k, v in VISION.items() if k not in ("image_size", "patch_size")}
+"""Sizes of an encoder of sound."""
+
+
+def glm_asr() -> t.GlmAsrEncoder:
+    return t.GlmAsrEncoder(t.GlmAsrEncoderConfig(**HEARS, num_key_value_heads=2, num_mel_bins=8, **rope(0.5)))
+
+
+def lasr() -> t.LasrEncoder:
+    convolutions = {"subsampling_conv_channels": 8, "conv_kernel_size": 7}
+    return t.LasrEncoder(t.LasrEncoderConfig(**HEARS, **convolutions, num_mel_bins=16, layerdrop=0.0))
+
+
+def mllama_vision() -> t.MllamaVisionModel:
+    sizes = {k: v for k, v in VISION.items() if k != "num_attention_heads"} | {"attention_heads": 4}
+    tiles = {"max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]], "vision_output_dim": 96}
+    config = t.MllamaVisionConfig(**sizes, **tiles, num_global_layers=1, intermediate_layers_indices=[1])
+    return t.MllamaVisionModel(config)
+
+
+def tiled() -> dict[str, torch.Tensor]:
+    ones = torch.ones(2, 1, dtype=torch.long)
+    pixels = torch.randn(2, 1, 1, 3, 32, 32)
+    return {"pixel_values": pixels, "aspect_ratio_ids": ones, "aspect_ratio_mask": ones.unsqueeze(1)}
+
+
+def pix2struct() -> t.Pix2StructVisionModel:
+    sizes = {"hidden_size": 48, "d_ff": 64, "d_kv": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return t.Pix2StructVisionModel(t.Pix2StructVisionConfig(**sizes, patch_embed_hidden_size=20, seq_len=32))
+
+
+def placed() -> dict[str, torch.Tensor]:
+    """Patches, each behind its row and column."""
+    return {"flattened_patches": torch.cat([torch.ones(2, 9, 2), torch.randn(2, 9, 20)], -1)}
+
+
+def dia() -> t.DiaForConditionalGeneration:
+    """Two channels of sound are written after a text."""
+    sizes = LM | {"num_key_value_heads": 2, "head_dim": 8}
+    heard = {"cross_num_attention_heads": 4, "cross_num_key_value_heads": 2, "cross_head_dim": 12}
+    writes = t.DiaDecoderConfig(**sizes, **heard, cross_hidden_size=48, num_channels=2)
+    config = t.DiaConfig(encoder_config=t.DiaEncoderConfig(**sizes), decoder_config=writes, delay_pattern=[0, 1])
+    return t.DiaForConditionalGeneration(config)
+
+
+def spoken() -> dict[str, torch.Tensor]:
+    return text() | {"decoder_input_ids": torch.randint(3, 60, (2, 7, 2))}
+
+
+def seamless(kind: str) -> Any:
+    """From text to text."""
+    sizes: dict[str, Any] = {"hidden_size": 48, "vocab_size": 60, "max_position_embeddings": 64}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 2, f"{part}_attention_heads": 4, f"{part}_ffn_dim": 64, f"{part}_layerdrop": 0.0}
+    config = getattr(t, f"{kind}Config")(**sizes, **ENDS, pad_token_id=0, decoder_start_token_id=1)
+    return getattr(t, f"{kind}ForTextToText")(config)
+
+
+def olmo_hybrid(theta: float | None) -> Any:
+    """A linear recurrence, then attention that rotates if there is a theta."""
+    kinds = {"layer_types": ["linear_attention", "full_attention"]}
+    heads = {"linear_num_key_heads": 4, "linear_num_value_heads": 4}
+    heads |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    return causal("OlmoHybrid", **kinds, **heads, rope_parameters={"rope_type": "default", "rope_theta": theta})
+
+
+def ernie_vl() -> Any:
+    positions = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    experts = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [32, 32]}
+    config = t.Ernie4_5_VLMoeTextConfig(**LM, **experts, num_key_value_heads=2, rope_parameters=positions)
+    return t.Ernie4_5_VLMoeTextModel(config)
+
+
+def granite_swa(kind: str) -> Any:
+    """One layer slides and rotates, the other does neither."""
+    windows = {"sliding_window": 8, "layer_types": LAYERS, "layer_rope_theta": [1e4, 0]}
+    return moe(kind, **windows, attention_multiplier=0.3)
+
+
+def privacy_filter() -> t.OpenAIPrivacyFilterModel:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    config = t.OpenAIPrivacyFilterConfig(
+        **LM, **experts, num_key_value_heads=2, head_dim=16, sliding_window=4, **rope(1.0)
+    )
+    return t.OpenAIPrivacyFilterModel(config)
+
+
+def mllama_text() -> t.MllamaForCausalLM:
+    config = t.MllamaTextConfig(**LM, num_key_value_heads=2, cross_attention_layers=[], **rope(1.0))
+    return t.MllamaForCausalLM(config)

@@ -27,6 +27,14 @@ def _says_rope(core: Any) -> bool:
     return core.config.position_embedding_type == "rope"
 
 
+def _has_theta(core: Any) -> bool:
+    return (core.config.rope_parameters or {}).get("rope_theta") is not None
+
+
+def _layer_has_theta(core: Any) -> bool:
+    return core.config.layer_rope_theta[core.layer_idx] != 0
+
+
 def _is_rotary(core: Any) -> bool:
     return core.position_embedding_type == "rotary"
 
@@ -81,8 +89,9 @@ _ROWS: dict[str, Family] = {
     "LlamaAttention ArceeAttention EuroBertAttention GemmaAttention GraniteAttention GraniteMoeAttention "
     "GraniteMoeSharedAttention HyperCLOVAXAttention PhimoeAttention "
     "Qwen2MoeAttention": replace(_LLAMA, window=_no_window),
-    "BambaAttention Glm4vMoeTextAttention GlmImageTextAttention MinistralAttention NemotronAttention Qwen2Attention "
-    "Qwen2VLAttention Qwen2_5_VLAttention": _LLAMA,
+    "BambaAttention Glm4vMoeTextAttention GlmAsrAttention GlmImageTextAttention LasrEncoderAttention "
+    "MinistralAttention NemotronAttention Qwen2Attention Qwen2VLAttention Qwen2_5_VLAttention": _LLAMA,
+    "MllamaTextSelfAttention": replace(_LLAMA, dropout="dropout"),
     "MistralAttention MixtralAttention": _SLIDING,
     "Ministral3Attention": replace(_SLIDING, growth=_rope_growth),
     "Llama4TextAttention": replace(
@@ -101,14 +110,14 @@ _ROWS: dict[str, Family] = {
     "SmolLM3Attention": replace(_LLAMA, rotary=attrgetter("use_rope")),
     "Starcoder2Attention": replace(_SLIDING, output_dropout="residual_dropout"),
     "OlmoAttention": replace(_LLAMA, unless=_CLIP_QKV),
-    "FlexOlmoAttention MiniMaxM2Attention Olmo2Attention Olmo3Attention": _OLMO2,
+    "EsmcAttention FlexOlmoAttention MiniMaxM2Attention Olmo2Attention Olmo3Attention": _OLMO2,
     "OlmoeAttention": replace(_OLMO2, window=_configs_window, unless=_CLIP_QKV),
     "CohereAttention": replace(_COHERE, norms=("q_norm", "k_norm")),
     "Cohere2Attention": replace(_COHERE, rotary=attrgetter("sliding_window")),
     "Cohere2MoeAttention": replace(_COHERE, rotary=_slides_or_must),
     "Exaone4Attention": replace(_QWEN3, rotary=_is_global_or_slides, window=_window_where_sliding),
     "Ernie4_5Attention Ernie4_5_MoeAttention GlmAttention Glm4Attention HeliumAttention": _GLM,
-    "GlmOcrTextAttention Glm4vTextAttention": _COHERE,
+    "Ernie4_5_VLMoeTextAttention GlmOcrTextAttention Glm4vTextAttention": _COHERE,
     "PersimmonAttention": Family(
         fused="query_key_value", interleaved=True, o="dense", heads="num_heads", rotary=True,
         norms=("q_layernorm", "k_layernorm"),
@@ -116,6 +125,8 @@ _ROWS: dict[str, Family] = {
     "PhiAttention": replace(_LLAMA, o="dense", norms=("q_layernorm", "k_layernorm")),
     "Phi3Attention": replace(_SLIDING, fused="qkv_proj"),
     "GptOssAttention": replace(_LLAMA, sinks="sinks", table="once"),
+    "GraniteSWAAttention": replace(_LLAMA, rotary=_layer_has_theta, sinks="sinks"),
+    "OpenAIPrivacyFilterAttention": replace(_GLM, scale=("scaling", "scaling"), sinks="sinks", table="once"),
     "ModernBertDecoderAttention": replace(_LLAMA, kv_heads=None, o="Wo", output_dropout="out_drop"),
     # language, keys and values out of a latent
     "AXK1Attention DeepseekV3Attention Glm4MoeLiteAttention "
@@ -131,6 +142,7 @@ _ROWS: dict[str, Family] = {
     "JambaAttention": replace(_LLAMA, rotary=False),
     "FalconH1Attention": replace(_LLAMA, scale=("scaling", "key_multiplier")),
     "Lfm2Attention": replace(_LLAMA, o="out_proj", norms=("q_layernorm", "k_layernorm"), dropout=None),
+    "OlmoHybridAttention": replace(_OLMO2, rotary=_has_theta),
     # language, fused
     "GPTNeoXAttention": Family(
         fused="query_key_value", interleaved=True, o="dense", head_dim="head_size", rotary=True,
@@ -160,6 +172,11 @@ _ROWS: dict[str, Family] = {
     "M2M100Attention MBartAttention MarianAttention MossTranscribeDiarizeAudioAttention NllbMoeAttention OPTAttention "
     "PLBartAttention PegasusAttention Qwen2AudioAttention SEWAttention Speech2TextAttention TrOCRAttention "
     "UniSpeechAttention UniSpeechSatAttention VoxtralAttention Wav2Vec2Attention WhisperAttention XGLMAttention": _BART,
+    "SeamlessM4TAttention": replace(_BART, rename={"encoder_hidden_states": "key_value_states"}),
+    "DiaCrossAttention": replace(
+        _LLAMA, heads="num_heads", kv_heads="num_key_value_heads", rotary=False,
+        rename={"cross_attention_states": "key_value_states"},
+    ),
     "T5GemmaCrossAttention": replace(
         _LLAMA, rotary=False, softcap="attn_logit_softcapping", rename={"encoder_hidden_states": "key_value_states"},
     ),
@@ -172,6 +189,7 @@ _ROWS: dict[str, Family] = {
     "LayoutLMAttention": replace(_BERT, dropout="attention_dropout", causal=False),
     "BlipTextAttention MegatronBertAttention RemBertAttention TapasAttention "
     "VisualBertAttention": replace(_BERT, scale=(), causal=False),
+    "GitAttention": replace(_BERT, scale=()),
     "EsmAttention EvollaSaProtAttention": replace(_BERT, scale=(), rotary=_is_rotary),
     "Blip2QFormerAttention InstructBlipQFormerAttention "
     "InstructBlipVideoQFormerAttention": replace(_BERT, core="attention", dropout="attention_dropout"),
@@ -193,8 +211,17 @@ _ROWS: dict[str, Family] = {
     "FlavaAttention ViltAttention": replace(_BERT, core="attention", scale=(), causal=False),
     "DPTViTAttention VideoMAEAttention VitPoseBackboneAttention "
     "YolosAttention": replace(_BERT, core="attention", dropout="dropout_prob"),
-    "CLIPAttention Idefics3VisionAttention MetaClip2Attention OwlViTAttention Owlv2Attention SiglipAttention "
+    "CLIPAttention ChineseCLIPVisionAttention GitVisionAttention Idefics2VisionAttention Idefics3VisionAttention "
+    "Kosmos2VisionAttention MetaClip2Attention OwlViTAttention Owlv2Attention SiglipAttention "
     "Siglip2Attention SmolVLMVisionAttention": _CLIP,
+    "MLCDAttention": replace(_CLIP, rotary=True),
+    "MllamaVisionAttention": Family(heads="num_heads", dropout=None, causal=False),
+    "Pix2StructVisionAttention": Family(
+        q="query", k="key", v="value", o="output", heads="n_heads", head_dim="key_value_proj_dim", dropout="dropout",
+    ),
+    "Sapiens2Attention": Family(
+        heads="num_heads", kv_heads="num_key_value_heads", rotary=True, norms=("q_norm", "k_norm"), dropout="dropout",
+    ),
     "BlipAttention": Family(
         fused="qkv", o="projection", heads="num_heads", scale=("scale",), dropout="dropout", causal=False,
     ),
@@ -241,12 +268,43 @@ REFUSED: dict[str, str] = {
         ("Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention"),
         "its values go through a gate, column by column, on their way to the output projection",
     ),
+    **dict.fromkeys(
+        ("Gemma3nTextAttention", "Gemma4TextAttention"),
+        "a norm of the values stands before the output projection, and layers share keys and values",
+    ),
+    **dict.fromkeys(
+        ("BitNetAttention", "KosmosTextAttention"),
+        "a norm stands between its values and the output projection",
+    ),
+    "DiffLlamaAttention": "it subtracts one attention from another and norms the difference",
     "MllamaTextCrossAttention": "a norm of the keys stands between another sequence and a cache that holds them",
-    "GPTJAttention": "it holds the table of its rotation itself",
+    "DbrxAttention": _CLIP_QKV["config.clip_qkv"],
+    **dict.fromkeys(
+        ("GPTJAttention", "IdeficsAttention", "KyutaiSpeechToTextAttention", "MoshiAttention",
+         "RecurrentGemmaAttention", "VJEPA2RopeAttention"),
+        "it holds the table of its rotation itself",
+    ),
+    "HunYuanVLDenseV1Attention": "the two columns of a pair turn by different positions where there are images",
+    "MoonshineAttention": "one class serves to read its own sequence, turned by position, and another one, not turned",
     "CodeGenAttention": "it holds the table of its rotation itself, and its fused rows lie in four stretches",
     "GPTNeoAttention": "its local layers mask keys that are far by themselves",
     "MptAttention": "its mask and its bias are applied in its own way",
-    "Wav2Vec2BertSelfAttention": "its positions enter through the queries themselves, not as a rotation or a bias",
+    **dict.fromkeys(
+        ("BrosSelfAttention", "ParakeetEncoderAttention", "SeamlessM4TConformerSelfAttention",
+         "SeamlessM4Tv2ConformerSelfAttention", "SpeechT5Attention", "Wav2Vec2BertSelfAttention",
+         "Wav2Vec2ConformerSelfAttention"),
+        "its positions enter through the queries themselves, not as a rotation or a bias",
+    ),
+    **dict.fromkeys(
+        ("ConditionalDetrSelfAttention", "DFineSelfAttention", "DeformableDetrSelfAttention", "DetrSelfAttention",
+         "RTDetrSelfAttention", "RTDetrV2SelfAttention", "TableTransformerAttention"),
+        "its values read what its queries and keys do without the positions",
+    ),
+    "MobileBertSelfAttention": "its values read something else than its keys",
+    "JetMoeAttention": "its queries and its output are experts",
+    **dict.fromkeys(
+        ("ZambaAttention", "Zamba2Attention"), "one block serves many layers, each with a place of its own in the cache"
+    ),
     "DebertaV2Attention": "its positions enter through the query and key projections (disentangled attention)",
     "WavLMAttention": "its position bias is gated by what the block reads",
     "Attention": "it is not in transformers' attention interface (it is that of diffusers, timm, FSMT or OpenAI GPT)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from clover.model.family import Family
 
 
 def angles(
-    family: Family, table: tuple[Tensor, Tensor] | Tensor, tokens: Any, pairs: int, idle: bool = False
+    family: Family, table: Sequence[Tensor] | Tensor, tokens: Any, pairs: int, idle: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of each pair, ``(batch or 1, tokens, pairs)``, from what the model hands to its blocks.
 
