@@ -87,8 +87,9 @@ def test_gradients_are_those_of_autograd(invertible: bool, bias: bool) -> None:
     torch.testing.assert_close(turn(y, change, shift, invertible=invertible), expected.flatten(-2))
 
 
-def test_half_precision_gradients_are_near_those_of_float32() -> None:
-    y, change = torch.randn(512, 64), 0.05 * torch.randn(2, 32, 32)
+@pytest.mark.parametrize("scale", [0.05, 0.3])
+def test_half_precision_gradients_are_near_those_of_float32(scale: float) -> None:
+    y, change = torch.randn(512, 64), scale * torch.randn(2, 32, 32)
     grads = {}
     for dtype in (torch.float32, torch.bfloat16):
         for invertible in (False, True):

@@ -228,6 +228,7 @@ def turn(
         bias: added to ``y`` and not transformed.
         invertible: keep the result for the backward pass in place of ``y`` and solve for ``y``. The result is mostly
             kept by what comes next as well, so nothing is stored twice; needs an ``I + E`` that is well conditioned.
+            Not in half precision.
     """
     return _Turn.apply(y, transform, bias, invertible)
 
@@ -263,6 +264,7 @@ def _turned(x: Tensor, matrix: Tensor, shift: Tensor | None) -> Tensor:
 class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, transform: Tensor, bias: Tensor | None, invertible: bool) -> Tensor:
+        invertible = invertible and y.dtype.itemsize >= 4  # large changes magnify what half precision rounds away
         shift = None if bias is None else -(bias.to(y.dtype).view(-1, 1, transform.shape[1]) @ transform.mT.to(y.dtype))
         result = _turned(y, transform.mT, shift)
         kept = (result if invertible else y) if ctx.needs_input_grad[1] else None
