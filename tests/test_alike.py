@@ -19,7 +19,7 @@ from clover.model.alike import _files, alike, code
 from clover.model.families import FAMILIES
 from clover.model.survey import blocks
 from families import outputs
-from tiny import LAYERS, LM, VISION, causal, encoder, gemma, image, text, vision
+from tiny import LAYERS, LM, VISION, causal, clip_like, encoder, gemma, granite_swa, image, pair, seamless, text, vision
 
 BATCH = dict[str, torch.Tensor]
 TWINS: dict[str, tuple[Callable[[], Any], Callable[[], BATCH]]] = {
@@ -31,6 +31,9 @@ TWINS: dict[str, tuple[Callable[[], Any], Callable[[], BATCH]]] = {
     "NemotronHAttention": (lambda: nemotron_h(), text),
     "Aimv2Attention": (lambda: t.Aimv2VisionModel(t.Aimv2VisionConfig(**VISION)), image),
     "BeitAttention": (lambda: vision("Beit"), image),
+    "AltCLIPAttention": (lambda: clip_like("AltCLIP", project_dim=32), lambda: text() | image()),
+    "GraniteMoeSWAAttention": (lambda: granite_swa("GraniteMoeSWA"), text),
+    "SeamlessM4Tv2Attention": (lambda: seamless("SeamlessM4Tv2"), pair),
     "TimeSeriesTransformerAttention": (lambda: series_transformer(), lambda: series()),
 }
 

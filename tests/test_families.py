@@ -123,6 +123,16 @@ def _first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def test_a_model_that_asks_its_attention_how_much_an_image_takes() -> None:
+    model, batch = build("git")
+    given = batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
+    told = given | {"labels": batch["input_ids"]}
+    dense, loss = model.generate(**given, max_new_tokens=4), model(**told).loss
+    clover.orthogonalize(model)
+    assert model.generate(**given, max_new_tokens=4).equal(dense)
+    torch.testing.assert_close(model(**told).loss, loss, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("part", ["encoder", "decoder", "cross"])
 def test_one_part_of_an_encoder_decoder(part: str) -> None:
     model, batch = build("whisper")

@@ -189,7 +189,7 @@ _ROWS: dict[str, Family] = {
     "LayoutLMAttention": replace(_BERT, dropout="attention_dropout", causal=False),
     "BlipTextAttention MegatronBertAttention RemBertAttention TapasAttention "
     "VisualBertAttention": replace(_BERT, scale=(), causal=False),
-    "GitAttention": replace(_BERT, scale=()),
+    "GitAttention": replace(_BERT, scale=(), kept=("image_patch_tokens",)),
     "EsmAttention EvollaSaProtAttention": replace(_BERT, scale=(), rotary=_is_rotary),
     "Blip2QFormerAttention InstructBlipQFormerAttention "
     "InstructBlipVideoQFormerAttention": replace(_BERT, core="attention", dropout="attention_dropout"),
@@ -272,10 +272,8 @@ REFUSED: dict[str, str] = {
         ("Gemma3nTextAttention", "Gemma4TextAttention"),
         "a norm of the values stands before the output projection, and layers share keys and values",
     ),
-    **dict.fromkeys(
-        ("BitNetAttention", "KosmosTextAttention"),
-        "a norm stands between its values and the output projection",
-    ),
+    "BitNetAttention": "a norm stands between its values and the output projection",
+    "KosmosTextAttention": "in self-attention, a norm stands between its values and the output projection",
     "DiffLlamaAttention": "it subtracts one attention from another and norms the difference",
     "MllamaTextCrossAttention": "a norm of the keys stands between another sequence and a cache that holds them",
     "DbrxAttention": _CLIP_QKV["config.clip_qkv"],
@@ -290,7 +288,7 @@ REFUSED: dict[str, str] = {
     "GPTNeoAttention": "its local layers mask keys that are far by themselves",
     "MptAttention": "its mask and its bias are applied in its own way",
     **dict.fromkeys(
-        ("BrosSelfAttention", "ParakeetEncoderAttention", "SeamlessM4TConformerSelfAttention",
+        ("BrosAttention", "ParakeetEncoderAttention", "SeamlessM4TConformerSelfAttention",
          "SeamlessM4Tv2ConformerSelfAttention", "SpeechT5Attention", "Wav2Vec2BertSelfAttention",
          "Wav2Vec2ConformerSelfAttention"),
         "its positions enter through the queries themselves, not as a rotation or a bias",
@@ -300,7 +298,7 @@ REFUSED: dict[str, str] = {
          "RTDetrSelfAttention", "RTDetrV2SelfAttention", "TableTransformerAttention"),
         "its values read what its queries and keys do without the positions",
     ),
-    "MobileBertSelfAttention": "its values read something else than its keys",
+    "MobileBertAttention": "its values read something else than its keys",
     "JetMoeAttention": "its queries and its output are experts",
     **dict.fromkeys(
         ("ZambaAttention", "Zamba2Attention"), "one block serves many layers, each with a place of its own in the cache"
