@@ -163,7 +163,8 @@ def test_calibration_that_the_model_cant_read(wrong: dict[str, Any], told: str) 
 def test_words_for_numbers() -> None:
     """In a process of its own, where types in signatures are not enforced."""
     code = """
-import clover
+import clover, numpy
+from clover.planning.budget import Limits
 from transformers import GPT2Config, GPT2LMHeadModel
 model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=8))
 for given in ({"qk": "0.5"}, {"vo": [0.1]}, {"qk": "1", "qk_energy": 0.5}, {"max_loss": "2%", "calibration": []}):
@@ -171,6 +172,8 @@ for given in ({"qk": "0.5"}, {"vo": [0.1]}, {"qk": "1", "qk_energy": 0.5}, {"max
         clover.prune(model, **given)
     except clover.CloverError as error:
         print(error)
+clover.prune(model, vo=numpy.float32(0.5), limits=Limits(groups=numpy.int64(2)))
+print(clover.summary(model)["vo_removed"])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines() == [
@@ -178,6 +181,7 @@ for given in ({"qk": "0.5"}, {"vo": [0.1]}, {"qk": "1", "qk_energy": 0.5}, {"max
         "vo is [0.1]; it must be a number, such as 0.25",
         "qk is given a share 1 and a energy 0.5; give one",
         "max_loss is '2%'; it must be more than 0, such as 0.02 for 2 % more perplexity",
+        "0.5",
     ], done.stderr
 
 

@@ -329,7 +329,7 @@ def test_a_worthless_head_goes_whole_with_its_queries() -> None:
 
 @pytest.mark.parametrize("name", ["groups", "multiple", "minimum", "tile"])
 def test_limits_below_one_are_refused(name: str) -> None:
-    with pytest.raises(CloverError, match=f"limit {name} is 0; it must be a whole number"):
+    with pytest.raises(CloverError, match=f"limit {name} is 0; it must be a whole number of at least 1"):
         Limits(**{name: 0})
 
 

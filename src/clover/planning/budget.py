@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -74,6 +75,11 @@ class Costs:
         return 2 * self.count("pair") + self.count("plain")
 
 
+def is_number(value: object) -> bool:
+    """Whether it is a real number, Python's or numpy's."""
+    return isinstance(value, Real)
+
+
 @dataclass(frozen=True)
 class Share:
     """Cut this share of the head directions, 0 <= share < 1, the cheapest first."""
@@ -131,7 +137,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("groups", "multiple", "minimum", "tile"):
-            if not (isinstance(value := getattr(self, name), int) and value >= 1):
+            if not (isinstance(value := getattr(self, name), Integral) and int(value) >= 1):
                 raise CloverError(f"limit {name} is {value!r}; it must be a whole number of at least 1")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from clover.errors import CloverError
 from clover.model.answers import ROWS, answer, on, padding, several, valid
 from clover.model.running import forward
-from clover.planning.budget import Costs, Granularity, Limits, Share, make_plan
+from clover.planning.budget import Costs, Granularity, Limits, Share, is_number, make_plan
 from clover.planning.plan import Plan
 from clover.progress import track
 from clover.pruning.basis import Basis
@@ -52,7 +52,7 @@ def check_bound(max_loss: float) -> float:
     Raises:
         CloverError: not a positive finite number.
     """
-    if not (isinstance(max_loss, int | float) and 0 < max_loss < math.inf):
+    if not (is_number(max_loss) and 0 < max_loss < math.inf):
         raise CloverError(f"max_loss is {max_loss!r}; it must be more than 0, such as 0.02 for 2 % more perplexity")
     return math.log1p(max_loss)
 

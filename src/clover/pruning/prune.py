@@ -13,7 +13,7 @@ from clover.calibration.calibrate import calibrate
 from clover.errors import CloverError, warn
 from clover.model.mla import projections
 from clover.model.survey import blocks
-from clover.planning.budget import Costs, Energy, Granularity, Limits, Rule, Share, Threshold, make_plan
+from clover.planning.budget import Costs, Energy, Granularity, Limits, Rule, Share, Threshold, is_number, make_plan
 from clover.planning.plan import Plan, Spectrum
 from clover.pruning.basis import Basis, find_basis
 from clover.pruning.checks import check_model, check_own
@@ -167,7 +167,7 @@ def _rule(name: str, called: Callable[[str], str], *values: float | None) -> Rul
         each = " and a ".join(f"{kind.__name__.lower()} {value}" for _, kind, value in given)
         raise CloverError(f"{called(name)} is given a {each}; give one")
     for argument, kind, value in given:
-        if not isinstance(value, int | float):
+        if not is_number(value):
             raise CloverError(f"{called(argument)} is {value!r}; it must be a number, such as 0.25")
         try:
             return kind(value)
