@@ -66,7 +66,7 @@ def behind(model: Any, bases: Sequence[Basis], plan: Plan, batches: list, way: s
     """The model cut to a plan, block after block."""
     model = twin(model)
     found, plans = blocks(model), {p.name: p for p in plan.blocks}
-    known = {basis.name: basis.moments for basis in bases}
+    known: Any = {basis.name: basis.moments for basis in bases}
     sample, mine = Sample.of(batches, model, Crew(), SEED)
 
     def layer(name: str, inputs: Any) -> nn.Module:
@@ -104,7 +104,8 @@ def aimed(block: Block, basis: Basis, plan: Any, here: Tensor, there: Tensor) ->
 def main(shares: Sequence[float]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "smollm2")
     train, test = (tokenizer(text(split), return_tensors="pt").input_ids[0] for split in ("train", "test"))
-    model, batches = language.load(), language.calibration(train, SEQUENCES)
+    model: Any = language.load()
+    batches = language.calibration(train, SEQUENCES)
     bases = find_bases(model, calibration=batches, seed=SEED)
     with outputs_of(blocks(model)) as seen, torch.no_grad():
         for batch in batches:

@@ -56,7 +56,7 @@ def contexts() -> dict:
     options: dict[str, Any] = {"new_tokens": NEW_TOKENS, "repeats": REPEATS, "decode_only": True}
     with cuts([0.5]) as folders:
         runs = apart(throughput, folders, [{"context": c, "batch": b, **options} for c, b in sizes_of])
-        held = {name: sizes(model) for name, model in loaded(folders).items()}
+        held: Any = {name: sizes(model) for name, model in loaded(folders).items()}
     rows, key = [], "decode_tokens_per_second"
     for (context, batch), rates in zip(sizes_of, runs, strict=True):
         tokens = batch * (context + NEW_TOKENS // 2)  # on average, while the new ones are written

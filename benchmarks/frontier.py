@@ -99,6 +99,8 @@ def measured(name: str) -> tuple[list[Basis], list[Facts]]:
     Calibrated a batch at a time, each with a seed of its own, and kept on disk, so that a run that was cut off goes on.
     """
     found = blocks(dense(name), part(name))
+    sums: Any
+    facts: Any
     state = SCRATCH / f"clover-frontier-{name}.pt"
     done, sums, facts = torch.load(state) if state.exists() else (0, None, None)
     batches = calibration(name)
@@ -200,23 +202,25 @@ def _ours(name: str, method: str, share: float) -> tuple[Any, dict]:
 @torch.no_grad()
 def write(block: Block, cut: Cut) -> None:
     """Put a cut into a block of the model's own class."""
+    module: Any
     for which in "qkv":
         module, rows = block.projection(which), block.rows(which).flatten()
         _matrix(module)[rows] = getattr(cut.heads, which).flatten(0, -2).to(_matrix(module).dtype)
         bias = getattr(cut.heads, f"{which}_bias")
         if bias is not None:
             module.bias[rows] = bias.flatten().to(module.bias.dtype)
-    output = block.projection("o")
+    output: Any = block.projection("o")
     _matrix(output).copy_(cut.heads.o.permute(2, 0, 1, 3).flatten(1))
     if cut.heads.o_bias is not None:
         output.bias = nn.Parameter(cut.heads.o_bias.to(output.weight.dtype))
     if cut.behind is not None:
-        block.core.behind = cut.behind
-        block.core.config = copy.copy(block.core.config)
-        block.core.config._attn_implementation = "behind"
+        core: Any = block.core
+        core.behind = cut.behind
+        core.config = copy.copy(core.config)
+        core.config._attn_implementation = "behind"
 
 
-def _matrix(module: nn.Module) -> Tensor:
+def _matrix(module: Any) -> Tensor:
     """The weight as ``(out, in)``."""
     return module.weight.T if isinstance(module, Conv1D) else module.weight
 

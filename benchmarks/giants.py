@@ -62,7 +62,7 @@ def write(config: Any, kind: Any, folder: Path) -> None:
         groups[-1][key] = value
     generator = torch.Generator().manual_seed(SEED)
     stream = (torch.randn(2**26, generator=generator) * 0.02).half()
-    places = {}
+    places: dict[str, Any] = {}
     for i, group in enumerate(groups):
         file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
         shard = Shard(folder / file, {key: form(value) for key, value in group.items()})

@@ -77,6 +77,10 @@ def clocked(call: Callable[[], Any]) -> tuple[Any, float]:
     return result, start.elapsed_time(end)
 
 
+def adapted(base: Any, method: str) -> Any:
+    return get_peft_model(base, adapter_config(base, Recipe(method=method)))
+
+
 def free() -> None:
     gc.collect()
     torch.cuda.empty_cache()
@@ -90,9 +94,9 @@ def pruning() -> dict:
         model = model_of()
         free()
         before = torch.cuda.memory_allocated()
-        bases, finding = clocked(lambda m=model, c=calibration: find_bases(m, calibration=c, seed=SEED))
-        plan, planning = clocked(lambda b=bases: plan_ranks(b, Share(0.25), Share(0.25)))
-        _, cutting = clocked(lambda m=model, b=bases, p=plan: apply(m, b, p))
+        bases, finding = clocked(partial(find_bases, model, calibration=calibration, seed=SEED))
+        plan, planning = clocked(partial(plan_ranks, bases, Share(0.25), Share(0.25)))
+        _, cutting = clocked(partial(apply, model, bases, plan))
         found[name] = {
             "bases_seconds": finding / 1e3, "plan_seconds": planning / 1e3, "cut_seconds": cutting / 1e3,
             "model_bytes": before, "peak_bytes": torch.cuda.max_memory_allocated(), **clover.summary(model),
@@ -137,7 +141,7 @@ def first_tokens(model: Any, context: int) -> float:
 def eager() -> dict:
     models, rows = cuts(LAYERS), []
     for context in FIRST:
-        rates = {name: first_tokens(model, context) for name, model in models.items()}
+        rates: Any = {name: first_tokens(model, context) for name, model in models.items()}
         rows.append({"what": "first", "context": context, "batch": 1, "rates": rates})
     for context, batch in PREFILL:
         rates = compare_throughput(models, context=context, batch=batch, new_tokens=1, repeats=REPEATS)
@@ -191,7 +195,7 @@ def tuning() -> dict:
         free()
         torch.manual_seed(SEED)
         base = model_of()
-        model, starting = clocked(lambda b=base, m=method: get_peft_model(b, adapter_config(b, Recipe(method=m))))
+        model, starting = clocked(partial(adapted, base, method))
         model.train()
         trained = [p for p in model.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(trained, lr=1e-5)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -48,11 +49,12 @@ def calibration(
 def main(first: int | None, names: list[str]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "smollm2")
     test = tokenizer(text("test"), return_tensors="pt").input_ids[0]
-    bases = None
+    bases: Any = None
     for name in names or list(SHARES):
-        model, result = load(), {}
-        if SHARES[name]:
-            qk, vo = SHARES[name]
+        model: Any = load()
+        result = {}
+        if shares := SHARES[name]:
+            qk, vo = shares
             started = time.perf_counter()
             if bases is None:
                 train = tokenizer(text("train"), return_tensors="pt").input_ids[0]

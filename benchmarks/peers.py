@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -50,7 +51,7 @@ def _keep(count: int, share: float, step: int = 1) -> int:
     return max(step, step * round((1 - share) * count / step))
 
 
-def _sizes(heads: Heads, qk: Sequence[float], vo: Sequence[float], biases: float = 0) -> dict[str, float]:
+def _sizes(heads: Heads, qk: Sequence[float], vo: Sequence[float], biases: float = 0) -> dict[str, Any]:
     """Parameters and cached numbers of a block whose KV heads keep ``qk`` and ``vo`` directions, ``biases`` beside."""
     n, _, wide = heads.q.shape[1:]
     reads, writes = heads.k.shape[-1], heads.o.shape[2]
@@ -59,7 +60,7 @@ def _sizes(heads: Heads, qk: Sequence[float], vo: Sequence[float], biases: float
     return {"parameters": stored + biases, "cached": sum(qk) + sum(vo)}
 
 
-def _even(heads: Heads, qk: int, vo: int) -> dict[str, float]:
+def _even(heads: Heads, qk: int, vo: int) -> dict[str, Any]:
     bias = heads.o_bias is not None or heads.v_bias is not None
     return _sizes(heads, [qk] * len(heads.k), [vo] * len(heads.k), heads.o.shape[2] * bias)
 
@@ -244,7 +245,7 @@ def kq_svd(facts: Sequence[Facts], share: float) -> list[Cut]:
         if f.block.normed:
             cuts.append(Cut(cut, **_even(h, d, vo)))
             continue
-        behind = _cut_product(*_grams(f), qk)
+        behind: Tensor | None = _cut_product(*_grams(f), qk)
         sizes = _even(h, d, vo) if h.rotary else _even(h, qk, vo)
         if h.rotary:
             sizes |= {"parameters": sizes["parameters"] + 2 * len(h.k) * d * qk, "cached": len(h.k) * (qk + vo)}
@@ -265,7 +266,8 @@ def palu(facts: Sequence[Facts], share: float, group: int = 4) -> list[Cut]:
     cuts = []
     for f, (k_rank, v_rank) in zip(facts, ranks, strict=True):
         h = f.heads
-        new, parameters, cached = {}, h.q.numel() + _biases(h), 0
+        new: dict[str, Any] = {}
+        parameters, cached = h.q.numel() + _biases(h), 0
         for name, rank in (("k", k_rank), ("v", v_rank)):
             weight = getattr(h, name)
             if f.block.normed and name == "k":

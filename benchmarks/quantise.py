@@ -115,7 +115,7 @@ def measure(name: str) -> dict:
         if quantised:
             model = clover.load(folder, dtype=torch.float32, **weights(quantised, whole))
             folder = clover.save(model, Path(scratch) / "small")
-        model = clover.load(folder, dtype=torch.float32, **({"device_map": "cpu"} if quantised else {}))
+        model = clover.load(folder, dtype=torch.float32, device_map="cpu" if quantised else None)
         value, kv = perplexity(model, cached)
         size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     protocol = {"tokens": FIRST, "window": WINDOW, "piece": PIECE, "dtype": "float32"}

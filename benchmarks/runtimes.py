@@ -63,7 +63,9 @@ def sizes(runner: Any, free: dict[str, int]) -> dict[str, list[int]]:
 def random(runner: Any, free: dict[str, int]) -> dict[str, Any]:
     """Inputs of a session, as it keeps them itself."""
     source = np.random.default_rng(0)
-    made = {k: source.standard_normal(s, dtype=np.float32) for k, s in sizes(runner, free).items() if "past_" in k}
+    made: dict[str, Any] = {
+        k: source.standard_normal(s, dtype=np.float32) for k, s in sizes(runner, free).items() if "past_" in k
+    }
     batch, new, had = free["batch"], free["sequence"], free["past"]
     made["input_ids"] = source.integers(1000, size=(batch, new))
     made["attention_mask"] = np.ones((batch, had + new), np.int64)
@@ -203,7 +205,8 @@ def whisper() -> dict:
                 tokens = model.generate(
                     clip, language="en", task="transcribe", num_beams=1, do_sample=False, return_timestamps=False
                 )
-                written = transcribe(*runners[name], clip, config, prompt)
+                encoder, decoder = runners[name]
+                written = transcribe(encoder, decoder, clip, config, prompt)
                 texts.append([tokenizer.decode(t, skip_special_tokens=True) for t in (tokens[0], written)])
             equal[name] = {"clips": len(texts), "identical": sum(a == b for a, b in texts)}
         result["transcripts"] = equal

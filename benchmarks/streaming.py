@@ -115,9 +115,9 @@ def some_blocks(folder: Path) -> dict[str, float]:
     found = [pieces.real(block) for block in blocks(pieces.model, "all")[:SOME]]
     runs = []
     for block in found:
-        basis, finding = timed(lambda b=block: find_basis(b))
+        basis, finding = timed(partial(find_basis, block))
         plan = plan_ranks([basis], Share(0.25), Share(0.25)).blocks[0]
-        _, cutting = timed(lambda b=block, s=basis, p=plan: cut(b, s, p, torch.float16))
+        _, cutting = timed(partial(cut, block, basis, plan, torch.float16))
         runs.append((finding, cutting))
     return {"decompose": median(f for f, _ in runs[1:]), "cut": median(c for _, c in runs[1:])}
 
@@ -216,7 +216,7 @@ def difference(a: Path, b: Path) -> float:
     assert left.entries.keys() == right.entries.keys()
     largest = 0.0
     for name in left.entries:
-        x, y = left.read(name).double(), right.read(name).double()
+        x, y = (side.entries[name].read(name).double() for side in (left, right))
         if not x.numel():  # a head that went whole leaves nothing to rotate
             continue
         largest = max(largest, float((x - y).abs().max() / x.abs().max().clamp_min(1e-30)))
