@@ -44,7 +44,7 @@ from clover.model.survey import blocks
 from clover.planning.budget import Share
 from clover.pruning.basis import find_basis
 from clover.pruning.prune import plan_ranks
-from clover.streaming import sequential
+from clover.streaming import layout, sequential
 from clover.streaming import stream as streaming
 from clover.streaming.pieces import Pieces, cut
 from clover.streaming.shards import Checkpoint
@@ -56,6 +56,11 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does; 
 SOME = 4  # blocks that are timed alone
 CUT = ("--qk", "0.25", "--vo", "0.25")
 CHUNK = 2**26
+STAGES: dict[str, tuple[Any, str]] = {
+    "moments": (sequential, "observe"), "find_basis": (sequential, "find_basis"), "refit": (layout, "cut"),
+    "decompose": (streaming.Weights, "survey"), "cut": (streaming.Weights, "cut"), "fill": (Pieces, "fill"),
+}  # fmt: skip
+"""What is timed inside a run; by the weights, ``cut`` holds the refit."""
 
 
 def forget(folder: Path) -> None:
@@ -185,12 +190,7 @@ def job(folder: str, out: str, batches: str, report: str) -> None:
     count = int(batches)
     vocabulary = AutoConfig.from_pretrained(folder).vocab_size
     ids = torch.randint(vocabulary, (max(count, 1), 1, 512), generator=torch.Generator().manual_seed(SEED))
-    spent = watch(
-        {
-            "moments": (sequential, "observe"), "find_basis": (sequential, "find_basis"), "refit": (sequential, "cut"),
-            "decompose": (streaming.Weights, "survey"), "cut": (streaming.Weights, "cut"), "fill": (Pieces, "fill"),
-        }
-    )  # fmt: skip
+    spent = watch(STAGES)
     calibration = [{"input_ids": row} for row in ids] if count else None
     before = reset_peak_memory()
     _, seconds = timed(lambda: streaming.prune_folder(folder, out, qk=0.25, vo=0.25, calibration=calibration))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -129,3 +130,16 @@ def test_keys_mapped_behind_the_rotation() -> None:
     small = written(model, cuts)
     assert not torch.allclose(output(small, batch), output(model, batch), atol=1e-3)
     assert all(not hasattr(b.core, "behind") for b in blocks(model))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_a_benchmark_finds_what_it_imports(name: str) -> None:
+    """A change here is not to wait for their next run, which takes hours."""
+    for library in {"quantise": ["torchao"], "runtimes": ["onnxruntime"], "commonsense": ["yaml"]}.get(name, []):
+        pytest.importorskip(library)
+    importlib.import_module(name)
+
+
+def test_the_stages_that_streaming_times_are_there() -> None:
+    for owner, attribute in importlib.import_module("streaming").STAGES.values():
+        assert callable(getattr(owner, attribute))

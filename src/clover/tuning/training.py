@@ -34,6 +34,7 @@ from clover.jobs.folders import check_writable
 from clover.measure.data import found_beside, load_processor, text_tokens
 from clover.measure.files import file_kind, read_records, read_text
 from clover.model.answers import IGNORED, check_words
+from clover.model.heads import finite
 from clover.model.precision import ready
 from clover.model.traits import accepts, max_positions, writes_text
 from clover.progress import console
@@ -181,7 +182,7 @@ def train(
         The Trainer's log: a dict of ``step``, ``loss``, ``learning_rate``, ``grad_norm`` a step.
 
     Raises:
-        CloverError: loss or gradient became NaN or infinite.
+        CloverError: loss, gradient or a weight became NaN or infinite.
     """
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=recipe.steps, learning_rate=recipe.rate, seed=recipe.seed,
@@ -204,6 +205,10 @@ def train(
     last = _last_whole(folder) if save_every else None
     with contiguous_head(base):
         trainer.train(resume_from_checkpoint=last)
+    if bad := next((n for n, p in model.named_parameters() if p.requires_grad and not finite(p)), None):
+        raise CloverError(  # of the last step, no loss tells
+            f"{bad} is NaN or infinite after the last step; lower the learning rate (it is {recipe.rate:g})"
+        )
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -367,7 +372,9 @@ def merge(model: str, adapter: str | Path, out: str | Path) -> Path:
         merged = adapted.merge_and_unload(safe_merge=True)
     except CloverError:
         raise
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise CloverError(f"the weights in {adapter} are damaged ({reason(error)}); restore the file") from error
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         why = f"{type(error).__name__}: {shorten(str(error), 400, placeholder=' ...')}"
         raise CloverError(
             f"{adapter} can't be merged into {model} ({why}); name the model that it was tuned on"
