@@ -88,7 +88,7 @@ def test_threshold_that_removes_everything(name: str, which: str) -> None:
 
 def test_two_rules_for_one_thing() -> None:
     model, batch = build("gpt2")
-    with refused(model, batch, "qk is given a share .* and a threshold .*; give one"):
+    with refused(model, batch, "qk is given share .* and threshold .*; give one"):
         clover.prune(model, qk=0.1, qk_threshold=0.1)
 
 
@@ -179,7 +179,7 @@ print(clover.summary(model)["vo_removed"])
     assert done.stdout.splitlines() == [
         "qk is '0.5'; it must be a number, such as 0.25",
         "vo is [0.1]; it must be a number, such as 0.25",
-        "qk is given a share 1 and a energy 0.5; give one",
+        "qk is given share 1 and energy 0.5; give one",
         "max_loss is '2%'; it must be more than 0, such as 0.02 for 2 % more perplexity",
         "0.5",
     ], done.stderr

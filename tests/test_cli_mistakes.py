@@ -94,7 +94,7 @@ def test_merge_refuses(wide: Path, narrow: Path, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         ([], "nothing is to be removed"),
-        (["--qk", 0.5, "--qk-threshold", 0.1], "--qk is given a share 0.5 and a threshold 0.1; give one"),
+        (["--qk", 0.5, "--qk-threshold", 0.1], "--qk is given share 0.5 and threshold 0.1; give one"),
         (["--vo", 0.5, "--metric", "activations"], "give --calibration, or --metric weights"),
         (["--vo", 0.5, "--calibration", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--vo", 0.5, "--report", "nowhere/page.html"], "cannot write 'nowhere/page.html'"),

@@ -164,8 +164,8 @@ def _rule(name: str, called: Callable[[str], str], *values: float | None) -> Rul
     kinds: dict[str, type[Rule]] = {name: Share, f"{name}_threshold": Threshold, f"{name}_energy": Energy}
     given = [(a, kind, value) for (a, kind), value in zip(kinds.items(), values, strict=True) if value is not None]
     if len(given) > 1:
-        each = " and a ".join(f"{kind.__name__.lower()} {value}" for _, kind, value in given)
-        raise CloverError(f"{called(name)} is given a {each}; give one")
+        each = " and ".join(f"{kind.__name__.lower()} {value}" for _, kind, value in given)
+        raise CloverError(f"{called(name)} is given {each}; give one")
     for argument, kind, value in given:
         if not is_number(value):
             raise CloverError(f"{called(argument)} is {value!r}; it must be a number, such as 0.25")
