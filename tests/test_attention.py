@@ -31,6 +31,7 @@ from families import (
     outputs,
     pruned,
 )  # fmt: skip
+from test_checkpoint import python
 
 ROTARY = [n for n in GENERATIVE if n not in (*STILL, *GROWING)]
 NEW = 9
@@ -309,6 +310,7 @@ def test_compiled_without_a_break_it_writes_into_a_static_cache() -> None:
     """In a process without the checks of shapes, which the compiler can't follow."""
     code = """
 import copy
+import inspect
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 import clover
@@ -355,3 +357,39 @@ def test_a_flash_mask_says_how_many_tokens_a_static_cache_holds() -> None:
     mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
     right = attend_one(attention._tables, queries, keys[:, :5], values[:, :5], mask[:, None, None].bool(), 5)
     torch.testing.assert_close(attend_one(attention._tables, queries, keys, values, mask, 9), right)
+
+
+def test_models_fresh_from_a_folder_become_graphs() -> None:
+    """No call has made the tables of their heads yet, and graphs know fewer operators."""
+    code = """
+import inspect, io, tempfile, warnings
+import torch
+import clover
+from families import pruned
+warnings.simplefilter("ignore", DeprecationWarning)  # tracing is, and still used
+
+class First(torch.nn.Module):
+    def __init__(self, model, names):
+        super().__init__()
+        self.model, self.names = model, names
+        self.options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+    def forward(self, *given):
+        return self.model(**dict(zip(self.names, given, strict=True)), **self.options)[0]
+
+for name in ("llama-gqa", "bert", "gpt2", "t5"):
+    model, batch = pruned(name)
+    with tempfile.TemporaryDirectory() as folder:
+        clover.save(model, folder + "/m")
+        for way in ("export", "trace"):
+            first, given = First(clover.load(folder + "/m").float(), list(batch)), tuple(batch.values())
+            with torch.no_grad():
+                if way == "trace":
+                    made = torch.jit.trace(first, given, check_trace=False)
+                else:
+                    made = torch.export.export(first, given).module()
+                torch.testing.assert_close(made(*given), first(*given), msg=f"{name} {way}")
+print("equal")
+"""
+    done = python(code)
+    assert done.stdout.endswith("equal\n"), done.stderr

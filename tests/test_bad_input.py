@@ -466,13 +466,8 @@ def test_a_model_of_which_a_part_was_pruned(name: str, part: str, tmp_path: Path
     """Its folder would be loaded with that part drawn at random, or not at all."""
     model, batch = build(name) if name != "llava" else (llava(), None)
     clover.prune(model.get_submodule(part), vo=0.3)
-    said = rf"only {re.escape(part)} was pruned.*; prune the whole model with part=\.\.\."
-    if name in ("t5", "bart") or part.endswith("encoder"):  # these have no class that a config could name
-        said += "$"
-        with pytest.warns(UserWarning, match=r"no \w+ by name"):
-            clover.save(model.get_submodule(part), tmp_path / "part")
-    else:
-        said += rf", or save its {re.escape(part)} by itself"
+    called = re.escape(part)
+    said = rf"only {called} was pruned.*; prune the whole model with part=\.\.\., or save its {called} by itself"
     for attempt in (lambda: clover.save(model, tmp_path / "m"), lambda: clover.summary(model),
                     lambda: clover.plan_of(model)):  # fmt: skip
         with pytest.raises(CloverError, match=said):
@@ -481,6 +476,30 @@ def test_a_model_of_which_a_part_was_pruned(name: str, part: str, tmp_path: Path
     assert clover.summary(model.get_submodule(part))["vo_removed"] > 0.2
     if batch:
         assert outputs(model, batch).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("t5", "encoder"), ("whisper", "model.encoder"), ("bart", "model.decoder"), ("bart", "model.encoder")],
+)
+def test_a_part_without_a_class_at_the_top_of_transformers_is_saved_by_itself(
+    name: str, part: str, tmp_path: Path
+) -> None:
+    model, batch = build(name)
+    side = clover.prune(model.get_submodule(part), vo=0.3)
+    loaded = clover.load(clover.save(side, tmp_path / "m"))
+    assert type(loaded) is type(side)
+    given = {"input_features": batch["input_features"]} if name == "whisper" else {"input_ids": batch["input_ids"]}
+    with torch.no_grad():
+        assert torch.equal(loaded(**given)[0], side(**given)[0])
+
+
+def test_a_class_that_transformers_does_not_have_is_told_as_it_is_saved(tmp_path: Path) -> None:
+    class Own(t.LlamaForCausalLM): ...
+
+    model = clover.prune(Own(build("llama-gqa")[0].config), vo=0.3)
+    with pytest.warns(UserWarning, match=r"no Own by name"):
+        clover.save(model, tmp_path / "own")
 
 
 def test_a_part_that_was_pruned_is_saved_by_itself(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -76,6 +77,38 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     stock = getattr(transformers, kind.__name__.removeprefix("Clover"))
     with pytest.raises(Exception, match="unknown before `import clover`"):  # whatever a family's constructor raises
         stock.from_pretrained(tmp_path / "model")
+    for given in ("eager", "sdpa"):  # an argument takes the place of what the config says
+        with pytest.raises(Exception, match="unknown before `import clover`"):
+            stock.from_pretrained(tmp_path / "model", attn_implementation=given)
+    torch.save(loaded.state_dict(), io.BytesIO())
+
+
+@pytest.mark.parametrize(
+    ("name", "auto", "side"),
+    [
+        ("t5", "AutoModelForTextEncoding", "encoder"),
+        ("bart", "AutoModelForCausalLM", "model.decoder"),
+        ("whisper", "AutoModelForCausalLM", "model.decoder"),
+        ("whisper", "AutoModelForAudioClassification", "encoder"),
+    ],
+)
+def test_one_side_of_a_pruned_model_is_loaded(name: str, auto: str, side: str, tmp_path: Path) -> None:
+    """As transformers does it: what the class leaves out is left out, of the plan as of the tensors."""
+    model = pruned(name)[0]
+    clover.save(model, tmp_path / "model")
+    loaded = getattr(transformers, auto).from_pretrained(tmp_path / "model")
+    mine = loaded.get_submodule(side).state_dict()
+    whole = model.get_submodule(side if name == "t5" else f"model.{side.rpartition('.')[2]}").state_dict()
+    layers = [k for k in mine if "layers." in k or "block." in k]  # BART's decoder shares its embeddings with a head
+    assert layers and mine.keys() == whole.keys() and all(torch.equal(mine[k], whole[k]) for k in layers)
+    again = clover.load(clover.save(loaded, tmp_path / "side"))
+    assert type(again) is type(loaded) and clover.plan_of(again) == clover.plan_of(loaded)
+
+
+def test_a_class_with_no_block_of_the_plan_is_refused(tmp_path: Path) -> None:
+    clover.save(pruned("llama-gqa")[0], tmp_path / "model")
+    with pytest.raises(CloverError, match=r"LlamaForQuestionAnswering has none of the blocks that the plan cuts"):
+        transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "model")
 
 
 @pytest.mark.parametrize("name", CASES)

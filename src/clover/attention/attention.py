@@ -19,7 +19,7 @@ from transformers import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clover.attention.cache import append, stepped
-from clover.attention.eager import eager_attention, exporting
+from clover.attention.eager import eager_attention, exporting, tracing
 from clover.attention.ragged import (
     Tables,
     aligned,
@@ -196,7 +196,7 @@ class CloverAttention(nn.Module):
                 keys, values = stepped(call.get("past_key_values"), self.layer_idx, keys, values)
             z = attend_one(self._tables, queries, keys, values, mask, tokens)
         else:
-            if self.uneven:
+            if self.uneven and not (exporting() and self.plain_softmax):
                 self._tables.at(queries)  # made before a graph is compiled, whichever way that goes
             for name in ("hidden_states", "past_key_values", "key_value_states", "position_embeddings", "use_cache",
                          "sliding_window"):  # fmt: skip
@@ -287,7 +287,7 @@ class CloverAttention(nn.Module):
             raise TypeError("attention with rotary positions was called without position_embeddings")
         given = self.family, position_embeddings, qk.shape[1], self.rotary // 2, self.clover.qk > self.rotary
         # Compilers and exporters know real numbers only, and so did MPS for long.
-        if torch.compiler.is_compiling() or qk.is_mps:
+        if tracing() or qk.is_mps:
             return turn_pairs(qk, *(take(t, self.frequencies) for t in angles(*given)))
         # Every layer is handed the same tensors, so what is made of them is kept on one.
         keeper: Any = position_embeddings if isinstance(position_embeddings, Tensor) else position_embeddings[0]

@@ -17,6 +17,11 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
+def tracing() -> bool:
+    """Whether a graph of any kind is being made, whose operators are fewer."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def eager_attention(
     module: Any,
     query: Tensor,

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from clover.attention.eager import tracing
+
 SPAN, ROWS = 8, 128
 """What a single new token reads as one: more would waste arithmetic, fewer would waste launches. KV heads on CPUs; on
 GPUs, where launches cost more than zeros, as many as have so many query heads."""
@@ -40,7 +42,7 @@ class Move(NamedTuple):
         if self.unit == 1:
             return take(x, self.which)
         wide = WIDE.get(self.unit * x.itemsize)  # under autocast, what was cached is wider than the queries
-        if wide is None or x.requires_grad or torch.compiler.is_compiling():
+        if wide is None or x.requires_grad or tracing():
             parts = x.unflatten(-1, (-1, self.unit))
             which = self.which.unsqueeze(-1).expand(*parts.shape[:-2], -1, self.unit)
             return parts.gather(-2, which).flatten(-2)

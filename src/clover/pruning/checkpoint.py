@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from clover.errors import CloverError, reason, warn
 from clover.jobs.folders import fresh_folder
 from clover.model.heads import finite
-from clover.pruning.checks import check_model, check_own, is_public, planned
+from clover.pruning.checks import check_model, check_own, is_public, planned, stock
 from clover.pruning.classes import model_class
 
 
@@ -99,7 +99,7 @@ def _named_class(path: str | os.PathLike[str], config: PreTrainedConfig) -> Any:
     rewritten = hasattr(config, "clover")
     names: Any = config.architectures or [None]
     name = names[0] if isinstance(names, list) else names
-    kind: Any = getattr(transformers, str(name).removeprefix("Clover"), None)
+    kind: Any = stock(str(name), type(config))
     if not rewritten and (name is None or (isinstance(name, str) and kind is None)):
         _warn_of_no_class(path, name)
         return transformers.AutoModel

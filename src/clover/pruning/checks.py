@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+from importlib.util import find_spec
 from typing import Any
 
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from clover.attention.attention import CloverAttention
 from clover.errors import CloverError
@@ -66,9 +68,22 @@ def check_own(model: PreTrainedModel) -> None:
     )
 
 
+def stock(name: str, config: type[PreTrainedConfig]) -> Any:
+    """What transformers calls by that name (without our prefix), at its top or beside a family's models; or None."""
+    name = name.removeprefix("Clover")
+    if (found := getattr(transformers, name, None)) is not None:
+        return found
+    for kind in config.__mro__:
+        if kind.__module__.startswith("transformers.models."):
+            home = kind.__module__.replace(".configuration_", ".modeling_")
+            return getattr(importlib.import_module(home), name, None) if find_spec(home) else None
+    return None
+
+
 def is_public(model: nn.Module) -> bool:
-    """Whether a config can name the class: one of transformers, and none that only serves inside another."""
-    return hasattr(transformers, type(model).__name__.removeprefix("Clover"))
+    """Whether a config can name the class: one of transformers."""
+    config: Any = model.config
+    return stock(type(model).__name__, type(config)) is not None
 
 
 def rewritten_names(model: nn.Module) -> set[str]:

@@ -38,8 +38,9 @@ from clover.pruning.surgery import check_fit, install, skeleton
 
 MODEL_TYPE = "clover (pip install clover-attention, then import clover before loading)"
 GUARD = "unknown before `import clover` (pip install clover-attention); then load with clover.load or an Auto class"
-"""Stands where a config names an attention implementation: whoever builds a model without our class stumbles over it,
-and who only reads the config does not."""
+GUARDED = ("attn_implementation", "transformers_weights")
+"""Where a config names an attention implementation, and the file of the weights: whoever builds a model without our
+class, or loads one, stumbles over it, and who only reads the config does not. No argument takes the second's place."""
 
 
 class RewrittenConfig(PreTrainedConfig):
@@ -70,8 +71,9 @@ class _ConfigMixin:
         plan, base = config_dict.pop("clover", None), config_dict.pop("base_model_type", config_dict.get("model_type"))
         if not isinstance(plan, dict):
             raise CloverError(f"the clover plan in config.json is damaged (it is {plan!r}); restore the file")
-        if config_dict.get("attn_implementation") == GUARD:
-            del config_dict["attn_implementation"]
+        for name in GUARDED:
+            if config_dict.get(name) == GUARD:
+                del config_dict[name]
         _known(config_dict.get("dtype"))
         result = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
         config = result[0] if isinstance(result, tuple) else result
@@ -79,7 +81,7 @@ class _ConfigMixin:
         return result
 
     def to_diff_dict(self) -> dict[str, Any]:
-        ours = {"model_type": MODEL_TYPE, "base_model_type": self.model_type, "attn_implementation": GUARD}
+        ours = {"model_type": MODEL_TYPE, "base_model_type": self.model_type, **dict.fromkeys(GUARDED, GUARD)}
         return super().to_diff_dict() | ours | {"clover": getattr(self, "clover", {})}  # type: ignore[misc]
 
 
@@ -171,6 +173,10 @@ class _ModelMixin:
             raise CloverError(
                 f"the tensors in {path} contradict the plan in its config.json: {wrong}; restore the files"
             )
+        for module in model.modules():
+            if hasattr(module, "clover") and not module.frequencies.numel():
+                # One without numbers that comes out of a file shares an address with others, and torch.save stumbles.
+                module.frequencies = torch.zeros_like(module.frequencies)
         _name_as_here(model)
         return (model, info) if wants_info else model
 
@@ -305,10 +311,11 @@ def rebuild(model: nn.Module, plan: Plan) -> Plan:
     """Give a fresh model the attention modules of a plan, weights not yet loaded.
 
     Returns:
-        The plan, by the names that the blocks have in this model.
+        The plan, by the names that the blocks have in this model; without those of a side (a decoder, say) that its
+        class leaves out.
 
     Raises:
-        CloverError: the plan names a block that the model lacks, or sizes that its config contradicts.
+        CloverError: the plan names a block that the model lacks, or all of them, or sizes that its config contradicts.
     """
     found: dict[str, Block] = {block.name: block for block in survey(model)[0]}
     prefix = getattr(model, "base_model_prefix", "") + "."
@@ -317,6 +324,8 @@ def rebuild(model: nn.Module, plan: Plan) -> Plan:
         block = next(
             (found[n] for n in (part.name, part.name.removeprefix(prefix), prefix + part.name) if n in found), None
         )
+        if block is None and _elsewhere(model, part.name.removeprefix(prefix)):
+            continue
         if block is None:
             raise CloverError(
                 f"the plan cuts {part.name}, which {type(model).__name__} does not have; restore config.json"
@@ -324,4 +333,19 @@ def rebuild(model: nn.Module, plan: Plan) -> Plan:
         check_fit(block, block.heads(), part, "restore config.json")
         own.append(replace(part, name=block.name))
         install(model, block, skeleton(block, own[-1]))
+    if plan.blocks and not own:
+        raise CloverError(
+            f"{type(model).__name__} has none of the blocks that the plan cuts ({plan.blocks[0].name}, ...); load "
+            "the folder as the class that it names, or one with the same layers"
+        )
     return Plan(tuple(own))
+
+
+def _elsewhere(model: Any, name: str) -> bool:
+    """Whether a block stands in a side of a model that this class leaves out, and not merely beyond its last layer."""
+    module = getattr(model, model.base_model_prefix, model)
+    for step in name.split("."):
+        if not hasattr(module, step):
+            return not step.isdigit()
+        module = getattr(module, step)
+    return False
