@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clover.decomposition.decompose import decompose, weight_gram
-from clover.tuning.cores import Core, distance, fingerprint, turn
+from clover.tuning.cores import Core, can_be_undone, distance, fingerprint, turn
 
 
 def core(bases, *, diagonal: bool = False, dropout: float = 0.0, identity: bool = True) -> Core:
@@ -81,6 +81,7 @@ def test_gradients_are_those_of_autograd(invertible: bool, bias: bool) -> None:
     change = (0.2 * torch.randn(2, 4, 4, dtype=torch.float64)).requires_grad_()
     shift = torch.randn(8, dtype=torch.float64, requires_grad=True) if bias else None
     assert torch.autograd.gradcheck(lambda *a: turn(*a, invertible=invertible), (y, change, shift))
+    assert torch.autograd.gradgradcheck(lambda *a: turn(*a, invertible=invertible), (y, change, shift))
     plain = y.unflatten(-1, (2, 4))
     moved = plain if shift is None else plain - shift.view(2, 4)
     expected = plain + torch.einsum("...bd,bed->...be", moved, change)
@@ -134,3 +135,38 @@ def test_a_fingerprint_tells_weights_apart() -> None:
     assert distance(fingerprint(weight.flip(-1)), mark) > 0.5
     nn.init.zeros_(weight)
     assert distance(fingerprint(weight), fingerprint(weight)) == 0
+
+
+@pytest.mark.parametrize("core", ["full", "diagonal"])
+def test_gradients_where_a_singular_value_was_put_out(core: str) -> None:
+    """Outputs can't be had back from what lost a direction, so they are kept."""
+    torch.manual_seed(0)
+    y, bias = torch.randn(7, 8), torch.randn(8)
+    turned = torch.linalg.qr(torch.randn(2, 4, 4))[0]
+    values = torch.tensor([0.7, 1.3, 1.0, 0.0]) - 1
+    change = turned * values @ turned.mT if core == "full" else torch.diag_embed(values.expand(2, -1))
+    grads = []
+    for invertible, dtype in ((True, torch.float32), (False, torch.float64)):
+        leaf = change.to(dtype, copy=True).requires_grad_()
+        turn(y.to(dtype), leaf, bias.to(dtype), invertible=invertible).sin().sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(grads[0], grads[1].float(), rtol=1e-4, atol=1e-5)
+
+
+def test_what_can_be_undone() -> None:
+    eye = torch.eye(4).expand(2, 4, 4)
+    assert can_be_undone(0 * eye) and can_be_undone(3 * eye)
+    for bad in (-1.0, -0.999, float("nan")):
+        assert not can_be_undone(torch.cat([0 * eye, torch.diag(torch.tensor([0.0, bad, 0.0, 0.0]))[None]]))
+
+
+@pytest.mark.parametrize("invertible", [False, True])
+def test_functional_gradients(invertible: bool) -> None:
+    y, change = torch.randn(5, 8, dtype=torch.float64), 0.1 * torch.randn(2, 4, 4, dtype=torch.float64)
+
+    def loss(e: torch.Tensor) -> torch.Tensor:
+        return turn(y, e, invertible=invertible).sin().sum()
+
+    leaf = change.clone().requires_grad_()
+    loss(leaf).backward()
+    torch.testing.assert_close(torch.func.grad(loss)(change), leaf.grad)

@@ -21,7 +21,7 @@ ORDER = [
     "decomposition.decompose", "decomposition.rotary", "decomposition.refit",
     "planning.plan", "planning.spend", "planning.budget",
     "calibration.visible", "calibration.calibrate",
-    "attention.ragged", "attention.cache", "attention.eager", "attention.attention",
+    "attention.eager", "attention.ragged", "attention.cache", "attention.attention",
     "jobs.folders", "jobs.crew", "jobs.draft",
     "pruning.basis", "pruning.surgery", "pruning.checks", "pruning.classes", "pruning.checkpoint",
     "pruning.lossbudget", "pruning.prune",
@@ -29,7 +29,7 @@ ORDER = [
     "streaming.sequential", "streaming.stream",
     "measure.files", "measure.data", "measure.cost", "measure.bench", "measure.evaluate",
     "tuning.recipe", "tuning.targets", "tuning.config", "tuning.methods", "tuning.cores", "tuning.linear",
-    "tuning.tuner", "tuning.training",
+    "tuning.tuner", "tuning.training", "tuning.merging",
     "runtimes.export", "runtimes.graphs", "runtimes.onnx",
     "command.curve", "command.report", "command.demo", "command.show", "command.options", "command.cli",
 ]  # fmt: skip
@@ -37,7 +37,9 @@ ORDER = [
 KNOWING = {"model.families", "model.traits"}
 """Modules that know models by name: what their attention is called, and the ways of Whisper."""
 ALGORITHM = [
-    m for m in ORDER if not m.startswith(("measure.", "tuning.recipe", "tuning.training", "runtimes.", "command."))
+    m
+    for m in ORDER
+    if not m.startswith(("measure.", "tuning.recipe", "tuning.training", "tuning.merging", "runtimes.", "command."))
 ]
 """Modules that know no model by name, save those."""
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

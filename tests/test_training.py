@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import clover
 from clover import CloverError
-from clover.tuning import training
+from clover.tuning import merging, training
+from clover.tuning.config import CloverConfig
+from clover.tuning.merging import merge
 from clover.tuning.methods import adapter_config
 from clover.tuning.recipe import METHODS, Recipe
 from clover.tuning.training import (
@@ -29,7 +32,6 @@ from clover.tuning.training import (
     examples,
     lean,
     mean_loss,
-    merge,
     tune,
 )
 from families import GENERATIVE, build
@@ -525,8 +527,8 @@ def test_what_lies_beside_a_model_is_looked_for_before_it_is_merged(
     def damaged(name: str) -> None:
         raise CloverError("the tokenizer is damaged")
 
-    monkeypatch.setattr(training, "found_beside", damaged)
-    monkeypatch.setattr(training, "load", lambda _: pytest.fail("loaded before"))
+    monkeypatch.setattr(merging, "found_beside", damaged)
+    monkeypatch.setattr(merging, "load", lambda _: pytest.fail("loaded before"))
     with pytest.raises(CloverError, match="tokenizer is damaged"):
         merge(str(llama), tmp_path / "adapter", tmp_path / "merged")
 
@@ -549,6 +551,25 @@ def test_a_damaged_adapter_is_told_in_one_sentence(damage: str, llama: Path, tex
     with pytest.raises(CloverError, match=told):
         merge(str(model), adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_of_tied_output_embeddings_is_not_merged(text: Path, tmp_path: Path) -> None:
+    """The input's would change with them."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    for tied in (True, False):
+        base, adapter = tmp_path / f"base-{tied}", tmp_path / f"adapter-{tied}"
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=tied))
+        model.save_pretrained(base)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft tells at length
+            adapted = get_peft_model(model, CloverConfig(target_modules=["lm_head", "k_proj"], block_size=16))
+            adapted.save_pretrained(adapter)
+            if tied:
+                with pytest.raises(CloverError, match="tunes the output embeddings, which are tied to the input's"):
+                    merge(str(base), adapter, tmp_path / "merged")
+            else:
+                merge(str(base), adapter, tmp_path / "merged")
+        assert (tmp_path / "merged").exists() == (not tied)
 
 
 def test_no_example_is_longer_than_asked() -> None:

@@ -19,7 +19,7 @@ def exporting() -> bool:
 
 def tracing() -> bool:
     """Whether a graph of any kind is being made, whose operators are fewer."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def eager_attention(

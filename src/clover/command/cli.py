@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -216,14 +217,13 @@ def evaluate(
         print(f"  {key}: {value}")
 
 
-def _training() -> Any:
-    """The module that tunes, which takes seconds to import."""
+def _tuning(module: str) -> Any:
+    """A module that needs peft, which takes seconds to import."""
     extra("peft", "tune")
     try:
-        from clover.tuning import training
+        return import_module(f"clover.tuning.{module}")
     except ImportError as error:
         raise CloverError(f"tuning needs peft 0.21 or later ({error}); pip install 'clover-attention[tune]'") from error
-    return training
 
 
 @app.command()
@@ -261,7 +261,7 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Tune a language model by an adapter. A run that was killed goes on when it is called again."""
-    run = _training().tune
+    run = _tuning("training").tune
     quiet()
     recipe = Recipe(method, steps, lr, batch, seed, length=length, core=core, block_size=block_size, rank=rank)
     result = run(model, adapter, data, recipe, eval_data=eval_data)
@@ -283,7 +283,7 @@ def merge(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
 ) -> None:
     """Merge an adapter into its model: the same outputs at the speed of the model alone."""
-    run = _training().merge
+    run = _tuning("merging").merge
     quiet()
     note(f"saved {run(model, adapter, out)}")
 

@@ -27,6 +27,8 @@ SAME_BASE = 0.01
 """Relative difference of fingerprints up to which two weights are the same: bfloat16 rounding makes 0.002."""
 SAME_QUANTISED = 0.25
 """The same for a quantised base: four bits make about 0.1."""
+SMALL, LARGEST = 0.5, 100.0
+"""Norms (Frobenius) of a change that needs no look to be undone, and of the inverse of any that can be."""
 
 
 @contextmanager
@@ -227,10 +229,25 @@ def turn(
         transform: ``E`` for each block of ``d`` outputs.
         bias: added to ``y`` and not transformed.
         invertible: keep the result for the backward pass in place of ``y`` and solve for ``y``. The result is mostly
-            kept by what comes next as well, so nothing is stored twice; needs an ``I + E`` that is well conditioned.
-            Not in half precision.
+            kept by what comes next as well, so nothing is stored twice. Not in half precision, nor where ``I + E`` is
+            near to singular, nor in what is compiled, which has no moment to find that out.
     """
+    learns = transform.requires_grad and torch.is_grad_enabled()
+    if invertible and learns:
+        # Large changes magnify what half precision rounds away.
+        wide = y.dtype.itemsize >= 4 and not torch.compiler.is_compiling()
+        invertible = wide and can_be_undone(transform)
     return _Turn.apply(y, transform, bias, invertible)
+
+
+@torch.no_grad()
+def can_be_undone(transform: Float[Tensor, "b d d"]) -> bool:
+    """Whether ``I + E`` of every block has an inverse that magnifies roundings no more than ``LARGEST`` times."""
+    if (transform.square().sum((-2, -1)) < SMALL**2).all():
+        return True
+    whole = torch.eye(transform.shape[-1], dtype=transform.dtype, device=transform.device) + transform
+    inverse, failed = torch.linalg.inv_ex(whole)
+    return bool((failed == 0).all() and (torch.linalg.matrix_norm(inverse) < LARGEST).all())
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -247,7 +264,10 @@ def _turned(x: Tensor, matrix: Tensor, shift: Tensor | None) -> Tensor:
     """
     b, d, _ = matrix.shape
     blocks = x.reshape(-1, b, d).transpose(0, 1)
-    if x.dtype != matrix.dtype or x.device.type != "cpu" or torch.compiler.is_compiling():
+    plain = x.dtype == matrix.dtype and x.device.type == "cpu"
+    if (
+        not plain or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    ):  # gradients of gradients, too, see no place
         matrix = matrix.to(x.dtype)
         change = torch.bmm(blocks, matrix) if shift is None else torch.baddbmm(shift, blocks, matrix)
         return (blocks + change).transpose(0, 1).reshape(x.shape)
@@ -263,17 +283,18 @@ def _turned(x: Tensor, matrix: Tensor, shift: Tensor | None) -> Tensor:
 
 class _Turn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, transform: Tensor, bias: Tensor | None, invertible: bool) -> Tensor:
-        invertible = invertible and y.dtype.itemsize >= 4  # large changes magnify what half precision rounds away
+    def forward(y: Tensor, transform: Tensor, bias: Tensor | None, invertible: bool) -> Tensor:
         shift = None if bias is None else -(bias.to(y.dtype).view(-1, 1, transform.shape[1]) @ transform.mT.to(y.dtype))
-        result = _turned(y, transform.mT, shift)
-        kept = (result if invertible else y) if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(kept, transform, bias)
-        ctx.invertible = invertible
-        return result
+        return _turned(y, transform.mT, shift)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        y, transform, bias, invertible = inputs
+        kept = (output if invertible else y) if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(kept, transform, bias)
+        ctx.invertible = invertible
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         kept, transform, bias = ctx.saved_tensors
         b, d, _ = transform.shape

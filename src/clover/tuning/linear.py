@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from clover.errors import CloverError, warn
 from clover.model.heads import finite
 from clover.tuning.config import CloverConfig
-from clover.tuning.cores import Core, fingerprint, still, turn
+from clover.tuning.cores import Core, can_be_undone, fingerprint, still, turn
 from clover.tuning.targets import Slot, in_features, out_features
 
 
@@ -41,6 +41,7 @@ class CloverLinear(nn.Module, BaseTunerLayer):
         self.clover_cores = nn.ModuleDict({})
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.original: Float[Tensor, "out in"] | None = None  # while adapters are merged: the weight without them
         base: Any = self.get_base_layer()
         self.out_features = out_features(base)
         self.in_features = in_features(base)
@@ -173,7 +174,11 @@ class CloverLinear(nn.Module, BaseTunerLayer):
         self._set_merged([*self.merged_adapters, *names], check=safe_merge)
 
     def unmerge(self) -> None:
-        """Take all merged adapters out of the base weight again (to the rounding of its dtype)."""
+        """Take all merged adapters out of the base weight again: to the bit, but to rounding where it is sharded.
+
+        Raises:
+            CloverError: the weight is sharded, and what was merged can't be undone.
+        """
         if not self.merged:
             warn("no adapter is merged; nothing to do")
             return
@@ -183,8 +188,10 @@ class CloverLinear(nn.Module, BaseTunerLayer):
     def _set_merged(self, names: list[str], check: bool = False) -> None:
         """Go from the merged adapters to ``names``: undo the one transform, apply the other."""
         with still(self):
-            dtype = _read(self.get_base_layer()).dtype
-            wide = self._unmerged()
+            weight = _read(self.get_base_layer())
+            dtype, wide = weight.dtype, self._unmerged()
+            if self.original is None and not _is_sharded(self.get_base_layer()):  # those are too large to keep
+                self.original = weight.clone()
             for core, transform in self._transforms(names):
                 rows = core.rows
                 wide = wide.index_add(0, rows.flatten(), (transform.to(wide.dtype) @ wide[rows]).flatten(0, 1))
@@ -193,13 +200,18 @@ class CloverLinear(nn.Module, BaseTunerLayer):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
             self._write(merged)
             self.merged_adapters = names
+            self.original = self.original if names else None
 
     def _unmerged(self) -> Float[Tensor, "out in"]:
         """The base weight without what was merged into it, at least float32."""
         weight = _read(self.get_base_layer())
+        if self.original is not None:
+            weight = self.original.to(weight.device)
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        for core, transform in reversed(self._transforms(self.merged_adapters)):
+        for core, transform in reversed(self._transforms(self.merged_adapters)) if self.original is None else ():
             rows = core.rows
+            if not can_be_undone(transform):
+                raise CloverError("what was merged into a sharded weight put directions out; load the base again")
             whole = transform + torch.eye(rows.shape[1], device=wide.device)
             solved = torch.linalg.solve(whole.to(wide.dtype), wide[rows])
             wide = wide.index_copy(0, rows.flatten(), solved.flatten(0, 1))
@@ -253,6 +265,11 @@ def _check_base(base: Any, backend: Any) -> None:
         )
     if base.weight.is_meta and hasattr(base, "_hf_hook"):
         raise CloverError("a base weight is offloaded to a CPU or a disk; load the model where it fits, then tune it")
+
+
+def _is_sharded(module: Any) -> bool:
+    """Whether a process holds a part of the weight only: under FSDP2, or ZeRO-3."""
+    return hasattr(module.weight, "full_tensor") or hasattr(module.weight, "ds_id")
 
 
 def _read(module: Any) -> Float[Tensor, "out in"]:

@@ -15,14 +15,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
 from peft import PeftModel, get_peft_model
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
@@ -31,14 +29,14 @@ from clover.errors import CloverError, reason, warn
 from clover.jobs.crew import crew
 from clover.jobs.draft import Draft, draft
 from clover.jobs.folders import check_writable
-from clover.measure.data import found_beside, load_processor, text_tokens
+from clover.measure.data import load_processor, text_tokens
 from clover.measure.files import file_kind, read_records, read_text
 from clover.model.answers import IGNORED, check_words
 from clover.model.heads import finite
 from clover.model.precision import ready
 from clover.model.traits import accepts, max_positions, writes_text
 from clover.progress import console
-from clover.pruning.checkpoint import load, save
+from clover.pruning.checkpoint import load
 from clover.tuning.methods import adapter_config
 from clover.tuning.recipe import Recipe
 
@@ -351,42 +349,3 @@ def _draw(log: list[Any], path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
-
-
-def merge(model: str, adapter: str | Path, out: str | Path) -> Path:
-    """Merge an adapter into its model and save the result, with its processor: what ``clover merge`` does.
-
-    Raises:
-        CloverError: no adapter there, one for another base, or ``out`` exists.
-    """
-    check_writable(out)
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise CloverError(
-            f"{adapter} is no adapter: it has no adapter_config.json; name what clover tune or peft wrote"
-        )
-    beside = found_beside(model)  # first: what is wrong there is told before the work
-    base = load(model)
-    try:
-        adapted: Any = PeftModel.from_pretrained(base, str(adapter), local_files_only=True)
-        _check_complete(adapted, adapter, model)
-        merged = adapted.merge_and_unload(safe_merge=True)
-    except CloverError:
-        raise
-    except SafetensorError as error:
-        raise CloverError(f"the weights in {adapter} are damaged ({reason(error)}); restore the file") from error
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        why = f"{type(error).__name__}: {shorten(str(error), 400, placeholder=' ...')}"
-        raise CloverError(
-            f"{adapter} can't be merged into {model} ({why}); name the model that it was tuned on"
-        ) from error
-    return save(merged, out, beside=beside)
-
-
-def _check_complete(adapted: Any, adapter: str | Path, model: str) -> None:
-    """Refuse an adapter, whatever its method, of which a part has no place: peft reports it only on a second load."""
-    again = adapted.load_adapter(str(adapter), adapted.active_adapter, local_files_only=True)
-    if lost := sorted(again.unexpected_keys):
-        raise CloverError(
-            f"{adapter} can't be merged into {model}, which has no {lost[0].removeprefix('base_model.model.')}; merge "
-            "it into the model that it was made for (unpruned if that was, pruned alike if that was)"
-        )
