@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from clover.command import cli, demo
+from clover.command import cli, demo, options
 from clover.jobs.crew import is_first, started_together
 from commands import refuse, run, succeed
 from families import build
@@ -327,3 +327,31 @@ def test_a_page_is_no_text_file(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("kept")
     said = refuse("prune", tmp_path / "m", tmp_path / "out", "--vo", 0.5, "--report", tmp_path / "text.txt")
     assert "its suffix must be one of .html, .htm" in said and (tmp_path / "text.txt").read_text() == "kept"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("flags", [["--json"], []])
+def test_output_that_can_not_be_written_is_told(flags: list[str], narrow: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "clover", "inspect", str(narrow), *flags]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: No space left on device; ")
+
+
+def test_a_file_is_no_model(narrow: Path, tmp_path: Path) -> None:
+    said = refuse("prune", narrow / "config.json", tmp_path / "out", "--vo", 0.5)
+    assert "config.json is a file; name the folder of the model" in said
+
+
+def test_a_model_that_is_not_there_is_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a hub can't be reached, each look takes many seconds."""
+    monkeypatch.setattr(options, "found_beside", lambda _: pytest.fail("looked for its processors"))
+    for command, flags in (("prune", ["--vo", 0.5]), ("export", [])):
+        assert "is no model that can be loaded" in refuse(command, tmp_path / "nothing", tmp_path / "out", *flags)
+
+
+def test_tune_leaves_no_draft_of_what_can_not_begin(wide: Path, words: Path, tmp_path: Path) -> None:
+    said = refuse("tune", wide, tmp_path / "adapter", "--data", words, "--block-size", 7)
+    assert "blocks of 7 don't divide" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["text.txt"]

@@ -20,7 +20,7 @@ from clover.measure.files import file_kind
 from clover.model.precision import ready
 from clover.progress import console
 from clover.pruning import prune as pruning
-from clover.pruning.checkpoint import load
+from clover.pruning.checkpoint import check_there, load
 from clover.pruning.lossbudget import keep_apart
 from clover.streaming.shards import Checkpoint
 from clover.streaming.stream import local
@@ -104,7 +104,7 @@ def tell_loss(found: dict[str, Any]) -> None:
         ends = f"{chosen['measured']:.2%}, 95 % upper bound {chosen['ceiling']:.2%}"
         note(f"loss on data kept out of the calibration: {ends}; {len(found['measured'])} cuts were measured")
     else:
-        note(f"warning: every cut that was tried loses more than {found['max_loss']:.2%}; nothing was removed")
+        note(f"warning: every cut that was tried loses more than {100 * found['max_loss']:.3g} %; nothing was removed")
 
 
 def quiet() -> None:
@@ -150,6 +150,7 @@ def apart(batches: Iterable[Any] | None) -> tuple[Iterable[Any] | None, list[Any
 
 def beside_of(name: str) -> tuple[Any, ...]:
     """What lies beside a model and must go with it: its processor or tokenizer."""
+    check_there(name)  # else each reader that might be there is looked for, on the hub for minutes
     found = found_beside(name)
     if not found:
         note(f"warning: {name} has no tokenizer or processor that could be saved with the pruned model")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import sys
 from collections.abc import Iterable
@@ -41,10 +43,20 @@ class Commands(TyperGroup):
                     signal.signal(number, signal.default_int_handler)
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
+            sys.stdout.flush()  # what can't be written is to be told now
         except CloverError as error:
             _fail(str(error))
         except (torch.OutOfMemoryError, MemoryError) as error:
             _fail(f"{reason(error)} Try a smaller batch, --stream (of prune), or the CPU: CUDA_VISIBLE_DEVICES=")
+        except OSError as error:
+            _forget_output()
+            if error.errno == errno.EPIPE:
+                sys.exit(1)
+            place = "" if error.filename is None else f"{error.filename}: "
+            _fail(
+                f"{place}{error.strerror or reason(error)}; what is not said to be saved is not there: free space or "
+                "choose another place"
+            )
         except Exception as error:
             if "can't allocate memory" in str(error):  # torch's, on CPUs, has no class of its own
                 _fail(f"{reason(error)}; try a smaller batch, or --stream (of prune)")
@@ -64,6 +76,12 @@ class Commands(TyperGroup):
         if started_together() and found[0] not in SHARED:
             raise CloverError(f"several processes share the work of {' and '.join(SHARED)} alone; start one process")
         return found
+
+
+def _forget_output() -> None:
+    """Of what is still to be written to standard output, or Python fails over it again as it ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(sentence: str) -> None:

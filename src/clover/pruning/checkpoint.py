@@ -75,8 +75,19 @@ def _generation_config(path: str | os.PathLike[str]) -> Any:
         )
 
 
+def check_there(path: str | os.PathLike[str]) -> None:
+    """Refuse what has no config of a model, by a look at that alone.
+
+    Raises:
+        CloverError: no model there.
+    """
+    _kind(path, trust_remote_code=False)
+
+
 def _kind(path: str | os.PathLike[str], **config_args: Any) -> tuple[Any, Any]:
     """Config of a model, and the class that it names."""
+    if os.path.isfile(path):
+        raise CloverError(f"{path} is a file; name the folder of the model")
     try:
         config = AutoConfig.from_pretrained(path, **config_args)
     except Exception as error:

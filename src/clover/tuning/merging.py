@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from clover.errors import CloverError, reason
 from clover.jobs.folders import check_writable
 from clover.measure.data import found_beside
-from clover.pruning.checkpoint import load, save
+from clover.pruning.checkpoint import check_there, load, save
 
 
 def merge(model: str, adapter: str | Path, out: str | Path) -> Path:
@@ -27,6 +27,7 @@ def merge(model: str, adapter: str | Path, out: str | Path) -> Path:
         raise CloverError(
             f"{adapter} is no adapter: it has no adapter_config.json; name what clover tune or peft wrote"
         )
+    check_there(model)
     beside = found_beside(model)  # first: what is wrong there is told before the work
     base = load(model)
     try:

@@ -11,8 +11,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -283,7 +283,8 @@ def tune(
     with crew() as we, draft(out, request, we, kinds=(CHECKPOINTS,), ending="tuning") as made:
         set_seed(recipe.seed)
         losses = {} if held_out is None else {"eval_loss_before": mean_loss(base, held_out, recipe.batch)}
-        adapted = get_peft_model(base, config)
+        with _nothing_left(made):
+            adapted = get_peft_model(base, config)
         for buffer in adapted.buffers():  # once: during training they stand still
             broadcast(buffer)
         log = _trained(adapted, learned, recipe, made, save_every)
@@ -298,13 +299,21 @@ def tune(
     return result
 
 
+@contextmanager
+def _nothing_left(made: Draft) -> Iterator[None]:
+    """After a mistake there is nothing to go on from."""
+    try:
+        yield
+    except CloverError:
+        shutil.rmtree(made.folder, ignore_errors=True)
+        raise
+
+
 def _trained(model: Any, data: list[Any], recipe: Recipe, made: Draft, save_every: int) -> list[Any]:
     """The log of ``train``, which goes on from the draft's checkpoints."""
     try:
-        return train(model, data, recipe, made.folder / CHECKPOINTS, save_every=save_every)
-    except CloverError:
-        shutil.rmtree(made.folder, ignore_errors=True)  # there is nothing to go on from
-        raise
+        with _nothing_left(made):
+            return train(model, data, recipe, made.folder / CHECKPOINTS, save_every=save_every)
     except RuntimeError as error:
         if "inline_container" not in str(error):
             raise
