@@ -154,6 +154,22 @@ def test_a_tied_tensor_under_its_other_name(tmp_path: Path) -> None:
     assert torch.equal(one.get_output_embeddings().weight, other.get_output_embeddings().weight)
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_tensors_that_the_config_ties_and_the_file_holds_both(shift: float, tmp_path: Path) -> None:
+    """Two where they differ, as in memory; else one."""
+    source = save("gpt2", tmp_path / "dense", shard="1GB")
+    held = tensors(source)
+    held["lm_head.weight"] = held["transformer.wte.weight"] + shift
+    safetensors.torch.save_file(held, source / "model.safetensors", {"format": "pt"})
+    told = prune_folder(source, tmp_path / "streamed", **CUT)
+    whole = clover.load(in_memory(source, tmp_path / "whole", **CUT))
+    streamed = clover.load(tmp_path / "streamed")
+    assert told["parameters_after"] == clover.summary(whole)["parameters_after"]
+    assert told["parameters_before"] == clover.summary(whole)["parameters_before"]
+    for side in ("get_input_embeddings", "get_output_embeddings"):
+        assert torch.equal(getattr(whole, side)().weight, getattr(streamed, side)().weight)
+
+
 def test_how_an_older_model_generates_is_in_its_config(tmp_path: Path) -> None:
     source = save("bart", tmp_path / "dense")
     (source / "generation_config.json").unlink()

@@ -138,6 +138,12 @@ def test_two_adapters_on_the_same_cores_merge_as_they_run() -> None:
     torch.testing.assert_close(outputs(model, batch), both, rtol=1e-4, atol=1e-4)
 
 
+def test_a_weighted_sum_of_adapters_is_refused() -> None:
+    model, *_ = tuned()
+    with pytest.raises(CloverError, match="no weighted sum; let several act at once"):
+        model.add_weighted_adapter(["default"], [0.5], "half")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_was_merged_is_taken_out_to_the_bit_even_where_it_can_not_be_undone(dtype: torch.dtype) -> None:
     model = get_peft_model(fresh()[0].to(dtype), config(core="diagonal", parts=EVERYTHING))

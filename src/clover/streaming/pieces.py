@@ -75,6 +75,7 @@ class Pieces:
             raise CloverError(f"{folder} is quantised; prune the unquantised model, then quantise it")
         pieces = cls(source, model, *_match(model, source))
         pieces._check()
+        pieces._untie()
         return pieces
 
     @cached_property
@@ -181,6 +182,15 @@ class Pieces:
     def home(self, block: Block) -> str:
         """The file that holds the block's output projection."""
         return self.source.entries[self.names[f"{block.output_name}.weight"]].file.name
+
+    def _untie(self) -> None:
+        """Of tensors that the config ties, and the checkpoint holds both unlike: each its own, as in transformers."""
+        for key, of in self.model.all_tied_weights_keys.items():
+            mine, theirs = (self.source.entries.get(self.names.get(name, "")) for name in (key, of))
+            if mine and theirs and not mine.equals(theirs):
+                owner, _, name = key.rpartition(".")
+                module = self.model.get_submodule(owner)
+                setattr(module, name, nn.Parameter(torch.empty_like(getattr(module, name)), requires_grad=False))
 
     def _check(self) -> None:
         ignored = self.model._keys_to_ignore_on_load_missing or ()

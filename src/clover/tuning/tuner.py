@@ -185,6 +185,17 @@ class CloverModel(BaseTuner):
         folded.core = "folded"
         self.peft_config[adapter_name] = folded
 
+    def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
+        """Refuse: each adapter has bases of its own, which have no sum.
+
+        Raises:
+            CloverError: always.
+        """
+        raise CloverError(
+            "CLOVER's adapters have no weighted sum; let several act at once (model.base_model.set_adapter([...])), or "
+            "merge them together (merge_adapter([...]))"
+        )
+
     def _create_and_replace(
         self,
         peft_config: Any,
