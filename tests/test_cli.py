@@ -143,6 +143,7 @@ def test_prune_says_what_has_to_stay_and_what_is_missing(tmp_path: Path) -> None
     build("qwen3", torch.float32)[0].save_pretrained(tmp_path / "qwen3")
     _, said = succeed("prune", tmp_path / "qwen3", tmp_path / "out", "--qk", 0.25, "--vo", 0.25)
     assert "warning: Q-K of 2 of 2 blocks stays whole" in said
+    assert "warning: --qk 0.25 removes 0.000: " in said and "--vo 0.25 removes" not in said
     assert "no tokenizer or processor" in said
 
 

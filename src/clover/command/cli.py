@@ -35,6 +35,7 @@ from clover.command.options import (
     load_ready,
     quiet,
     tell,
+    tell_difference,
     tell_loss,
 )
 from clover.command.report import FORMATS, check_target, plot_spectra, table, write_report
@@ -170,7 +171,9 @@ def prune(
     beside = beside_of(model)  # whatever is wrong with it is found out before the work
     if stream:
         settings |= shares | {"calibration": None if metric == "weights" else data, "beside": beside}
-        tell(prune_folder(model, out, **settings, resume=resume), f"saved {out.absolute()}", as_json)
+        sizes = prune_folder(model, out, **settings, resume=resume)
+        tell_difference(sizes, qk=qk, vo=vo)
+        tell(sizes, f"saved {out.absolute()}", as_json)
         return
     loaded, restore = load_ready(model)
     found = choose(loaded, request, calibration=data(loaded), metric=metric, **settings)
@@ -179,6 +182,7 @@ def prune(
         tell_loss(loss["loss"])
     apply(restore(loaded), found.bases, found.plan)  # before: the cut is checked in what it is saved in
     sizes = summary(loaded)
+    tell_difference(sizes, qk=qk, vo=vo)
     tell(sizes | loss, f"saved {save(loaded, out, beside=beside)}", as_json)
     if report:
         spectra = [basis.spectrum() for basis in found.bases]

@@ -62,6 +62,8 @@ Metric = Annotated[
 ]
 Split = Annotated[str | None, typer.Option(metavar="NAME", help="Rows of a manifest that are used.")]
 Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Use at most N windows of text, clips or images.")]
+TELLING = 0.02
+"""Difference from the share that was asked for that is worth a word."""
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
 
 
@@ -96,6 +98,17 @@ def tell(sizes: dict[str, Any], sentence: str, as_json: bool) -> None:
         print(json.dumps(sizes))
     else:
         show(table(sizes))
+
+
+def tell_difference(sizes: dict[str, Any], **asked: float | None) -> None:
+    """Where much more or less went than the shares that were asked for, by ``qk`` and ``vo``."""
+    for which, share in asked.items():
+        gone = sizes[f"{which}_removed"]
+        if share and is_first() and abs(gone - share) > TELLING:
+            note(
+                f"warning: {flag(which)} {share:g} removes {gone:.3f}: heads keep a direction or a pair at least, "
+                "large blocks whole tiles, and what a norm holds stays"
+            )
 
 
 def tell_loss(found: dict[str, Any]) -> None:
