@@ -489,6 +489,9 @@ def test_a_part_without_a_class_at_the_top_of_transformers_is_saved_by_itself(
     side = clover.prune(model.get_submodule(part), vo=0.3)
     loaded = clover.load(clover.save(side, tmp_path / "m"))
     assert type(loaded) is type(side)
+    torch.save(loaded, tmp_path / "pickled.pt")
+    code = "import sys, torch, clover; print(type(torch.load(sys.argv[1], weights_only=False)).__name__)"
+    assert python(code, tmp_path / "pickled.pt").stdout.strip() == type(side).__name__
     given = {"input_features": batch["input_features"]} if name == "whisper" else {"input_ids": batch["input_ids"]}
     with torch.no_grad():
         assert torch.equal(loaded(**given)[0], side(**given)[0])

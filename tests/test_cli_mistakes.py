@@ -339,6 +339,13 @@ def test_output_that_can_not_be_written_is_told(flags: list[str], narrow: Path) 
     assert done.stderr.splitlines()[-1].startswith("error: No space left on device; ")
 
 
+def test_without_an_output_a_command_runs(narrow: Path, tmp_path: Path) -> None:
+    """As in a daemon."""
+    line = f'"{sys.executable}" -m clover prune "{narrow}" "{tmp_path}/out" --qk 0 --vo 0.5 >&-'
+    assert subprocess.run(line, shell=True).returncode == 0
+    assert (tmp_path / "out").is_dir()
+
+
 def test_a_file_is_no_model(narrow: Path, tmp_path: Path) -> None:
     said = refuse("prune", narrow / "config.json", tmp_path / "out", "--vo", 0.5)
     assert "config.json is a file; name the folder of the model" in said

@@ -161,6 +161,21 @@ def test_what_was_merged_is_taken_out_to_the_bit_even_where_it_can_not_be_undone
     assert all(layer.original is None for layer in layers)
 
 
+def test_a_merge_that_failed_leaves_the_base_to_be_changed() -> None:
+    model = get_peft_model(fresh()[0], config())
+    layer = next(m for m in model.modules() if isinstance(m, CloverLinear))
+    core = layer.clover_cores["default"][0]
+    core.change.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaNs detected"):
+        layer.merge(safe_merge=True)
+    core.change.data.fill_(0.1)
+    layer.get_base_layer().weight.data.mul_(2)
+    before = layer.get_base_layer().weight.clone()
+    layer.merge()
+    layer.unmerge()
+    assert torch.equal(layer.get_base_layer().weight, before)
+
+
 def test_no_second_adapter_while_one_is_merged() -> None:
     model, *_ = tuned()
     model.merge_adapter()

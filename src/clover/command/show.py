@@ -27,6 +27,7 @@ from clover.progress import console
 INTERRUPTED = 130  # what shells report for Ctrl-C
 WIDE = 160
 """Columns of a file or a pipe."""
+UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 SHARED = ("prune", "tune")
 """Commands whose work several processes share."""
 
@@ -43,19 +44,21 @@ class Commands(TyperGroup):
                     signal.signal(number, signal.default_int_handler)
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
-            sys.stdout.flush()  # what can't be written is to be told now
+            print(end="", flush=True)  # what can't be written is to be told now
         except CloverError as error:
             _fail(str(error))
         except (torch.OutOfMemoryError, MemoryError) as error:
             _fail(f"{reason(error)} Try a smaller batch, --stream (of prune), or the CPU: CUDA_VISIBLE_DEVICES=")
         except OSError as error:
+            if error.errno not in (errno.EPIPE, *UNWRITTEN):
+                raise
             _forget_output()
             if error.errno == errno.EPIPE:
                 sys.exit(1)
             place = "" if error.filename is None else f"{error.filename}: "
             _fail(
-                f"{place}{error.strerror or reason(error)}; what is not said to be saved is not there: free space or "
-                "choose another place"
+                f"{place}{error.strerror}; what is not said to be saved is not there: free space or choose another "
+                "place"
             )
         except Exception as error:
             if "can't allocate memory" in str(error):  # torch's, on CPUs, has no class of its own
@@ -80,7 +83,9 @@ class Commands(TyperGroup):
 
 def _forget_output() -> None:
     """Of what is still to be written to standard output, or Python fails over it again as it ends."""
-    with suppress(OSError, ValueError):
+    try:
+        print(end="", flush=True)
+    except (OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -152,7 +157,8 @@ def show_runtime(result: dict[str, Any]) -> None:
 
 def _print(table: Table) -> None:
     """On standard output; where that is no terminal, whose width is known, names need not be folded."""
-    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+    if sys.stdout is not None:  # as it is where it was closed
+        Console(width=None if sys.stdout.isatty() else WIDE).print(table)
 
 
 def _large(rows: tuple[tuple[float, ...], ...]) -> float:

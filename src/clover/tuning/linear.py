@@ -189,9 +189,9 @@ class CloverLinear(nn.Module, BaseTunerLayer):
         """Go from the merged adapters to ``names``: undo the one transform, apply the other."""
         with still(self):
             weight = _read(self.get_base_layer())
-            dtype, wide = weight.dtype, self._unmerged()
-            if self.original is None and not _is_sharded(self.get_base_layer()):  # those are too large to keep
-                self.original = weight.clone()
+            dtype, wide, kept = weight.dtype, self._unmerged(), self.original
+            if kept is None and not _is_sharded(self.get_base_layer()):  # those are too large to keep
+                kept = weight.clone()
             for core, transform in self._transforms(names):
                 rows = core.rows
                 wide = wide.index_add(0, rows.flatten(), (transform.to(wide.dtype) @ wide[rows]).flatten(0, 1))
@@ -200,7 +200,7 @@ class CloverLinear(nn.Module, BaseTunerLayer):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
             self._write(merged)
             self.merged_adapters = names
-            self.original = self.original if names else None
+            self.original = kept if names else None
 
     def _unmerged(self) -> Float[Tensor, "out in"]:
         """The base weight without what was merged into it, at least float32."""

@@ -50,8 +50,8 @@ def merge(model: str, adapter: str | Path, out: str | Path) -> Path:
 def _check_untied(adapted: Any, adapter: str | Path) -> None:
     """Refuse an adapter of output embeddings that are the input's as well, which a merge would change with them."""
     base = adapted.get_base_model()
-    head, words = base.get_output_embeddings(), base.get_input_embeddings()
-    if isinstance(head, BaseTunerLayer) and words is not None and head.get_base_layer().weight is words.weight:
+    head = base.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer) and head.get_base_layer().weight is base.get_input_embeddings().weight:
         raise CloverError(
             f"{adapter} tunes the output embeddings, which are tied to the input's: a merge would change both; tune "
             "without them, or untie them (tie_word_embeddings=False) first"
