@@ -42,6 +42,7 @@ def test_a_tokenizer_that_fails(command: list[Any], tmp_path: Path, monkeypatch:
     def fails(_: str) -> None:
         raise CloverError("an odd tokenizer")
 
+    monkeypatch.setattr("clover.command.options.check_there", lambda _: None)
     monkeypatch.setattr("clover.command.options.found_beside", fails)
     for name in ("load", "load_ready", "prune_folder"):
         monkeypatch.setattr(f"clover.command.cli.{name}", lambda *_, **__: pytest.fail("work was begun"))
