@@ -264,10 +264,9 @@ def _turned(x: Tensor, matrix: Tensor, shift: Tensor | None) -> Tensor:
     """
     b, d, _ = matrix.shape
     blocks = x.reshape(-1, b, d).transpose(0, 1)
-    plain = x.dtype == matrix.dtype and x.device.type == "cpu"
-    if (
-        not plain or torch.is_grad_enabled() or torch.compiler.is_compiling()
-    ):  # gradients of gradients, too, see no place
+    exact = x.dtype == matrix.dtype and x.device.type == "cpu"
+    # Neither compilers nor gradients of gradients know of a place that is written to.
+    if not exact or torch.is_grad_enabled() or torch.compiler.is_compiling():
         matrix = matrix.to(x.dtype)
         change = torch.bmm(blocks, matrix) if shift is None else torch.baddbmm(shift, blocks, matrix)
         return (blocks + change).transpose(0, 1).reshape(x.shape)

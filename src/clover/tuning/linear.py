@@ -204,11 +204,12 @@ class CloverLinear(nn.Module, BaseTunerLayer):
 
     def _unmerged(self) -> Float[Tensor, "out in"]:
         """The base weight without what was merged into it, at least float32."""
-        weight = _read(self.get_base_layer())
-        if self.original is not None:
-            weight = self.original.to(weight.device)
+        base: Any = self.get_base_layer()
+        weight = _read(base) if self.original is None else self.original.to(base.weight.device)
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        for core, transform in reversed(self._transforms(self.merged_adapters)) if self.original is None else ():
+        if self.original is not None:
+            return wide
+        for core, transform in reversed(self._transforms(self.merged_adapters)):
             rows = core.rows
             if not can_be_undone(transform):
                 raise CloverError("what was merged into a sharded weight put directions out; load the base again")
