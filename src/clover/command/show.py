@@ -28,6 +28,7 @@ INTERRUPTED = 130  # what shells report for Ctrl-C
 WIDE = 160
 """Columns of a file or a pipe."""
 UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What the system says where it can't write; any other error of it is a fault of ours, whose traceback is needed."""
 SHARED = ("prune", "tune")
 """Commands whose work several processes share."""
 

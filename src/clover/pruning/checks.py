@@ -20,6 +20,8 @@ INSIDE = {
     "FullyShardedDataParallel": "its module",
 }
 """Wrappers, by the names of their classes -> what to give instead. Those of peft have names without end."""
+HOMES = "transformers.models."
+"""What the names of modules begin with that hold a family's config and models."""
 
 
 def check_model(model: Any) -> None:
@@ -74,7 +76,7 @@ def stock(name: str, config: type[PreTrainedConfig]) -> Any:
     if (found := getattr(transformers, name, None)) is not None:
         return found
     for kind in config.__mro__:
-        if kind.__module__.startswith("transformers.models."):
+        if kind.__module__.startswith(HOMES):
             home = kind.__module__.replace(".configuration_", ".modeling_")
             return getattr(importlib.import_module(home), name, None) if find_spec(home) else None
     return None

@@ -34,12 +34,11 @@ from clover.errors import CloverError
 from clover.model.block import Block
 from clover.model.survey import is_attention, survey
 from clover.planning.plan import Plan
-from clover.pruning.checks import check_own
+from clover.pruning.checks import HOMES, check_own
 from clover.pruning.surgery import check_fit, install, skeleton
 
 MODEL_TYPE = "clover (pip install clover-attention, then import clover before loading)"
 GUARD = "unknown before `import clover` (pip install clover-attention); then load with clover.load or an Auto class"
-INSIDE = "transformers.models."
 GUARDED = ("attn_implementation", "transformers_weights")
 """Where a config names an attention implementation, and the file of the weights: whoever builds a model without our
 class, or loads one, stumbles over it, and who only reads the config does not. No argument takes the second's place."""
@@ -231,10 +230,9 @@ def config_class(base: Any) -> Any:
 @cache
 def model_class(base: Any, config: Any) -> Any:
     """The subclass of a model class that rebuilds its attention from the plan."""
-    name, home = f"Clover{base.__name__}", base.__module__
-    inside = home.startswith(INSIDE) and not hasattr(transformers, base.__name__)  # pickle is told where it is found
-    told = {"__module__": __name__, "__qualname__": f"{name}@{home.replace('.', '/')}" if inside else name}
-    made = type(name, (_ModelMixin, base), {"config_class": config, **told})
+    made = type(f"Clover{base.__name__}", (_ModelMixin, base), {"config_class": config, "__module__": __name__})
+    if base.__module__.startswith(HOMES) and not hasattr(transformers, base.__name__):  # tell pickle where it is found
+        made.__qualname__ += "@" + base.__module__.replace(".", "/")
     for name in (base.__name__, config.__bases__[1].model_type):
         if mergers := _mergers(get_checkpoint_conversion_mapping(name)):
             register_checkpoint_conversion_mapping(made.__name__, mergers, overwrite=True)
@@ -258,7 +256,8 @@ def _name_as_here(model: Any) -> None:
 def __getattr__(name: str) -> Any:
     """The classes that are made here, by name: so pickle finds them."""
     plain, _, home = name.partition("@")
-    place = import_module(home.replace("/", ".")) if home.replace("/", ".").startswith(INSIDE) else transformers
+    home = home.replace("/", ".")
+    place = import_module(home) if home.startswith(HOMES) else transformers
     base: Any = getattr(place, plain.removeprefix("Clover"), None) if name.startswith("Clover") else None
     if base is None:
         raise AttributeError(f"module {__name__} has no attribute {name}")
