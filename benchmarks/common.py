@@ -26,6 +26,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 MODELS = Path(os.environ.get("CLOVER_MODELS", Path.home() / ".cache/clover-models"))
 DATA = Path(os.environ.get("CLOVER_DATA", ROOT.parent / "shared" / "data"))
 SEED = 0
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where quality is measured; time is measured where a benchmark says."""
 
 
 def text(split: str) -> str:

@@ -47,9 +47,9 @@ from clover.pruning.basis import Basis, find_basis
 from clover.pruning.lossbudget import compare
 from clover.pruning.prune import apply, plan_ranks
 from clover.runtimes.export import pad
-from common import DATA, MODELS, RESULTS, SEED, record, text
+from common import DATA, DEVICE, MODELS, RESULTS, SEED, record, text
 from facts import Facts, watching
-from peers import METHODS, Cut
+from peers import METHODS, Cut, Inapplicable
 
 RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 FIRST = {"smollm2": 24_576, "gemma3": 8_192}
@@ -65,7 +65,7 @@ OURS = ("clover", "clover-weights")
 @cache
 def dense(name: str) -> Any:
     if name in FIRST:
-        return language.load(name)
+        return language.load(name).to(DEVICE)
     return embedding.dense() if name == "minilm" else speech.dense()
 
 
@@ -102,7 +102,7 @@ def measured(name: str) -> tuple[list[Basis], list[Facts]]:
     sums: Any
     facts: Any
     state = SCRATCH / f"clover-frontier-{name}.pt"
-    done, sums, facts = torch.load(state) if state.exists() else (0, None, None)
+    done, sums, facts = torch.load(state, map_location=DEVICE) if state.exists() else (0, None, None)
     batches = calibration(name)
     for i in range(done, len(batches)):
         with watching(dense(name), found) as seen:
@@ -240,7 +240,11 @@ def run(name: str, method: str, share: float, score: Callable[[str, Any], dict],
     target = f"frontier-{label}-{method}" + (f"-{1000 * share:03.0f}" if share else "")
     if (RESULTS / f"{target}.json").exists():
         return
-    model, sizes = (smaller if share else _dense)(name, method, share)
+    try:
+        model, sizes = (smaller if share else _dense)(name, method, share)
+    except Inapplicable as reason:
+        print(f"{label}, {method}: {reason}")
+        return
     about = {"model": label, "method": method, "removed": share}
     record(f"{target}", about | sizes | score(name, model))
 

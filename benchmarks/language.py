@@ -21,7 +21,7 @@ import clover
 from clover.measure.evaluate import perplexity
 from clover.planning.budget import Share
 from clover.pruning.prune import apply, find_bases, plan_ranks
-from common import MODELS, SEED, record, text
+from common import DEVICE, MODELS, SEED, record, text
 
 SHARES = {
     "dense": None,
@@ -51,14 +51,14 @@ def main(first: int | None, names: list[str]) -> None:
     test = tokenizer(text("test"), return_tensors="pt").input_ids[0]
     bases: Any = None
     for name in names or list(SHARES):
-        model: Any = load()
+        model: Any = load().to(DEVICE)
         result = {}
         if shares := SHARES[name]:
             qk, vo = shares
             started = time.perf_counter()
             if bases is None:
                 train = tokenizer(text("train"), return_tensors="pt").input_ids[0]
-                bases = find_bases(load(), calibration=calibration(train), seed=SEED)
+                bases = find_bases(load().to(DEVICE), calibration=calibration(train), seed=SEED)
             apply(model, bases, plan_ranks(bases, Share(qk), Share(vo)))
             result = {
                 **clover.summary(model),

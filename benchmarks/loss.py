@@ -34,7 +34,7 @@ from clover.planning.plan import Plan
 from clover.pruning.lossbudget import Forecast, compare, keep_apart, twin, within
 from clover.pruning.prune import find_bases
 from clover.pruning.surgery import operate
-from common import MODELS, SEED, record, text
+from common import DEVICE, MODELS, SEED, record, text
 
 WINDOWS = 24
 FIRST = {"smollm2": 24_576, "gemma3": 8_192}
@@ -63,7 +63,7 @@ class Bench:
 
 
 def _language(name: str) -> tuple[Any, list, Callable[[Any], float]]:
-    tokenizer, model = AutoTokenizer.from_pretrained(MODELS / name), language.load(name)
+    tokenizer, model = AutoTokenizer.from_pretrained(MODELS / name), language.load(name).to(DEVICE)
     (train, start), (test, _) = (text_tokens(text(split), tokenizer) for split in ("train", "test"))
 
     def score(model: torch.nn.Module) -> float:

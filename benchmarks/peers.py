@@ -38,12 +38,16 @@ class Cut:
     """A map of the keys that acts behind the rotation; the query sees ``q . (behind k)``."""
 
 
+class Inapplicable(Exception):
+    """A method that is not defined for a model."""
+
+
 Method = Callable[[Sequence[Facts], float], list[Cut]]
 
 
 def _ridged(gram: Tensor) -> Tensor:
     energy = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    return gram + RIDGE * energy * torch.eye(gram.shape[-1], dtype=gram.dtype)
+    return gram + RIDGE * energy * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
 
 def _keep(count: int, share: float, step: int = 1) -> int:
@@ -312,7 +316,12 @@ def flap(facts: Sequence[Facts], share: float) -> list[Cut]:
 
     The score of a column is its variance times the squared norm of its column of W_o; a head's is the mean, compared
     over all layers after standardising inside each. KV heads go with their query heads.
+
+    Raises:
+        Inapplicable: a layer has one KV head, which leaves nothing to standardise by.
     """
+    if any(len(f.heads.k) == 1 for f in facts):
+        raise Inapplicable("FLAP compares the heads of a layer; here a layer has one KV head")
     scores = []
     for f in facts:
         h = f.heads
@@ -320,7 +329,7 @@ def flap(facts: Sequence[Facts], share: float) -> list[Cut]:
         score = (variance.view(*h.o.shape[:2], -1) * h.o.square().sum(2)).mean((1, 2))
         scores.append((score - score.mean()) / score.std().clamp_min(1e-12))
     flat = torch.cat(scores)
-    gone = torch.zeros(len(flat), dtype=torch.bool)
+    gone = torch.zeros_like(flat, dtype=torch.bool)
     gone[flat.argsort()[: round(_of_all(facts[0], share) * len(flat))]] = True
     return [_drop(f, mask) for f, mask in zip(facts, gone.split([len(s) for s in scores]), strict=True)]
 
@@ -338,7 +347,7 @@ def wanda_sp(facts: Sequence[Facts], share: float) -> list[Cut]:
         owed += _of_all(f, share) * len(score)
         count = min(int(owed + 1e-9), len(score))
         owed -= count
-        gone = torch.zeros(len(score), dtype=torch.bool)
+        gone = torch.zeros_like(score, dtype=torch.bool)
         gone[score.argsort()[:count]] = True
         cuts.append(_drop(f, gone))
     return cuts

@@ -322,11 +322,15 @@ def spearman(a: list[float], b: list[float]) -> float:
 
 
 def loss_bound(results: Results) -> str:
-    named = {r["result"].get("model", "smollm2"): r["result"]["runs"] for _, r in _of(results, "loss-bound")}
+    named, on = {}, {}
+    for _, found in _of(results, "loss-bound"):
+        model = found["result"].get("model", "smollm2")
+        named[model] = found["result"]["runs"]
+        on[model] = found["machine"].get("gpu") or f"{found['machine']['threads']} CPU threads"
     runs = [(m, r) for m in LOSS_MODELS if m in named for r in sorted(named[m], key=lambda r: r["max_loss"])]
     rows = [[LOSS_MODELS[model], percent(r["max_loss"]),
              *(percent(r["chosen"][k]) for k in ("qk", "vo", "measured", "ceiling")),
-             percent(r["true"]), len(r["measured"]), f"{r['seconds']:.0f}"]
+             percent(r["true"]), len(r["measured"]), f"{r['seconds']:.0f}", on[model]]
             for model, r in runs if r["chosen"]]  # fmt: skip
     kept = sum(r["true"] <= r["max_loss"] for _, r in runs)
     about = (
@@ -338,7 +342,9 @@ def loss_bound(results: Results) -> str:
             " It speaks of data like those of the calibration: on whole paragraphs, most of them shorter, MiniLM loses "
             f"{', '.join(other)}."
         )
-    columns = "Model | bound | Q-K removed | V-O removed | measured | 95 % upper bound | true | cuts measured | seconds"
+    columns = (
+        "Model | bound | Q-K removed | V-O removed | measured | 95 % upper bound | true | cuts measured | seconds | on"
+    )
     return f"{about}\n\n{table(columns, rows)}"
 
 
