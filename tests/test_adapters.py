@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,6 +183,31 @@ def test_a_base_in_double_precision_is_trained() -> None:
     disturb(model)
     model(**batch, labels=batch["input_ids"]).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad and p.grad is not None)
+
+
+def test_an_adapter_as_wide_as_a_base_in_double_precision(tmp_path: Path) -> None:
+    model, batch = build("llama-gqa", torch.float64)
+    base = copy.deepcopy(model)
+    model = get_peft_model(model, config(), autocast_adapter_dtype=False)
+    disturb(model)
+    found = outputs(model, batch)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=False)
+    assert all(p.dtype == torch.float64 for p in again.parameters())
+    torch.testing.assert_close(outputs(again, batch), found)
+    torch.testing.assert_close(outputs(model.merge_and_unload(), batch), found)
+
+
+@pytest.mark.parametrize("when", ["adding", "merging"])
+def test_four_bits_that_were_packed_for_a_cpu(when: str) -> None:
+    """bitsandbytes says so of a weight, and can't read it back."""
+    model, _ = build("llama-gqa")
+    if when == "merging":
+        model = get_peft_model(model, config())
+    for module in (m for m in model.modules() if type(m) is torch.nn.Linear):
+        module.weight.quant_state = SimpleNamespace(packing_format_for_cpu=True)
+    with pytest.raises(CloverError, match=r"packed a 4-bit weight for this CPU .* load the model again"):
+        model.merge_and_unload() if when == "merging" else get_peft_model(model, config())
 
 
 def test_a_model_with_added_adapters_is_not_saved_as_if_whole(tmp_path: Path) -> None:

@@ -164,3 +164,9 @@ def test_sound_without_texts(manifest: Path) -> None:
     with pytest.raises(CloverError, match="no column 'text'"):
         files.read_manifest(manifest)
     assert len(files.read_manifest(manifest, spoken=False)) == len(rows) - 1
+
+
+def test_a_table_with_commas(tmp_path: Path) -> None:
+    (tmp_path / "clips.tsv").write_text("file,text\na.wav,hello\n")
+    with pytest.raises(CloverError, match=r"no column 'file', .* part columns by tabs"):
+        files.read_manifest(tmp_path / "clips.tsv")

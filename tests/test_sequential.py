@@ -195,6 +195,14 @@ def test_batches_made_from_the_model(tmp_path: Path) -> None:
     same(tmp_path / "made", tmp_path / "given")
 
 
+@pytest.mark.filterwarnings("default:.* tokens reached")
+def test_too_little_data_is_told_once(tmp_path: Path) -> None:
+    _, batches, source = prepared("llama-gqa", tmp_path)
+    with pytest.warns(UserWarning, match=r"tokens reached model.layers.0.self_attn, fewer than the 48 columns") as told:
+        prune_folder(source, tmp_path / "out", **CUT, calibration=batches[:1])
+    assert len([w for w in told if "tokens reached" in str(w.message)]) == 1
+
+
 def test_no_batches(tmp_path: Path) -> None:
     _, _, source = prepared("llama-gqa", tmp_path / "dense")
     with pytest.raises(CloverError, match="calibration data is empty"):

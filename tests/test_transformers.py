@@ -42,6 +42,38 @@ def test_a_pruned_model_can_be_pickled(name: str) -> None:
     assert torch.equal(outputs(copy.deepcopy(model), batch), outputs(model, batch))
 
 
+def borrowed() -> Any:
+    """A model whose class belongs to another family's config."""
+    torch.manual_seed(0)
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = t.InternLM3Config(**LM | {"num_key_value_heads": 2, "head_dim": 12} | tokens)
+    model = t.AutoModelForCausalLM.from_config(config).eval()
+    assert not isinstance(config, type(model).config_class)
+    return model
+
+
+def test_a_class_that_serves_another_familys_config(tmp_path: Path) -> None:
+    model, batch = borrowed(), {"input_ids": torch.arange(9)[None]}
+    model.save_pretrained(tmp_path / "whole")
+    clover.prune_folder(tmp_path / "whole", tmp_path / "streamed", qk=0.25, vo=0.25)
+    clover.save(clover.prune(model, qk=0.25, vo=0.25), tmp_path / "pruned")
+    want = outputs(model, batch)
+    for again in (
+        clover.load(tmp_path / "pruned"),
+        clover.load(tmp_path / "streamed"),
+        t.AutoModelForCausalLM.from_pretrained(tmp_path / "pruned"),
+        pickle.loads(pickle.dumps(model)),
+    ):
+        assert type(again) is type(model) and type(again.config) is type(model.config)
+        assert torch.equal(outputs(again, batch), want)
+
+
+def test_who_asks_where_foreign_code_is_learns_that_there_is_none(tmp_path: Path) -> None:
+    clover.save(pruned("llama-gqa")[0], tmp_path / "model")
+    config = t.AutoConfig.from_pretrained(tmp_path / "model")
+    assert not config.auto_map and "auto_map" not in (tmp_path / "model" / "config.json").read_text()
+
+
 def test_names_that_no_class_has() -> None:
     with pytest.raises(AttributeError):
         pickle.loads(b"cclover.pruning.classes\nCloverNothing\n.")

@@ -148,7 +148,8 @@ class CloverAttention(nn.Module):
         if self.family.latent is not None:  # the latent and the key beside it, in both
             held: Any = self.kv_proj
             return held.in_features + self.beside, held.in_features + self.beside
-        return self.clover.kv_heads * (self.clover.qk + self.clover.vo), self.clover.qk_kept + self.clover.vo_kept
+        before = self.family.copies(self, self.clover.queries) * self.clover.kv_heads
+        return before * (self.clover.qk + self.clover.vo), self.clover.qk_kept + self.clover.vo_kept
 
     @torch.no_grad()
     def fill(self, pieces: Mapping[str, Tensor], output: nn.Linear | None = None) -> None:

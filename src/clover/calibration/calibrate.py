@@ -24,7 +24,7 @@ from clover.errors import CloverError, warn
 from clover.model.answers import answer, on, padding, score, several, valid
 from clover.model.block import Block, growth_at, head_bias
 from clover.model.heads import Heads
-from clover.model.precision import exact_products, unrounded
+from clover.model.precision import exact_products, or_wider, unrounded
 from clover.model.rotation import angles, turned
 from clover.model.running import forward
 from clover.progress import track
@@ -113,12 +113,16 @@ def calibrate(
     for watcher in watchers:
         watcher.check_reached({w.block.part for w in watchers} - missed)
     _value_idle(watchers)
-    if few := next((w for w in watchers if w.tokens < len(w.sums["mean"])), None):
-        wanted = len(few.sums["mean"])
-        name = few.block.name
-        warn(f"{few.tokens} tokens reached {name}, fewer than the {wanted} columns of its heads; give more data")
+    warn_of_few((w.block.name, w.tokens, len(w.sums["mean"])) for w in watchers)
     watchers.reverse()
     return [watchers.pop().moments(answers) for _ in blocks]  # each let go of: the sums are as large as the moments
+
+
+def warn_of_few(reached: Iterable[tuple[str, int, int]]) -> None:
+    """Warn of the first block (name, tokens, columns of its heads) that fewer tokens reached than it has columns."""
+    if few := next(((name, tokens, columns) for name, tokens, columns in reached if tokens < columns), None):
+        name, tokens, columns = few
+        warn(f"{tokens} tokens reached {name}, fewer than the {columns} columns of its heads; give more data")
 
 
 @contextmanager
@@ -344,9 +348,8 @@ class Watcher:
         gradient = self.sums.pop("gradient").div_(answers)
         for key, value in {**found, "output": output, "gradient": gradient}.items():
             if not value.isfinite().all():
-                raise CloverError(
-                    f"{name}: the calibration moment of {key} is not finite; check the data, or use float32"
-                )
+                wider = or_wider(self.heads.o.dtype)
+                raise CloverError(f"{name}: the calibration moment of {key} is not finite; check the data{wider}")
         return Moments(**found, output=output, mean=mean, gradient=gradient, tokens=self.tokens)
 
 

@@ -98,7 +98,8 @@ def read_manifest(
         raise CloverError(f"{path} is no table with tabs ({error}); correct that line") from error
     for column in ["file", *(["text"] if spoken else []), *(["split"] if split is not None else [])]:
         if column not in columns:
-            raise CloverError(f"{path} has no column '{column}', only {list(columns)}; name it in the first line")
+            remedy = "part columns by tabs" if len(columns) == 1 and "," in columns[0] else "name it in the first line"
+            raise CloverError(f"{path} has no column '{column}', only {list(columns)}; {remedy}")
     if split is None and any(row.get("split") == prefer for row in rows if prefer):
         split = prefer
     chosen = [row for row in rows if split is None or row["split"] == split]

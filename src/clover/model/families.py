@@ -151,6 +151,7 @@ _ROWS: dict[str, Family] = {
     "FalconAttention FalconFlashAttention2": Family(
         fused="query_key_value", interleaved=True, o="dense", heads="num_heads", kv_heads="num_kv_heads",
         scale=("inv_norm_factor",), rotary=attrgetter("config.rotary"), rename={"layer_past": "past_key_values"},
+        repeated="config.new_decoder_architecture",
         unless={"config.alibi": "each implementation of its attention adds another bias by distance (alibi)"},
     ),
     "DecisionTransformerGPT2Attention GPT2Attention": Family(

@@ -94,6 +94,8 @@ class Family:
     """Only the first block has that table, and returns the bias, which the others are handed."""
     causal: bool = True
     """Whether a token sees none that come after it, where the module doesn't say so (``is_causal``)."""
+    repeated: str | None = None
+    """A setting with which the class caches the keys and values of a KV head once for each of its query heads."""
     kept: tuple[str, ...] = ()
     """What else the class's own methods need, and the rewritten block takes over."""
     dropout: str | None = "attention_dropout"
@@ -111,6 +113,10 @@ class Family:
         settings = [self.heads, self.kv_heads, self.head_dim, *self.scale, self.dropout]
         core = module.get_submodule(self.core)
         return all(has(core, path) for path in (*inputs, *settings, self.output_dropout) if path)
+
+    def copies(self, core: nn.Module, queries: int) -> int:
+        """How many times the class caches a KV head that serves so many query heads."""
+        return queries if self.repeated is not None and follow(core, self.repeated) else 1
 
 
 def follow(value: Any, path: str) -> Any:

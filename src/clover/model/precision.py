@@ -17,6 +17,11 @@ def _floats(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, tensor) for name, tensor in named if tensor.is_floating_point())
 
 
+def or_wider(dtype: torch.dtype) -> str:
+    """What else can be done about numbers that are not finite; nothing where they are wide already."""
+    return "" if not dtype.is_floating_point or torch.finfo(dtype).bits >= 32 else ", or use float32"
+
+
 def ready(model: Any, narrow: Collection[str] = ()) -> tuple[Any, Callable[[Any], Any]]:
     """The model where and in the dtype that it can be computed with, and what gives its tensors their dtypes back.
 

@@ -15,7 +15,7 @@ from clover.errors import CloverError, reason, warn
 from clover.jobs.folders import fresh_folder
 from clover.model.heads import finite
 from clover.pruning.checks import check_model, check_own, is_public, planned, stock
-from clover.pruning.classes import model_class
+from clover.pruning.classes import belongs, model_class
 
 
 def load(path: str | os.PathLike[str], *, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -39,7 +39,9 @@ def load(path: str | os.PathLike[str], *, output_loading_info: bool = False, **k
     except (CloverError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of any kind: by what is damaged, lacks a package, or can't be fetched
-        raise CloverError(f"{path} can't be loaded: {reason(error)}; restore its files") from error
+        options = ", ".join(name for name, value in kwargs.items() if value is not False)
+        asked = f", or leave out {options}" if options else ""
+        raise CloverError(f"{path} can't be loaded: {reason(error)}; restore its files{asked}") from error
     if missing := sorted(info["missing_keys"]):
         named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         warn(f"{path} lacks {named}, which hold random numbers now; restore the file, or train what is new")
@@ -116,7 +118,7 @@ def _named_class(path: str | os.PathLike[str], config: PreTrainedConfig) -> Any:
         return transformers.AutoModel
     fits = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
     if fits and rewritten:
-        fits = isinstance(config, kind.config_class or ())
+        fits = belongs(kind, config)
     if not fits:
         raise CloverError(
             f"config.json of {path} names {name!r} as its architecture, which is no class of {config.model_type} "

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class RewrittenConfig(PreTrainedConfig):
     """What a config of this model type is read as first; gives way to the subclass of the original config."""
 
     model_type = MODEL_TYPE
+    auto_map = MappingProxyType[str, str]({})  # TRL asks where the code of a class that is not transformers' is
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -63,6 +65,7 @@ class _ConfigMixin:
     """Adds the plan to a family's config. ``clover`` is the plan as plain data."""
 
     model_type = MODEL_TYPE
+    auto_map = RewrittenConfig.auto_map
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -89,6 +92,21 @@ class _ConfigMixin:
 def _family(kind: type) -> Any:
     """The family's class of a config that carries a plan."""
     return next(base for base in kind.__mro__ if not issubclass(base, _ConfigMixin))
+
+
+def belongs(kind: Any, config: PreTrainedConfig) -> bool:
+    """Whether a stock class is one of the family of a config that carries a plan."""
+    own = _family(type(config))
+    return issubclass(own, kind.config_class or ()) or any(kind in found for _, found in _models_of(own))
+
+
+def _models_of(config: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """The tables of the Auto classes that know a family's config, and its classes there, which may be another's."""
+    for auto in vars(modeling_auto).values():
+        table = getattr(auto, "_model_mapping", None)
+        if table is not None and config in table:
+            found = table[config]
+            yield table, found if isinstance(found, tuple) else (found,)
 
 
 def _known(dtype: Any) -> None:
@@ -218,12 +236,9 @@ def _replicated(model: Any) -> dict[str, str]:
 def config_class(base: Any) -> Any:
     """The subclass of a family's config that carries a plan; its models become known to the Auto classes."""
     made = type(f"Clover{base.__name__}", (_ConfigMixin, base), {"__module__": __name__})
-    for auto in vars(modeling_auto).values():
-        mapping = getattr(auto, "_model_mapping", None)
-        if mapping is not None and base in mapping:
-            found = mapping[base]
-            ours = tuple(model_class(m, made) for m in found) if isinstance(found, tuple) else model_class(found, made)
-            mapping.register(made, ours, exist_ok=True)
+    for table, found in list(_models_of(base)):
+        ours = tuple(model_class(model, made) for model in found)
+        table.register(made, ours if len(ours) > 1 else ours[0], exist_ok=True)
     return made
 
 
@@ -231,8 +246,8 @@ def config_class(base: Any) -> Any:
 def model_class(base: Any, config: Any) -> Any:
     """The subclass of a model class that rebuilds its attention from the plan."""
     made = type(f"Clover{base.__name__}", (_ModelMixin, base), {"config_class": config, "__module__": __name__})
-    if base.__module__.startswith(HOMES) and not hasattr(transformers, base.__name__):  # tell pickle where it is found
-        made.__qualname__ += "@" + base.__module__.replace(".", "/")
+    own = config.__bases__[1]
+    made.__qualname__ += _place(base) + ("" if base.config_class is own else f":{own.__name__}{_place(own)}")
     for name in (base.__name__, config.__bases__[1].model_type):
         if mergers := _mergers(get_checkpoint_conversion_mapping(name)):
             register_checkpoint_conversion_mapping(made.__name__, mergers, overwrite=True)
@@ -254,16 +269,27 @@ def _name_as_here(model: Any) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """The classes that are made here, by name: so pickle finds them."""
-    plain, _, home = name.partition("@")
-    home = home.replace("/", ".")
-    place = import_module(home) if home.startswith(HOMES) else transformers
-    base: Any = getattr(place, plain.removeprefix("Clover"), None) if name.startswith("Clover") else None
+    """The classes that are made here, by name, which may tell where and with which config: so pickle finds them."""
+    told, _, own = name.partition(":")
+    base: Any = _placed(told.removeprefix("Clover")) if name.startswith("Clover") else None
     if base is None:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     if issubclass(base, PreTrainedConfig):
         return config_class(base)
-    return model_class(base, config_class(base.config_class))
+    return model_class(base, config_class(_placed(own) if own else base.config_class))
+
+
+def _place(kind: type) -> str:
+    """Where a class is found, if not in transformers itself."""
+    lost = kind.__module__.startswith(HOMES) and not hasattr(transformers, kind.__name__)
+    return "@" + kind.__module__.replace(".", "/") if lost else ""
+
+
+def _placed(told: str) -> Any:
+    """The class of a name and its ``_place``."""
+    name, _, home = told.partition("@")
+    home = home.replace("/", ".")
+    return getattr(import_module(home) if home.startswith(HOMES) else transformers, name, None)
 
 
 AutoConfig.register(MODEL_TYPE, RewrittenConfig, exist_ok=True)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from clover.errors import CloverError
 from clover.model.answers import ROWS, answer, on, padding, several, valid
+from clover.model.precision import or_wider
 from clover.model.running import forward
 from clover.planning.budget import Costs, Granularity, Limits, Share, is_number, make_plan
 from clover.planning.plan import Plan
@@ -344,7 +345,8 @@ def compare(whole: nn.Module, cut: nn.Module, batches: Iterable[Any]) -> Measure
     mean = sum(sums) / sum(tokens)
     if not math.isfinite(mean):
         raise CloverError(
-            "the output on data kept out of the calibration is not finite; check the data, or use float32"
+            "the output on data kept out of the calibration is not finite; check the data"
+            + or_wider(next(whole.parameters()).dtype)
         )
     spread = [s - mean * n for s, n in zip(sums, tokens, strict=True)]  # sequences count by their tokens
     error = statistics.stdev(spread) * len(sums) ** 0.5 / sum(tokens) if len(sums) > 1 else math.inf

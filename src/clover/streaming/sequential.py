@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from clover.calibration.calibrate import QUERIES, Moments, Watcher, watching
+from clover.calibration.calibrate import QUERIES, Moments, Watcher, warn_of_few, watching
 from clover.errors import CloverError
 from clover.jobs.crew import Crew
 from clover.jobs.draft import Draft
@@ -157,15 +157,19 @@ class Calibrated:
 
     def survey(self, made: Draft, we: Crew) -> None:
         """Keep what the directions of all blocks cost in the draft."""
+        reached: list[tuple[str, int, int]] = []
 
         def layer(name: str, inputs: Iterable[tuple[Tensor, Call]]) -> nn.Module:
             module, _, observed = self._layer(name, inputs, BASES, made, we)
             for block, moments in observed:
+                reached.append((block.name, moments.tokens, len(moments.mean)))
                 if we.leads:
                     made.keep(BASES, block.name, pack_costs(find_basis(block, moments).costs()))
             return module
 
         self._walk(layer, BASES, made, we)
+        if we.leads:
+            warn_of_few(reached)
 
     def cut(self, layout: Layout, made: Draft, we: Crew) -> None:
         """Write the cut of every block, each calibrated behind those before it."""

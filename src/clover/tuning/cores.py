@@ -159,7 +159,8 @@ class Core(nn.Module):
                 change = nn.functional.dropout(change, self.dropout)
             if self.left is None or self.right is None:
                 return change
-            left, right = _wide(self.left), _wide(self.right)
+            wide = torch.promote_types(change.dtype, _wide(self.left).dtype)  # a model's own dtype may be float64
+            change, left, right = change.to(wide), self.left.to(wide), self.right.to(wide)
             return left @ (change @ right if change.dim() == 3 else change.unsqueeze(-1) * right)
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, meta: Any, strict: Any, missing: Any,

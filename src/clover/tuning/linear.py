@@ -277,7 +277,7 @@ def _read(module: Any) -> Float[Tensor, "out in"]:
     """The weight as ``(out, in)``: dequantised, gathered from all ranks, out of wrappers, Conv1D turned.
 
     Raises:
-        CloverError: the weight is on the meta device.
+        CloverError: the weight is on the meta device, or packed for a CPU's 4-bit kernels.
     """
     weight = _peek(module)
     if weight is None:
@@ -290,6 +290,11 @@ def _peek(module: Any) -> Tensor | None:
     """As ``_read``; None where the weight is not loaded yet."""
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
+    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+        raise CloverError(
+            "bitsandbytes packed a 4-bit weight for this CPU when the model ran in evaluation mode, and can't read it "
+            "back; load the model again, and add or merge the adapter before it runs"
+        )
     with gather_params_ctx(module.parameters()):  # ZeRO-3; nothing elsewhere
         weight = dequantize_module_weight(module).detach()
         kept: Any = getattr(module, "state", None)

@@ -39,9 +39,14 @@ class Recipe:
         """The largest learning rate."""
         return METHODS[self.method] if self.lr is None else self.lr
 
+    @property
+    def rise(self) -> int:
+        """Steps of warm-up: no more than half of all."""
+        return min(self.warmup, self.steps // 2)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self) | {"lr": self.rate}
+        """Plain data, with the learning rate and the warm-up that are used."""
+        return asdict(self) | {"lr": self.rate, "warmup": self.rise}
 
     def check(self) -> None:
         """Refuse what can't be run.

@@ -184,7 +184,7 @@ def train(
     """
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=recipe.steps, learning_rate=recipe.rate, seed=recipe.seed,
-        per_device_train_batch_size=recipe.batch, warmup_steps=min(recipe.warmup, recipe.steps // 2),
+        per_device_train_batch_size=recipe.batch, warmup_steps=recipe.rise,
         lr_scheduler_type="linear", weight_decay=0.0, logging_steps=1, logging_nan_inf_filter=False,
         save_strategy="steps" if save_every else "no", save_steps=save_every or recipe.steps, save_total_limit=1,
         report_to=[], disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
