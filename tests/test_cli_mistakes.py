@@ -126,7 +126,7 @@ def test_empty_calibration(narrow: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.txt"
     empty.touch()
     said = refuse("prune", narrow, tmp_path / "out", "--vo", 0.5, "--calibration", empty)
-    assert f"{empty} is no calibration data" in said
+    assert f"{empty} holds no text" in said
 
 
 def test_calibration_of_another_kind(narrow: Path, tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_kind_that_the_model_does_not_read(tmp_path: Path, reads: str, model: Ca
 @pytest.mark.parametrize("content", ["", "  \n", "w1"])
 def test_empty_calibration_text(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.txt").write_text(content)
-    with pytest.raises(CloverError, match=r"a\.txt is no calibration data"):
+    with pytest.raises(CloverError, match=r"a\.txt (is no calibration data|holds no text)"):
         data.calibration_batches(tmp_path / "a.txt", llama(), processor=tokenizer())
 
 

@@ -66,7 +66,7 @@ def test_manifest(manifest: Path) -> None:
     ("file\ttext\na.wav\t  \n", None, "without file or text"),
     ("file\ttext\n", None, "no rows"),
     (f"file\ttext\n{'a sentence ' * 30}\ta.wav\n", None, "a sentence"),
-    ("", None, "column 'file'"),
+    ("", None, "holds no text"),
     ("file\ttext\tsplit\na.wav\thello\ttest\n", "train", "'train'.*'test'"),
 ])  # fmt: skip
 def test_bad_manifest_is_named(manifest: Path, table: str, split: str | None, said: str) -> None:
@@ -150,7 +150,7 @@ def test_bad_question_is_named(tmp_path: Path, record: object, said: str) -> Non
         files.read_questions(path)
 
 
-@pytest.mark.parametrize("content, said", [("\n\n", "no questions"), ("{broken\n", "line 1")])
+@pytest.mark.parametrize("content, said", [("\n\n", "no text"), ("{broken\n", "line 1")])
 def test_file_without_questions(tmp_path: Path, content: str, said: str) -> None:
     (tmp_path / "q.jsonl").write_text(content)
     with pytest.raises(CloverError, match=said):

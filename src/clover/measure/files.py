@@ -66,13 +66,15 @@ def read_text(path: str | Path) -> str:
     """A whole UTF-8 file, unpacked where the name ends in ``.gz``.
 
     Raises:
-        CloverError: the file is missing, unreadable, corrupt or no UTF-8.
+        CloverError: the file is missing, unreadable, corrupt, no UTF-8 or blank.
     """
     try:
         content = Path(path).read_bytes()
         text = (gzip.decompress(content) if Path(path).suffix.lower() == ".gz" else content).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise CloverError(f"{path} cannot be read as UTF-8 text ({error}); give another file") from error
+    if not text.strip():
+        raise CloverError(f"{path} holds no text; give another file")
     return text.replace("\r\n", "\n")
 
 
@@ -157,8 +159,6 @@ def read_questions(path: str | Path) -> list[Question]:
 def read_records(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     """Objects of a ``.jsonl[.gz]`` file, with where they stand: ``instruction``, and ``output`` or ``answer``."""
     lines = [(f"line {i} of {path}", line) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
-    if not lines:
-        raise CloverError(f"{path} holds no questions; give one JSON object a line")
     return [(where, _record(line, where)) for where, line in lines]
 
 
