@@ -102,7 +102,9 @@ def measured(name: str) -> tuple[list[Basis], list[Facts]]:
     sums: Any
     facts: Any
     state = SCRATCH / f"clover-frontier-{name}.pt"
-    done, sums, facts = torch.load(state, map_location=DEVICE) if state.exists() else (0, None, None)
+    done, sums, facts = (
+        torch.load(state, map_location=next(dense(name).parameters()).device) if state.exists() else (0, None, None)
+    )
     batches = calibration(name)
     for i in range(done, len(batches)):
         with watching(dense(name), found) as seen:

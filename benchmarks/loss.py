@@ -76,9 +76,13 @@ def _language(name: str) -> tuple[Any, list, Callable[[Any], float]]:
 
 def _other(name: str) -> tuple[Any, list, Callable[[Any], float]]:
     if name == "minilm":
-        model, calibration, test = embedding.dense(), list(embedding.calibration()), list(embedding.calibration("test"))
+        model, calibration, test = (
+            embedding.dense().to(DEVICE),
+            list(embedding.calibration()),
+            list(embedding.calibration("test")),
+        )
     else:
-        model = speech.dense()
+        model = speech.dense().to(DEVICE)
         calibration, test = (list(speech.transcripts(split)) for split in ("calibration", "test"))
     return model, calibration, lambda cut: compare(model, cut, test).nats
 

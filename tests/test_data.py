@@ -243,10 +243,13 @@ def test_kind_that_the_model_does_not_read(tmp_path: Path, reads: str, model: Ca
             data.calibration_batches(paths[kind], model())
 
 
-@pytest.mark.parametrize("content", ["", "  \n", "w1"])
-def test_empty_calibration_text(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    "content, said",
+    [("", "holds no text"), ("  \n", "holds no text"), ("w1", "is no calibration data: .* too little text")],
+)
+def test_empty_calibration_text(tmp_path: Path, content: str, said: str) -> None:
     (tmp_path / "a.txt").write_text(content)
-    with pytest.raises(CloverError, match=r"a\.txt (is no calibration data|holds no text)"):
+    with pytest.raises(CloverError, match=rf"a\.txt {said}"):
         data.calibration_batches(tmp_path / "a.txt", llama(), processor=tokenizer())
 
 

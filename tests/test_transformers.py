@@ -74,6 +74,18 @@ def test_who_asks_where_foreign_code_is_learns_that_there_is_none(tmp_path: Path
     assert not config.auto_map and "auto_map" not in (tmp_path / "model" / "config.json").read_text()
 
 
+class OfTheirOwn(t.LlamaForCausalLM):
+    """As people make one for code that lies beside its weights."""
+
+
+def test_a_class_that_would_be_saved_as_code_is_not(tmp_path: Path) -> None:
+    OfTheirOwn.register_for_auto_class("AutoModelForCausalLM")
+    model = OfTheirOwn(t.LlamaConfig(**LM)).eval()
+    clover.prune(model, qk=0.25, vo=0.25)
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py")) and "auto_map" not in (tmp_path / "config.json").read_text()
+
+
 def test_names_that_no_class_has() -> None:
     with pytest.raises(AttributeError):
         pickle.loads(b"cclover.pruning.classes\nCloverNothing\n.")

@@ -257,7 +257,7 @@ def _windows(text: str, tokenizer: Any, length: int, sequences: int, path: Path)
         pieces = [text]
     windows = _in_windows(pieces, tokenizer, length)
     full = [window for window in windows if len(window) == length] or windows[:1]
-    if len(full[0]) < 2:
+    if not full or len(full[0]) < 2:
         raise CloverError(f"{path} is no calibration data: it holds too little text; give more")
     return _spread(full, sequences)
 

@@ -66,6 +66,7 @@ class _ConfigMixin:
 
     model_type = MODEL_TYPE
     auto_map = RewrittenConfig.auto_map
+    _auto_class = None  # a family's own, of code beside its weights, says nothing of how we are loaded
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -135,6 +136,8 @@ def _as_its_family(model: Any, config: Any) -> Iterator[None]:
 
 class _ModelMixin:
     """Rebuilds the attention of a model from the plan in its config."""
+
+    _auto_class = None
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         with _as_its_family(self, config):
@@ -248,7 +251,7 @@ def model_class(base: Any, config: Any) -> Any:
     made = type(f"Clover{base.__name__}", (_ModelMixin, base), {"config_class": config, "__module__": __name__})
     own = config.__bases__[1]
     made.__qualname__ += _place(base) + ("" if base.config_class is own else f":{own.__name__}{_place(own)}")
-    for name in (base.__name__, config.__bases__[1].model_type):
+    for name in (base.__name__, own.model_type):
         if mergers := _mergers(get_checkpoint_conversion_mapping(name)):
             register_checkpoint_conversion_mapping(made.__name__, mergers, overwrite=True)
             break

@@ -146,7 +146,7 @@ class Core(nn.Module):
         return f"blocks={self.rows.shape[0]}, size={self.rows.shape[1]}, {kind}"
 
     def transform(self) -> Float[Tensor, "b d d"]:
-        """``E``: the block's new weight is ``(I + E) W``. float32, whatever autocast says.
+        """``E``: the block's new weight is ``(I + E) W``. At least float32, whatever autocast says.
 
         Raises:
             RuntimeError: the bases have not been loaded.
@@ -159,7 +159,7 @@ class Core(nn.Module):
                 change = nn.functional.dropout(change, self.dropout)
             if self.left is None or self.right is None:
                 return change
-            wide = torch.promote_types(change.dtype, _wide(self.left).dtype)  # a model's own dtype may be float64
+            wide = torch.promote_types(change.dtype, self.left.dtype)  # a model's own dtype may be float64
             change, left, right = change.to(wide), self.left.to(wide), self.right.to(wide)
             return left @ (change @ right if change.dim() == 3 else change.unsqueeze(-1) * right)
 

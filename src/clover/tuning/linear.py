@@ -188,7 +188,7 @@ class CloverLinear(nn.Module, BaseTunerLayer):
     def _set_merged(self, names: list[str], check: bool = False) -> None:
         """Go from the merged adapters to ``names``: undo the one transform, apply the other."""
         with still(self):
-            weight = _read(self.get_base_layer())
+            weight = _read(self.get_base_layer()) if self.original is None else self.original
             dtype, wide, kept = weight.dtype, self._unmerged(), self.original
             if kept is None and not _is_sharded(self.get_base_layer()):  # those are too large to keep
                 kept = weight.clone()
@@ -292,8 +292,8 @@ def _peek(module: Any) -> Tensor | None:
         module = module.get_base_layer()
     if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
         raise CloverError(
-            "bitsandbytes packed a 4-bit weight for this CPU when the model ran in evaluation mode, and can't read it "
-            "back; load the model again, and add or merge the adapter before it runs"
+            "bitsandbytes packed a 4-bit weight for this CPU when the model ran in evaluation mode, and can read it "
+            "back only roughly; load the model again, and add or merge the adapter before it runs"
         )
     with gather_params_ctx(module.parameters()):  # ZeRO-3; nothing elsewhere
         weight = dequantize_module_weight(module).detach()
