@@ -22,6 +22,7 @@ import clover
 from clover.attention.attention import CloverAttention
 from clover.errors import CloverError
 from clover.planning.budget import Share
+from clover.pruning.classes import config_class
 from clover.pruning.prune import apply, find_bases, plan_ranks
 from commands import run
 from families import build, outputs, pruned
@@ -84,6 +85,10 @@ def test_a_class_that_would_be_saved_as_code_is_not(tmp_path: Path) -> None:
     clover.prune(model, qk=0.25, vo=0.25)
     model.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.py")) and "auto_map" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_config_that_an_auto_class_knows_by_a_class_that_is_not_there() -> None:
+    assert issubclass(config_class(t.VoxtralRealtimeTextConfig), t.VoxtralRealtimeTextConfig)
 
 
 def test_names_that_no_class_has() -> None:

@@ -106,7 +106,10 @@ def _models_of(config: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     for auto in vars(modeling_auto).values():
         table = getattr(auto, "_model_mapping", None)
         if table is not None and config in table:
-            found = table[config]
+            try:
+                found = table[config]
+            except (ImportError, ValueError):  # a class that transformers lacks, or that lacks a package
+                continue
             yield table, found if isinstance(found, tuple) else (found,)
 
 
