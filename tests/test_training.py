@@ -409,9 +409,9 @@ def test_a_bad_recipe_is_refused(change: Any, message: str, llama: Path, text: P
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.txt", "", "too little text"),
+        ("empty.txt", "", "holds no text"),
         ("one.txt", "w1", "too little text"),
-        ("empty.jsonl", "\n", "holds no questions"),
+        ("empty.jsonl", "\n", "holds no text"),
         ("half.jsonl", '{"instruction": "w1"}\n', "answer"),
         ("list.tsv", "file\ttext\n", "holds manifest; tuning takes"),
     ],
