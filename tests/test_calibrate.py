@@ -519,12 +519,19 @@ def test_all_padding_is_refused() -> None:
         calibrate(model, blocks(model), [batch | {"attention_mask": mask}])
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_activations_that_are_not_finite_are_refused(bad: float) -> None:
-    model, batch = build("llama-gqa")
+@pytest.mark.parametrize(
+    "bad, dtype, remedy",
+    [
+        (torch.nan, torch.float32, "$"),
+        (torch.inf, torch.float32, "$"),
+        (torch.inf, torch.bfloat16, ", or use float32$"),
+    ],
+)
+def test_activations_that_are_not_finite_are_refused(bad: float, dtype: torch.dtype, remedy: str) -> None:
+    model, batch = build("llama-gqa", dtype)
     with torch.no_grad():
         model.model.embed_tokens.weight[batch["input_ids"][0, 0], 0] = bad
-    with pytest.raises(CloverError, match=r"layers\.0\.self_attn: .* not finite; check the data, or use float32"):
+    with pytest.raises(CloverError, match=rf"layers\.0\.self_attn: .* not finite; check the data{remedy}"):
         calibrate(model, blocks(model), [batch])
     assert hook_count(model) == 0
 
