@@ -322,11 +322,9 @@ def spearman(a: list[float], b: list[float]) -> float:
 
 
 def loss_bound(results: Results) -> str:
-    named, on = {}, {}
-    for _, found in _of(results, "loss-bound"):
-        model = found["result"].get("model", "smollm2")
-        named[model] = found["result"]["runs"]
-        on[model] = found["machine"].get("gpu") or f"{found['machine']['threads']} CPU threads"
+    found = {r["result"].get("model", "smollm2"): r for _, r in _of(results, "loss-bound")}
+    named = {model: r["result"]["runs"] for model, r in found.items()}
+    on = {m: r["machine"].get("gpu") or f"{r['machine']['threads']} CPU threads" for m, r in found.items()}
     runs = [(m, r) for m in LOSS_MODELS if m in named for r in sorted(named[m], key=lambda r: r["max_loss"])]
     rows = [[LOSS_MODELS[model], percent(r["max_loss"]),
              *(percent(r["chosen"][k]) for k in ("qk", "vo", "measured", "ceiling")),

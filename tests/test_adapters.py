@@ -210,6 +210,18 @@ def test_four_bits_that_were_packed_for_a_cpu(when: str) -> None:
         model.merge_and_unload() if when == "merging" else get_peft_model(model, config())
 
 
+def test_a_kept_weight_is_put_back_without_a_look_at_the_merged_one() -> None:
+    model, batch, _ = tuned()
+    with model.disable_adapter():
+        before = outputs(model, batch)
+    model.merge_adapter()
+    for module in (m for m in model.modules() if type(m) is torch.nn.Linear):
+        module.weight.quant_state = SimpleNamespace(packing_format_for_cpu=True)  # which can't be read
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, batch), before)
+
+
 def test_a_model_with_added_adapters_is_not_saved_as_if_whole(tmp_path: Path) -> None:
     model, _ = fresh()
     clover.prune(model, vo=0.3)

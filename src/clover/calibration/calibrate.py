@@ -120,9 +120,10 @@ def calibrate(
 
 def warn_of_few(reached: Iterable[tuple[str, int, int]]) -> None:
     """Warn of the first block (name, tokens, columns of its heads) that fewer tokens reached than it has columns."""
-    if few := next(((name, tokens, columns) for name, tokens, columns in reached if tokens < columns), None):
-        name, tokens, columns = few
-        warn(f"{tokens} tokens reached {name}, fewer than the {columns} columns of its heads; give more data")
+    for name, tokens, columns in reached:
+        if tokens < columns:
+            warn(f"{tokens} tokens reached {name}, fewer than the {columns} columns of its heads; give more data")
+            return
 
 
 @contextmanager

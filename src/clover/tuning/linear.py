@@ -188,8 +188,8 @@ class CloverLinear(nn.Module, BaseTunerLayer):
     def _set_merged(self, names: list[str], check: bool = False) -> None:
         """Go from the merged adapters to ``names``: undo the one transform, apply the other."""
         with still(self):
-            weight = _read(self.get_base_layer()) if self.original is None else self.original
-            dtype, wide, kept = weight.dtype, self._unmerged(), self.original
+            weight = self._stored()
+            dtype, wide, kept = weight.dtype, self._unmerged(weight), self.original
             if kept is None and not _is_sharded(self.get_base_layer()):  # those are too large to keep
                 kept = weight.clone()
             for core, transform in self._transforms(names):
@@ -202,10 +202,13 @@ class CloverLinear(nn.Module, BaseTunerLayer):
             self.merged_adapters = names
             self.original = kept if names else None
 
-    def _unmerged(self) -> Float[Tensor, "out in"]:
-        """The base weight without what was merged into it, at least float32."""
+    def _stored(self) -> Float[Tensor, "out in"]:
+        """The weight that was kept when adapters were merged, or else the base's."""
         base: Any = self.get_base_layer()
-        weight = _read(base) if self.original is None else self.original.to(base.weight.device)
+        return _read(base) if self.original is None else self.original.to(base.weight.device)
+
+    def _unmerged(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The stored weight without what was merged into it, at least float32."""
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if self.original is not None:
             return wide
@@ -234,12 +237,13 @@ class CloverLinear(nn.Module, BaseTunerLayer):
         """What the adapter adds to the weight, in the layout of the base layer."""
         base = self.get_base_layer()
         with still(self):
-            weight, transforms = self._unmerged(), self._transforms([adapter])
+            stored = self._stored()
+            weight, transforms = self._unmerged(stored), self._transforms([adapter])
         delta = torch.zeros_like(weight)
         for core, transform in transforms:
             rows = core.rows
             delta.index_copy_(0, rows.flatten(), (transform.to(weight.dtype) @ weight[rows]).flatten(0, 1))
-        delta = delta.to(_read(base).dtype)
+        delta = delta.to(stored.dtype)
         return delta.T if isinstance(base, Conv1D) else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
