@@ -274,6 +274,25 @@ def test_dropout_only_in_training(name: str) -> None:
     assert not torch.equal(outputs(model, batch), outputs(model, batch))
 
 
+def test_who_listens_to_a_projection_hears_what_it_said() -> None:
+    """Queries and keys may be turned where they were computed; but not under the eyes of a hook."""
+    parities: set[int] = set()
+    heard: list[Any] = []
+    for share in (0.2, 0.3, 0.4):
+        model, batch = pruned("llama-gqa", share)
+        expected = outputs(model, batch)
+        projections = [m.qkv_proj for m in model.modules() if isinstance(m, CloverAttention)]
+        parities |= {p.out_features % 2 for p in projections}
+        for projection in projections:
+            projection.register_forward_hook(lambda module, args, out: heard.append((module, *args, out)))
+        torch.testing.assert_close(outputs(model, batch), expected)
+        assert len(heard) == len(projections)
+        while heard:
+            module, x, out = heard.pop()
+            assert torch.equal(out, torch.nn.functional.linear(x, module.weight, module.bias))
+    assert parities == {0, 1}
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "bert"])
 def test_it_can_be_trained_after_inference(name: str) -> None:
     model, batch = pruned(name)

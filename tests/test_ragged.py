@@ -63,6 +63,10 @@ def test_heads_are_padded_and_narrowed_again(
     heads = torch.stack(
         [torch.nn.functional.pad(x, (0, padding.size - x.shape[-1])) for x in flat.split(values, -1)], 2
     )
-    assert torch.equal(padding.outputs.of(heads.flatten(2)), flat)
+    assert torch.equal(padding.flat(heads), flat)
     longer = flat.detach().double()  # cached before autocast
-    assert torch.equal(padding.outputs.of(heads.detach().double().flatten(2)), longer)
+    assert torch.equal(padding.flat(heads.detach().double()), longer)
+    qk, value = (sum(size[i] for size in sizes) for i in (0, 1))
+    row = torch.randn(*shape, (n + 1) * qk + value + beside, dtype=dtype)
+    parts = row.split([n * qk, qk, value, beside], -1)[:3]
+    assert all(map(torch.equal, padding.heads(*parts, row), padding.heads(*parts, None)))

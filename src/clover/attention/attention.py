@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from clover.attention.cache import append, stepped
+from clover.attention.cache import append, begun, stepped
 from clover.attention.eager import eager_attention, exporting, tracing
 from clover.attention.ragged import (
     Tables,
@@ -30,17 +30,15 @@ from clover.attention.ragged import (
     joined,
     kernel_size,
     padded,
+    rewritable,
+    short,
     take,
 )
 from clover.errors import CloverError
 from clover.model.block import Block, arguments, growth_at, head_bias, norm_entries
 from clover.model.mla import read
-from clover.model.rotation import angles, turn_pairs, turned
+from clover.model.rotation import angles, turn_pairs, turned, turned_by
 from clover.planning.plan import BlockPlan
-
-SHORT, SHORT_ON_GPU = 2**16, 2**24
-"""Up to this many logits a head, heads of unequal sizes are padded into one call: launches cost more than zeros, and a
-few heads leave most of a GPU idle."""
 
 
 class CloverAttention(nn.Module):
@@ -184,9 +182,9 @@ class CloverAttention(nn.Module):
         if call.get("cache") is not None:
             raise CloverError("a pruned model can't share a paged cache; use generate")
         x, seen = call["hidden_states"], self._seen(call)
-        queries, keys, values = self._project(x, call)
+        queries, keys, values, row = self._project(x, call)
         if self.growth:
-            queries = queries * growth_at(self.growth, call, seen).unsqueeze(-1).to(queries.dtype)
+            row, queries = None, queries * growth_at(self.growth, call, seen).unsqueeze(-1).to(queries.dtype)
         bias = head_bias(self.family, self, call, x.shape[1], keys.shape[1], seen)
         mask = self._mask(call.pop("attention_mask", None), bias, x.shape[1], keys.shape[1])
         residual = call.pop("residual", None)
@@ -202,7 +200,7 @@ class CloverAttention(nn.Module):
             for name in ("hidden_states", "past_key_values", "key_value_states", "position_embeddings", "use_cache",
                          "sliding_window"):  # fmt: skip
                 call.pop(name, None)
-            z, weights = self._attend(queries, keys, values, mask, call)
+            z, weights = self._attend(queries, keys, values, row, mask, call)
         y = self.o_proj(z)
         if self.training:
             y = nn.functional.dropout(y, self.output_dropout)
@@ -216,18 +214,25 @@ class CloverAttention(nn.Module):
         seen = call["past_key_values"].get_seq_length(self.layer_idx)
         return seen.clone() if isinstance(seen, Tensor) else seen  # a static cache counts on in place
 
-    def _project(self, x: Tensor, call: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Flat queries ``(batch, tokens, columns)``, and keys and values with whatever the cache holds before them."""
+    def _project(self, x: Tensor, call: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Flat queries ``(batch, tokens, columns)``, and keys and values with whatever the cache holds before them.
+
+        Where it holds nothing, and they could stay where they were computed, also the rows that begin with all three.
+        """
         cache = call.get("past_key_values")
         if self.is_cross:
-            return self._project_cross(x, call["key_value_states"], cache)
+            return *self._project_cross(x, call["key_value_states"], cache), None
         if self.family.latent is not None:
-            return self._project_latent(x, call.get("position_embeddings"), cache)
-        qk, values = self.qkv_proj(x).split_with_sizes([sum(self.sizes[:2]), self.sizes[2]], -1)
+            return *self._project_latent(x, call.get("position_embeddings"), cache), None
+        row, parts = self.qkv_proj(x), [sum(self.sizes[:2]), self.sizes[2]]
+        stays = not self.norms and rewritable(row, self.qkv_proj)
+        if stays and self.rotary and row.shape[-1] % 2:
+            row, parts = nn.functional.pad(row, (0, 1)), [*parts, 1]  # pairs are turned two columns at a time
+        qk, values, *_ = row.split_with_sizes(parts, -1)
         if self.norms and not self.family.norms_last:
             qk = self._normed(qk)
         if self.rotary:
-            qk = self._rotate(qk, call.get("position_embeddings"))
+            qk = self._rotate(qk, call.get("position_embeddings"), stays)
         if self.norms and self.family.norms_last:
             qk = self._normed(qk)
         queries, keys = qk.split_with_sizes(self.sizes[:2], -1)
@@ -235,7 +240,8 @@ class CloverAttention(nn.Module):
             cache = cache.self_attention_cache
         if cache is not None:
             keys, values = append(cache, self.layer_idx, keys, values)
-        return queries, keys, values
+            stays = stays and begun(cache, self.layer_idx, x.shape[1])
+        return queries, keys, values, row if stays else None
 
     def _project_cross(self, x: Tensor, source: Tensor | None, cache: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The same where keys and values read another sequence; a cache that has seen it gives them back."""
@@ -282,13 +288,13 @@ class CloverAttention(nn.Module):
             return torch.cat([norm(t) for norm, t in pairs], -1)
         return torch.cat([norm(t.unflatten(-1, (-1, self.clover.qk))).flatten(-2) for norm, t in pairs], -1)
 
-    def _rotate(self, qk: Tensor, position_embeddings: Any) -> Tensor:
+    def _rotate(self, qk: Tensor, position_embeddings: Any, in_place: bool = False) -> Tensor:
         """Turn every pair of columns, of queries and keys together, by its own frequency."""
         if position_embeddings is None:
             raise TypeError("attention with rotary positions was called without position_embeddings")
         given = self.family, position_embeddings, qk.shape[1], self.rotary // 2, self.clover.qk > self.rotary
         # Compilers and exporters know real numbers only, and so did MPS for long.
-        if tracing() or qk.is_mps:
+        if not in_place and (tracing() or qk.is_mps):
             return turn_pairs(qk, *(take(t, self.frequencies) for t in angles(*given)))
         # Every layer is handed the same tensors, so what is made of them is kept on one.
         keeper: Any = position_embeddings if isinstance(position_embeddings, Tensor) else position_embeddings[0]
@@ -297,16 +303,13 @@ class CloverAttention(nn.Module):
             # There are no complex numbers of half precision to rely on.
             keeper.clover_table = torch.complex(*(t.float() if t.dtype.itemsize < 4 else t for t in angles(*given)))
         table = take(keeper.clover_table, self.frequencies)  # a column for each pair
-        x = aligned(qk.float() if qk.dtype.itemsize < 4 else qk, 2)
-        if x.requires_grad:
-            turned = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * table).flatten(-2)
-        else:  # a change of the dtype is quicker, and gradients know nothing of it
-            pairs = x.view(x.dtype.to_complex()) * table
-            turned = pairs.view(pairs.dtype.to_real())
-        return turned.to(qk.dtype)
+        if in_place:
+            qk.view(qk.dtype.to_complex()).mul_(table)
+            return qk
+        return turned_by(aligned(qk.float() if qk.dtype.itemsize < 4 else qk, 2), table).to(qk.dtype)
 
     def _attend(
-        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, options: dict[str, Any]
+        self, queries: Tensor, keys: Tensor, values: Tensor, row: Tensor | None, mask: Any, options: dict[str, Any]
     ) -> tuple[Tensor, list[Tensor | None]]:
         """One call a group: ``(batch, tokens, columns)``, and the weights of each group."""
         name = self.config._attn_implementation
@@ -316,10 +319,9 @@ class CloverAttention(nn.Module):
         plainly = interface is eager_attention
         dropout = self.attention_dropout if self.training else 0.0
         options |= {"scaling": self.scaling, "sliding_window": self.sliding_window, "dropout": dropout}
-        short = SHORT if queries.device.type == "cpu" else SHORT_ON_GPU
-        if self.uneven and not plainly and queries.shape[1] * keys.shape[1] <= short:
+        if self.uneven and not plainly and short(queries, keys):
             options |= {} if self.plain_softmax else self._softmax_options(slice(None))
-            return self._attend_padded(partial(interface, self, **options), queries, keys, values, mask), [None]
+            return self._attend_padded(partial(interface, self, **options), queries, keys, values, row, mask), [None]
         outputs, weights, last = [], [], 0
         for group, q, k, v, m in self._groups(queries, keys, values, mask):
             first, last = last, last + q.shape[1]
@@ -339,16 +341,12 @@ class CloverAttention(nn.Module):
         return options
 
     def _attend_padded(
-        self, attend: Callable, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+        self, attend: Callable, queries: Tensor, keys: Tensor, values: Tensor, row: Tensor | None, mask: Tensor | None
     ) -> Tensor:
         """All heads in one call, padded to the largest: ``(batch, tokens, columns)``."""
         padding, _ = self._tables.at(queries)
-        q, k, v = padding.queries.of(queries), padding.keys.of(keys), padding.values.of(values)
-        if padding.present is not None:
-            k = k * padding.present
-        mask = by_head(mask, self._tables.heads)
-        q, k, v = (as_heads(t, t.shape[-1] // padding.size) for t in (q, k, v))
-        return padding.outputs.of(attend(q, k, v, mask)[0].flatten(2))
+        q, k, v = padding.heads(queries, keys, values, row)
+        return padding.flat(attend(q, k, v, by_head(mask, self._tables.heads))[0])
 
     def _groups(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Iterator[tuple]:
         """Each group with its queries, keys, values ``(batch, heads, tokens, columns)`` and its mask."""

@@ -26,11 +26,12 @@ class Room:
     @classmethod
     def of(cls, held: Any, fresh: Tensor) -> Room:
         """The tokens that are held, ``(batch, 1, tokens, columns)``, with room for those of ``fresh`` and some more."""
-        had = held.shape[2] if held.dim() > 1 else 0  # a layer begins with empty vectors
+        had = held.shape[2] if held is not None and held.dim() > 1 else 0  # a layer may begin with empty vectors
         total = had + fresh.shape[1]
         length = -(-(total + max(LEAST, total // GROWTH)) // STEP) * STEP
         buffer = fresh.new_empty(fresh.shape[0], length, fresh.shape[2])
-        buffer[:, total:] = 0  # what is there may be read, if not used
+        if fresh.device.type not in ANY_LENGTH:  # what is there may be read, if not used, see ``stepped``
+            buffer.narrow(1, total, length - total).zero_()
         if had:
             buffer[:, :had] = held[:, 0]
         return cls(buffer, had)
@@ -52,6 +53,8 @@ class GrowingLayer(DynamicLayer):
     done to a cache (reordering for beams, moving) leaves other tensors in their place; they are taken over into a fresh
     buffer at the next token.
     """
+
+    is_initialized: bool
 
     def __init__(self) -> None:
         self.rooms: dict[str, Any] = {"keys": None, "values": None}  # a ``Room``, or what was put in its place
@@ -91,7 +94,8 @@ class GrowingLayer(DynamicLayer):
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append ``(batch, new tokens, columns)``; returns the whole, in the same form."""
         if not self.is_initialized:
-            self.lazy_initialization(keys, values)
+            self.dtype, self.device = keys.dtype, keys.device
+            self.is_initialized = True
         return self._append("keys", keys), self._append("values", values)
 
     def _append(self, which: str, fresh: Shaped[Tensor, "batch new columns"]) -> Shaped[Tensor, "batch tokens columns"]:
@@ -125,6 +129,12 @@ def plain(cache: Any) -> bool:
     return type(cache).update is Cache.update and "update" not in vars(cache) and not cache.offloading
 
 
+def begun(cache: Any, layer: int, tokens: int) -> bool:
+    """Whether a layer that grows in place holds these last tokens and no others."""
+    held = cache.layers[layer]
+    return type(held) is GrowingLayer and plain(cache) and held.rooms["keys"].tokens == tokens
+
+
 def append(cache: Cache, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Put ``(batch, new tokens, columns)`` behind what a layer of the cache holds; returns the whole.
 
@@ -143,7 +153,9 @@ def append(cache: Cache, layer: int, keys: Tensor, values: Tensor) -> tuple[Tens
 
 
 def grow(cache: Cache, layer: int) -> Any:
-    """The layer, after it became one that grows in place if it can.
+    """The layer, after it and those behind it became layers that grow in place, where they can.
+
+    All at once, for what code is run right after a large product waits for memory.
 
     Raises:
         CloverError: it holds keys of other heads.
@@ -157,8 +169,10 @@ def grow(cache: Cache, layer: int) -> Any:
             f"the cache holds keys of {held.shape[1]} heads, as the unpruned model or prefix tuning makes them; begin "
             "with an empty cache, and tune a pruned model by its weights or by a prompt"
         )
-    if type(cache.layers[layer]) is DynamicLayer and not cache.layers[layer].is_initialized and not cache.offloading:
-        cache.layers[layer] = GrowingLayer()
+    if not cache.offloading:
+        for i, held in enumerate(cache.layers[layer:], layer):
+            if type(held) is DynamicLayer and not held.is_initialized:
+                cache.layers[i] = GrowingLayer()
     return cache.layers[layer]
 
 

@@ -24,6 +24,9 @@ TILE = 16
 """Columns that matrix units of CPUs and GPUs like to work on at once."""
 LONG = 512
 """Tokens that are worth a thread of their own in a sum over all tokens."""
+SHORT, SHORT_ON_GPU = 2**16, 2**24
+"""Up to this many logits a head, heads of unequal sizes are padded into one call: launches cost more than zeros, and a
+few heads leave most of a GPU idle."""
 LEAST = -3e38
 """The logit of what must not be seen; not infinity, or a row that sees nothing would become NaN."""
 NOTHING, FEW = 1e-30, 512
@@ -37,10 +40,14 @@ class Move(NamedTuple):
     unit: int
     which: Tensor
 
+    def each(self) -> Tensor:
+        """The single columns, in their new order."""
+        return (self.unit * self.which.unsqueeze(-1) + torch.arange(self.unit, device=self.which.device)).flatten()
+
     def of(self, x: Tensor) -> Tensor:
         """The columns of ``x`` ``(batch, tokens, columns)``, in their new order."""
         if self.unit == 1:
-            return take(x, self.which)
+            return pick(x, self.which)
         wide = WIDE.get(self.unit * x.itemsize)  # under autocast, what was cached is wider than the queries
         if wide is None or x.requires_grad or tracing():
             parts = x.unflatten(-1, (-1, self.unit))
@@ -56,9 +63,14 @@ class Padding(NamedTuple):
     queries: Move
     keys: Move
     values: Move
-    outputs: Move
+    outputs: Move | None
+    """None where all stay in their places."""
+    row: Tensor
+    """The same of queries, keys and values at once, out of a row that begins with them."""
+    counts: list[int]
+    """How many heads each of the three has."""
     present: Tensor | None
-    """Which columns of the keys a head has, 1 or 0; None where it has all."""
+    """Which columns of the keys a head has, 1 or 0, ``(kv heads, 1, size)``; None where it has all."""
 
     @classmethod
     @torch.inference_mode(False)  # made under it, they could not be used in training later
@@ -78,8 +90,27 @@ class Padding(NamedTuple):
 
         qk, value = ([s[i] for s in sizes] for i in (0, 1))
         keys, _, present = columns(qk, 1)
-        known = None if present.all() else present.to(device, dtype)
-        return cls(size, columns(qk, n)[0], keys, columns(value, 1)[0], columns(value, n)[1], known)
+        known = None if present.all() else present.to(device, dtype).view(-1, 1, size)
+        queries, values = columns(qk, n)[0], columns(value, 1)[0]
+        firsts = 0, n * sum(qk), (n + 1) * sum(qk)
+        row = torch.cat([m.each() + first for m, first in zip((queries, keys, values), firsts, strict=True)])
+        counts = [n * len(sizes), len(sizes), len(sizes)]
+        outputs = None if set(value) == {size} else columns(value, n)[1]
+        return cls(size, queries, keys, values, outputs, row, counts, known)
+
+    def flat(self, heads: Float[Tensor, "batch tokens heads size"]) -> Float[Tensor, "batch tokens columns"]:
+        """The outputs of all heads, each in its own size."""
+        z = heads.flatten(2)
+        return z if self.outputs is None else self.outputs.of(z)
+
+    def heads(self, queries: Tensor, keys: Tensor, values: Tensor, row: Tensor | None) -> tuple[Tensor, ...]:
+        """All three as heads of one size, ``(batch, heads, tokens, size)``; of a ``row`` that has them, in one go."""
+        if row is None:
+            moves = (self.queries, queries), (self.keys, keys), (self.values, values)
+            q, k, v = (as_heads(move.of(x), count) for (move, x), count in zip(moves, self.counts, strict=True))
+            return q, k if self.present is None else k * self.present, v
+        q, k, v = as_heads(pick(row, self.row), sum(self.counts)).split_with_sizes(self.counts, 1)
+        return q, k if self.present is None else k.mul_(self.present), v
 
 
 class Span(NamedTuple):
@@ -250,6 +281,11 @@ def kernel_size(qk: int, value: int, dtype: torch.dtype) -> int:
     return max(TILE, -(-max(qk, value) // tile) * tile)
 
 
+def short(queries: Tensor, keys: Tensor) -> bool:
+    """Whether heads of unequal sizes are better padded into one call."""
+    return queries.shape[1] * keys.shape[1] <= (SHORT if queries.device.type == "cpu" else SHORT_ON_GPU)
+
+
 def as_heads(flat: Tensor, heads: int) -> Tensor:
     """The columns as equal heads: ``(batch, heads, tokens, size)``, a view."""
     return flat.view(*flat.shape[:2], heads, flat.shape[-1] // heads).transpose(1, 2)
@@ -258,6 +294,13 @@ def as_heads(flat: Tensor, heads: int) -> Tensor:
 def take(x: Tensor, which: Tensor) -> Tensor:
     """These columns of ``x``, in this order."""
     return x.gather(-1, which.expand(*x.shape[:-1], -1))
+
+
+def pick(x: Float[Tensor, "batch tokens columns"], which: Tensor) -> Float[Tensor, "batch tokens taken"]:
+    """The same, in the form that is quickest for single columns of float32 on CPUs."""
+    if not x.is_cpu or x.requires_grad:
+        return take(x, which)
+    return x.flatten(0, 1).index_select(1, which).view(*x.shape[:2], len(which))
 
 
 def joined(parts: list[Tensor], dim: int = -1) -> Tensor:
@@ -282,6 +325,15 @@ def weighted_sum(
     w, v = weights[0, :, :shared].unflatten(-1, (threads, each)).transpose(0, 1), values[0, :shared]
     total = torch.bmm(w, v.unflatten(0, (threads, each))).sum(0, keepdim=True)
     return total if shared == tokens else total + torch.bmm(weights[..., shared:], values[:, shared:])
+
+
+def rewritable(x: Tensor, made_by: nn.Module) -> bool:
+    """Whether a module's output, pair by pair of its columns, may be written over: none other than the caller has it.
+
+    On CPUs, where memory written anew costs more than arithmetic.
+    """
+    alone = type(made_by) is nn.Linear and not made_by._forward_hooks
+    return alone and x.is_cpu and x.itemsize >= 4 and not (x.requires_grad or tracing())
 
 
 def padded(x: Tensor, size: int) -> Tensor:

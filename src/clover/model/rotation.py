@@ -55,5 +55,13 @@ def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack(_turn(first, second, cos, sin), -1).flatten(-2).to(x.dtype)
 
 
+def turned_by(x: Float[Tensor, "*any r"], table: Tensor) -> Tensor:
+    """Turn pairs of neighbouring columns by complex numbers of a pair each ``(1 or more, ..., r / 2)``."""
+    if x.requires_grad:
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * table).flatten(-2)
+    pairs = x.view(x.dtype.to_complex()) * table  # quicker, but gradients know nothing of a change of the dtype
+    return pairs.view(pairs.dtype.to_real())
+
+
 def _turn(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return first * cos - second * sin, first * sin + second * cos
