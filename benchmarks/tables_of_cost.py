@@ -39,9 +39,8 @@ def decode(results: Results) -> str:
         "place."
     )
     parts = [f"{about}\n\n{table('Processor | context | batch | dense | pruned | ratio | bound', rows)}"]
-    swept = {
-        f"SmolLM2 at a context of {c}": run for c, run in result(results, "decode-sweep").get("contexts", {}).items()
-    }
+    sweeps = [result(results, name).get("contexts", {}) for name in ("decode-sweep", "decode-sweep-2048")]
+    swept = {f"SmolLM2 at a context of {c}": run for sweep in sweeps for c, run in sweep.items()}
     coded = result(results, "decode-encoder")
     for title, run in (swept | ({"Encoder of Whisper-base": coded["throughput"]} if coded else {})).items():
         bound = coded["bound"] if run is coded.get("throughput") else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 from unittest.mock import patch
 
@@ -150,13 +151,22 @@ def test_only_empty_dynamic_layers_are_replaced(offloading: bool) -> None:
     cache = DynamicCache()
     cache.update(*states(1, 2), 0)
     cache.offloading = offloading
-    cache.layers.append(StaticLayer(max_cache_len=4))
-    cache.layers.append(DynamicLayer())
+    cache.layers += [DynamicLayer(), StaticLayer(max_cache_len=4), DynamicLayer()]
     grow(cache, 0)
-    kinds = [DynamicLayer, StaticLayer, DynamicLayer if offloading else GrowingLayer]
-    assert [type(layer) for layer in cache.layers] == kinds
-    grow(cache, 3)
-    assert type(cache.layers[3]) is kinds[2]
+    assert [type(layer) for layer in cache.layers] == [DynamicLayer, DynamicLayer, StaticLayer, DynamicLayer]
+    grow(cache, 1)
+    new = DynamicLayer if offloading else GrowingLayer
+    assert [type(layer) for layer in cache.layers] == [DynamicLayer, new, StaticLayer, new]
+    grow(cache, 4)
+    assert type(cache.layers[4]) is new
+
+
+def test_what_memory_held_before_is_not_saved() -> None:
+    layer = GrowingLayer()
+    layer.update(*states(2, 3))
+    layer.rooms["keys"].buffer[:, 3:] = 7
+    again = pickle.loads(pickle.dumps(layer))
+    assert same(again, layer) and not again.rooms["keys"].buffer[:, 3:].any()
 
 
 def test_a_cache_that_updates_in_its_own_way_is_asked() -> None:

@@ -45,16 +45,20 @@ class Room:
         """``(batch, 1, tokens, columns)``."""
         return self.buffer.narrow(1, 0, self.tokens).unsqueeze(1)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What may be written to a file: none of what the memory held before."""
+        buffer = self.buffer.clone()
+        buffer[:, self.tokens :] = 0
+        return {"buffer": buffer, "tokens": self.tokens}
+
 
 class GrowingLayer(DynamicLayer):
-    """A ``DynamicLayer`` for the flat columns of one "head", whose ``keys`` and ``values`` lie in buffers with room.
+    """A ``DynamicLayer``; the flat columns of one "head", its ``keys`` and ``values`` lie in buffers with room.
 
     Cropping leaves them there, so what ``keys`` gave before is overwritten by the tokens that follow. Whatever else is
     done to a cache (reordering for beams, moving) leaves other tensors in their place; they are taken over into a fresh
     buffer at the next token.
     """
-
-    is_initialized: bool
 
     def __init__(self) -> None:
         self.rooms: dict[str, Any] = {"keys": None, "values": None}  # a ``Room``, or what was put in its place
@@ -93,10 +97,10 @@ class GrowingLayer(DynamicLayer):
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append ``(batch, new tokens, columns)``; returns the whole, in the same form."""
-        if not self.is_initialized:
-            self.dtype, self.device = keys.dtype, keys.device
-            self.is_initialized = True
-        return self._append("keys", keys), self._append("values", values)
+        self.dtype, self.device = keys.dtype, keys.device
+        whole = self._append("keys", keys), self._append("values", values)
+        self.is_initialized = True
+        return whole
 
     def _append(self, which: str, fresh: Shaped[Tensor, "batch new columns"]) -> Shaped[Tensor, "batch tokens columns"]:
         room, new = self.rooms[which], fresh.shape[1]
@@ -138,7 +142,7 @@ def begun(cache: Any, layer: int, tokens: int) -> bool:
 def append(cache: Cache, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Put ``(batch, new tokens, columns)`` behind what a layer of the cache holds; returns the whole.
 
-    An empty dynamic layer becomes one that grows in place; any other kind stays what it is.
+    An empty dynamic layer becomes one that grows in place, see ``grow``; any other kind stays what it is.
 
     Raises:
         CloverError: the layer holds keys of other heads.
@@ -153,9 +157,9 @@ def append(cache: Cache, layer: int, keys: Tensor, values: Tensor) -> tuple[Tens
 
 
 def grow(cache: Cache, layer: int) -> Any:
-    """The layer, after it and those behind it became layers that grow in place, where they can.
+    """The layer; an empty dynamic one becomes one that grows in place, and so do those behind it.
 
-    All at once, for what code is run right after a large product waits for memory.
+    All at once: code that runs between large products is slow, for they drive it out of the processor's caches.
 
     Raises:
         CloverError: it holds keys of other heads.
@@ -169,11 +173,14 @@ def grow(cache: Cache, layer: int) -> Any:
             f"the cache holds keys of {held.shape[1]} heads, as the unpruned model or prefix tuning makes them; begin "
             "with an empty cache, and tune a pruned model by its weights or by a prompt"
         )
-    if not cache.offloading:
-        for i, held in enumerate(cache.layers[layer:], layer):
-            if type(held) is DynamicLayer and not held.is_initialized:
-                cache.layers[i] = GrowingLayer()
+    if untouched(cache.layers[layer]) and not cache.offloading:
+        cache.layers[layer:] = [GrowingLayer() if untouched(other) else other for other in cache.layers[layer:]]
     return cache.layers[layer]
+
+
+def untouched(layer: Any) -> bool:
+    """Whether nothing was ever put into this dynamic layer, and it is of no other kind."""
+    return type(layer) is DynamicLayer and not layer.is_initialized
 
 
 def stepped(cache: Any, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

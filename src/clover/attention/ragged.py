@@ -298,7 +298,8 @@ def take(x: Tensor, which: Tensor) -> Tensor:
 
 def pick(x: Float[Tensor, "batch tokens columns"], which: Tensor) -> Float[Tensor, "batch tokens taken"]:
     """The same, in the form that is quickest for single columns of float32 on CPUs."""
-    if not x.is_cpu or x.requires_grad:
+    apart = x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1)  # to be copied first
+    if apart or not x.is_cpu or x.requires_grad:
         return take(x, which)
     return x.flatten(0, 1).index_select(1, which).view(*x.shape[:2], len(which))
 
@@ -328,12 +329,13 @@ def weighted_sum(
 
 
 def rewritable(x: Tensor, made_by: nn.Module) -> bool:
-    """Whether a module's output, pair by pair of its columns, may be written over: none other than the caller has it.
+    """Whether a module's output may be written over, as complex numbers: none other than the caller has it.
 
     On CPUs, where memory written anew costs more than arithmetic.
     """
-    alone = type(made_by) is nn.Linear and not made_by._forward_hooks
-    return alone and x.is_cpu and x.itemsize >= 4 and not (x.requires_grad or tracing())
+    heard = made_by._forward_hooks or "forward" in vars(made_by) or nn.modules.module._global_forward_hooks
+    ours = type(x) is Tensor and type(made_by) is nn.Linear and not heard and not (x.requires_grad or tracing())
+    return ours and x.is_cpu and x.itemsize >= 4 and x.is_contiguous()
 
 
 def padded(x: Tensor, size: int) -> Tensor:
