@@ -33,6 +33,7 @@ from clover.attention.ragged import (
     rewritable,
     short,
     take,
+    turns_as_it_lies,
 )
 from clover.errors import CloverError
 from clover.model.block import Block, arguments, growth_at, head_bias, norm_entries
@@ -225,14 +226,15 @@ class CloverAttention(nn.Module):
         if self.family.latent is not None:
             return *self._project_latent(x, call.get("position_embeddings"), cache), None
         row, parts = self.qkv_proj(x), [sum(self.sizes[:2]), self.sizes[2]]
-        stays = not self.norms and rewritable(row, self.qkv_proj)
+        stays = not self.norms and turns_as_it_lies(row)
+        ours = stays and rewritable(row, self.qkv_proj)  # if not, as it lies all the same: rounding must not differ
         if stays and self.rotary and row.shape[-1] % 2:
-            row, parts = nn.functional.pad(row, (0, 1)), [*parts, 1]  # pairs are turned two columns at a time
+            row, parts = nn.functional.pad(row, (0, 1)), [*parts, 1]
         qk, values, *_ = row.split_with_sizes(parts, -1)
         if self.norms and not self.family.norms_last:
             qk = self._normed(qk)
         if self.rotary:
-            qk = self._rotate(qk, call.get("position_embeddings"), stays)
+            qk = self._rotate(qk, call.get("position_embeddings"), ours)
         if self.norms and self.family.norms_last:
             qk = self._normed(qk)
         queries, keys = qk.split_with_sizes(self.sizes[:2], -1)
@@ -240,8 +242,8 @@ class CloverAttention(nn.Module):
             cache = cache.self_attention_cache
         if cache is not None:
             keys, values = append(cache, self.layer_idx, keys, values)
-            stays = stays and begun(cache, self.layer_idx, x.shape[1])
-        return queries, keys, values, row if stays else None
+            ours = ours and begun(cache, self.layer_idx, x.shape[1])
+        return queries, keys, values, row if ours else None
 
     def _project_cross(self, x: Tensor, source: Tensor | None, cache: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The same where keys and values read another sequence; a cache that has seen it gives them back."""

@@ -329,13 +329,14 @@ def weighted_sum(
 
 
 def rewritable(x: Tensor, made_by: nn.Module) -> bool:
-    """Whether a module's output may be written over, as complex numbers: none other than the caller has it.
-
-    On CPUs, where memory written anew costs more than arithmetic.
-    """
+    """Whether a module's output may be written over: none other than the caller has it."""
     heard = made_by._forward_hooks or "forward" in vars(made_by) or nn.modules.module._global_forward_hooks
-    ours = type(x) is Tensor and type(made_by) is nn.Linear and not heard and not (x.requires_grad or tracing())
-    return ours and x.is_cpu and x.itemsize >= 4 and x.is_contiguous()
+    return type(x) is Tensor and type(made_by) is nn.Linear and not heard and x.is_contiguous()
+
+
+def turns_as_it_lies(x: Tensor) -> bool:
+    """Whether pairs of columns can be turned without a copy: on CPUs, where memory costs more than arithmetic."""
+    return x.is_cpu and x.itemsize >= 4 and not (x.requires_grad or tracing())
 
 
 def padded(x: Tensor, size: int) -> Tensor:
