@@ -1,12 +1,13 @@
 """How near a pruned model comes to what its bytes allow, and whether it is ever slower: in turns, in one process.
 
-    python benchmarks/decode.py [contexts] [sweep] [sweep-2048] [encoder]     (all when left out)
+    python benchmarks/decode.py [contexts] [sweep] [eighth] [encoder]     (all when left out)
 
 contexts: tokens a second that SmolLM2 writes behind 2048, 4096 and 8160 tokens, batch 1 and 8, Q-K and V-O cut by 50 %,
 beside the bound (weights + KV-cache of the dense model) / (of the pruned one). The dense model's cache is transformers'
 default, which copies all keys and values for each token; the pruned model's grows in place.
-sweep, sweep-2048: prefill and decode at a context of 128 or 2048, both cut by 12.5 to 75 %; and, for how exact that is,
-by 0 %: a second copy of the dense model.
+sweep: prefill and decode at contexts of 128 and 2048, both cut by 12.5 to 75 %; and, for how exact that is, by 0 %: a
+second copy of the dense model.
+eighth: the smallest of these cuts at 2048 again, alone and for longer.
 encoder: that of Whisper-base over the same sweep, beside the bound of multiply-adds (attention and MLP; convolutions
 are left out on both sides).
 float32, random inputs. Run it on a quiet machine.
@@ -31,7 +32,7 @@ from speed import cut_all, loaded, throughput
 
 CONTEXTS, BATCHES = (2048, 4096, 8160), (1, 8)
 NEW_TOKENS, REPEATS, ENCODINGS = 16, 9, 41
-SWEEP = {"128": 121, "2048": 21}
+SWEEP, LONGER = {"128": 121, "2048": 11}, 31
 """How often each context is measured: cuts this small change a prefill by a few per cent, as does a busy machine."""
 RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 
@@ -66,11 +67,11 @@ def contexts() -> dict:
     return {"dtype": "float32", "new_tokens": NEW_TOKENS, "repeats": REPEATS, "rows": rows}
 
 
-def sweep(context: str) -> dict:
-    options = {"new_tokens": NEW_TOKENS, "repeats": SWEEP[context]}
-    with cuts([0, *RATIOS]) as folders:
-        (found,) = apart(throughput, folders, [{"context": int(context), **options}])
-    return {"dtype": "float32", "batch": 1, **options, "contexts": {context: found}}
+def sweep(ratios: Iterable[float] = (0, *RATIOS), repeats: dict[str, int] = SWEEP) -> dict:
+    with cuts(ratios) as folders:
+        runs = [{"context": int(c), "new_tokens": NEW_TOKENS, "repeats": turns} for c, turns in repeats.items()]
+        found = apart(throughput, folders, runs)
+    return {"dtype": "float32", "batch": 1, "repeats": repeats, "contexts": dict(zip(repeats, found, strict=True))}
 
 
 def multiply_adds(model: Any) -> int:
@@ -96,7 +97,10 @@ def encoder() -> dict:
 
 if __name__ == "__main__":
     benchmarks: dict[str, Callable[[], dict]] = {
-        "contexts": contexts, "sweep": partial(sweep, "128"), "sweep-2048": partial(sweep, "2048"), "encoder": encoder,
-    }  # fmt: skip
+        "contexts": contexts,
+        "sweep": sweep,
+        "eighth": partial(sweep, (0, 0.125), {"2048": LONGER}),
+        "encoder": encoder,
+    }
     for name in chosen(benchmarks):
         record(f"decode-{name}", benchmarks[name]())
