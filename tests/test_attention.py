@@ -5,14 +5,11 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.modules.module import register_module_forward_hook
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -275,49 +272,6 @@ def test_dropout_only_in_training(name: str) -> None:
     for a in attention:
         a.train()
     assert not torch.equal(outputs(model, batch), outputs(model, batch))
-
-
-@contextmanager
-def listening(modules: list[Any], way: str, heard: list[Any]) -> Iterator[None]:
-    """Write down each module with its input and output."""
-
-    def hear(module: Any, args: Any, out: torch.Tensor) -> None:
-        if module in modules:
-            heard.append((module, *args, out))
-
-    if way == "forward":
-        for module in modules:
-            module.forward = partial(said, module, module.forward, hear)
-    hooks = [module.register_forward_hook(hear) for module in modules if way == "hook"]
-    hooks += [register_module_forward_hook(hear)] if way == "global hook" else []
-    yield
-    for hook in hooks:
-        hook.remove()
-
-
-def said(module: Any, forward: Any, hear: Any, *args: Any) -> torch.Tensor:
-    out = forward(*args)
-    hear(module, args, out)
-    return out
-
-
-@pytest.mark.parametrize("way", ["hook", "global hook", "forward"])
-def test_who_listens_to_a_projection_hears_what_it_said(way: str) -> None:
-    """Queries and keys may be turned where they were computed; but not under the eyes of others."""
-    parities: set[int] = set()
-    heard: list[Any] = []
-    for share in (0.2, 0.3, 0.4):
-        model, batch = pruned("llama-gqa", share)
-        expected = outputs(model, batch)
-        projections = [m.qkv_proj for m in model.modules() if isinstance(m, CloverAttention)]
-        parities |= {p.out_features % 2 for p in projections}
-        with listening(projections, way, heard):
-            torch.testing.assert_close(outputs(model, batch), expected)
-        assert len(heard) == len(projections)
-        while heard:
-            module, x, out = heard.pop()
-            assert torch.equal(out, torch.nn.functional.linear(x, module.weight, module.bias))
-    assert parities == {0, 1}
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "bert"])

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.modules.module import register_module_forward_hook
 
+from clover.attention.attention import CloverAttention
 from clover.attention.ragged import LONG, Padding, as_heads, padded, weighted_sum
+from families import outputs, pruned
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -70,3 +78,46 @@ def test_heads_are_padded_and_narrowed_again(
     row = torch.randn(*shape, (n + 1) * qk + value + beside, dtype=dtype)
     parts = row.split([n * qk, qk, value, beside], -1)[:3]
     assert all(map(torch.equal, padding.heads(*parts, row), padding.heads(*parts, None)))
+
+
+@contextmanager
+def listening(modules: list[Any], way: str, heard: list[Any]) -> Iterator[None]:
+    """Write down each module with its input and output."""
+
+    def hear(module: Any, args: Any, out: torch.Tensor) -> None:
+        if module in modules:
+            heard.append((module, *args, out))
+
+    if way == "forward":
+        for module in modules:
+            module.forward = partial(said, module, module.forward, hear)
+    hooks = [module.register_forward_hook(hear) for module in modules if way == "hook"]
+    hooks += [register_module_forward_hook(hear)] if way == "global hook" else []
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def said(module: Any, forward: Any, hear: Any, *args: Any) -> torch.Tensor:
+    out = forward(*args)
+    hear(module, args, out)
+    return out
+
+
+@pytest.mark.parametrize("way", ["hook", "global hook", "forward"])
+def test_who_listens_to_a_projection_hears_what_it_said(way: str) -> None:
+    """Queries and keys may be turned where they were computed; but not under the eyes of others."""
+    parities: set[int] = set()
+    heard: list[Any] = []
+    for share in (0.2, 0.3, 0.4):
+        model, batch = pruned("llama-gqa", share)
+        expected = outputs(model, batch)
+        projections = [m.qkv_proj for m in model.modules() if isinstance(m, CloverAttention)]
+        parities |= {p.out_features % 2 for p in projections}
+        with listening(projections, way, heard):
+            torch.testing.assert_close(outputs(model, batch), expected)
+        assert len(heard) == len(projections)
+        while heard:
+            module, x, out = heard.pop()
+            assert torch.equal(out, torch.nn.functional.linear(x, module.weight, module.bias))
+    assert parities == {0, 1}
